@@ -1,0 +1,1 @@
+"""The model: loading it unchanged, attention over trees, and one static pass per bucket."""

@@ -1,0 +1,163 @@
+"""Attention over token trees, as two attention implementations registered with `transformers`.
+
+A stock model asks `transformers` for its mask and its attention function by name. Under the names here it gets masks
+made from the static buffers of the bucket that is running, and attention functions that use them. Everything else of
+the model is its own code.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from cecompile.workload.plan import BLOCK
+
+NAMES = {"flex": "cecompile_flex", "sdpa": "cecompile_sdpa"}
+
+
+class TreeMasks:
+    """The attention masks of one bucket, read from its static buffers.
+
+    Args:
+        part: the bucket's buffers by name (`workload.stage.fields`), int32 on the device. Where they hold a tile
+            index the masks are block-sparse, for FlexAttention; else dense, for scaled dot-product attention.
+    """
+
+    def __init__(self, part: Mapping[str, Tensor]) -> None:
+        self._part = part
+        self._blocks = "full_count" in part
+        self._made: dict[tuple[int | None, torch.dtype], Tensor | BlockMask] = {}
+
+    def get(self, window: int | None, dtype: torch.dtype) -> Tensor | BlockMask:
+        """The mask of layers that see `window` tokens back along their path (None: all of it).
+
+        Block-sparse masks are views of the buffers and made once. Dense ones, (rows, 1, length, length) in `dtype`,
+        are computed anew in every pass.
+        """
+        key = (window, dtype)
+        if key not in self._made:
+            self._made[key] = self._block_mask(window) if self._blocks else self._dense_mask(window, dtype)
+        return self._made[key]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """While this lasts, a model with our attention asks this object for its masks."""
+        global _active
+        _active = self
+        if not self._blocks:
+            self._made.clear()
+        try:
+            yield
+        finally:
+            _active = None
+
+    def _dense_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        end, depth = self._part["end"], self._part["depth"]
+        slot = torch.arange(end.shape[1], device=end.device, dtype=end.dtype)
+        visible = (slot[None, None, :] <= slot[None, :, None]) & (slot[None, :, None] < end[:, None, :])
+        if window is not None:
+            visible &= depth[:, :, None] - depth[:, None, :] < window
+        return torch.zeros(visible.shape, dtype=dtype, device=end.device).masked_fill_(~visible, -torch.inf)[:, None]
+
+    def _block_mask(self, window: int | None) -> BlockMask:
+        end, depth = self._part["end"], self._part["depth"]
+
+        def path(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k <= q) & (q < end[b, k])
+
+        def path_within_window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k <= q) & (q < end[b, k]) & (depth[b, q] - depth[b, k] < window)
+
+        return BlockMask.from_kv_blocks(
+            *(self._part[name][:, None] for name in ("partial_count", "partial_index", "full_count", "full_index")),
+            BLOCK_SIZE=BLOCK,
+            mask_mod=path if window is None else path_within_window,
+            seq_lengths=(end.shape[1], end.shape[1]),
+        )
+
+
+_active: TreeMasks | None = None
+
+
+def _mask(*, dtype: torch.dtype, local_size: int | None = None, **_: Any) -> Tensor | BlockMask:
+    assert _active is not None, "tree attention outside TreeMasks.active()"
+    return _active.get(local_size, dtype)
+
+
+def _flex(
+    module: torch.nn.Module,
+    query: Tensor,  # (rows, heads, length, head size)
+    key: Tensor,  # (rows, key-value heads, length, head size)
+    value: Tensor,
+    attention_mask: BlockMask,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _refuse_unknown(module, kwargs)
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex
+    out = attend(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _softcapping(softcap),
+        block_mask=attention_mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+# The uncompiled operator computes every score of the dense matrix; the kernel exists compiled only.
+_compiled_flex = torch.compile(flex_attention, dynamic=False)
+
+
+def _softcapping(limit: float) -> Any:
+    def softcap(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return limit * torch.tanh(score / limit)
+
+    return softcap
+
+
+def _sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _refuse_unknown(module, kwargs)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # with a mask, torch's grouped attention falls back to the slow path
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    if softcap is None:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    else:
+        scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scores = softcap * torch.tanh(scores / softcap) + attention_mask
+        out = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    return out.transpose(1, 2).contiguous(), None
+
+
+# Arguments that the mask already answers for, or that only matter in training or for other attention kernels.
+_ANSWERED = {"dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "cache_position", "layer_idx"}
+
+
+def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not False and k not in _ANSWERED)
+    if unknown:
+        raise NotImplementedError(f"{type(module).__name__} asks attention for {', '.join(unknown)}")
+
+
+AttentionInterface.register(NAMES["flex"], _flex)
+AttentionInterface.register(NAMES["sdpa"], _sdpa)
+for _name in NAMES.values():
+    AttentionMaskInterface.register(_name, _mask)

@@ -1,0 +1,158 @@
+"""The static pass: one fixed-shape forward per bucket, compiled, and captured in a CUDA graph where there is CUDA."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from cecompile.engine.attention import NAMES, TreeMasks
+from cecompile.engine.head import readout_of
+from cecompile.workload.plan import Bucket
+from cecompile.workload.stage import StagedPass, data_size, empty_pass, views
+
+
+@dataclass(frozen=True, slots=True)
+class Readouts:
+    """What a pass read out: per readout in use its target's log-probability (float32) and the argmax (int32)."""
+
+    logprob: NDArray[np.float32]
+    argmax: NDArray[np.int32]
+
+
+class Engine:
+    """A model ready to run passes of fixed shapes.
+
+    Args:
+        model: a stock causal model in evaluation mode, on its device. Its attention implementation is set to ours.
+        buckets: the shapes, largest first.
+        attention: "flex" or "sdpa".
+        compiled: compile each decoder layer and the head, and on CUDA capture each bucket. Otherwise the same pass
+            runs as it is.
+        readout_chunk: readouts whose logits are held at once; divides every bucket's readouts.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, buckets: Sequence[Bucket], *, attention: str, compiled: bool, readout_chunk: int
+    ) -> None:
+        model.set_attn_implementation(NAMES[attention])
+        self._body = model.base_model
+        self._readout = readout_of(model)
+        self._chunk = readout_chunk
+        self._device = model.device
+        self._capture = compiled and self._device.type == "cuda"
+        if compiled:
+            _compile_layers(model)
+            self._readout = torch.compile(self._readout, fullgraph=True, dynamic=False)
+        with torch.inference_mode():
+            self._slots = [_Slot(bucket, attention == "flex", self._device) for bucket in buckets]
+        self._pool = torch.cuda.graph_pool_handle() if self._capture else None
+
+    @torch.inference_mode()
+    def warm_up(self, done: Callable[[Bucket], None] = lambda _: None) -> None:
+        """Compiles, runs and captures every bucket, largest first. `done` is called after each."""
+        for slot in self._slots:
+            if self._capture:
+                slot.capture(lambda slot=slot: self._forward(slot), self._pool)
+            else:
+                self._forward(slot)
+            done(slot.bucket)
+
+    @torch.inference_mode()
+    def run(
+        self, passes: Iterable[StagedPass], done: Callable[[StagedPass], None] = lambda _: None
+    ) -> list[Readouts]:
+        """Runs the passes in order. `done` is called after each; on CUDA that is when it was queued."""
+        waiting: list[tuple[StagedPass, Tensor, Tensor]] = []
+        for one in passes:
+            slot = self._slots[one.bucket]
+            slot.load(one)
+            if slot.graph is not None:
+                slot.graph.replay()
+            else:
+                self._forward(slot)
+            waiting.append((one, *slot.unload()))
+            done(one)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        out = []
+        for one, logprob, argmax in waiting:
+            used = len(one.choice)
+            out.append(Readouts(logprob.numpy()[:used], argmax.numpy()[:used]))
+        return out
+
+    def _forward(self, slot: "_Slot") -> None:
+        part = slot.part
+        with slot.masks.active():
+            hidden = self._body(
+                input_ids=part["token_ids"].long(), position_ids=part["depth"].long(), use_cache=False
+            ).last_hidden_state
+        hidden = hidden.flatten(0, 1)
+        for at in range(0, slot.bucket.readouts, self._chunk):
+            chunk = slice(at, at + self._chunk)
+            chosen = hidden.index_select(0, part["position"][chunk])
+            logprob, argmax = self._readout(chosen, part["target"][chunk])
+            slot.logprob[chunk] = logprob
+            slot.argmax[chunk] = argmax
+
+
+class _Slot:
+    """A bucket's static buffers, and its graph once captured."""
+
+    def __init__(self, bucket: Bucket, blocks: bool, device: torch.device) -> None:
+        self.bucket = bucket
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._data = torch.from_numpy(empty_pass(bucket, blocks)).to(device)
+        self.part: dict[str, Tensor] = views(self._data, bucket, blocks)
+        self.masks = TreeMasks(self.part)
+        self.logprob = torch.zeros(bucket.readouts, dtype=torch.float32, device=device)
+        self.argmax = torch.zeros(bucket.readouts, dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        size = data_size(bucket, blocks)
+        self._host = [torch.empty(size, dtype=torch.int32, pin_memory=pinned) for _ in range(2 if pinned else 1)]
+        self._copied = [torch.cuda.Event() for _ in self._host] if pinned else []
+        self._turn = 0
+
+    def load(self, one: StagedPass) -> None:
+        """Queues the copy of a pass's data into the static buffer."""
+        turn = self._turn = (self._turn + 1) % len(self._host)
+        if self._copied:
+            self._copied[turn].synchronize()  # the copy before last has left this host buffer
+        self._host[turn].numpy()[:] = one.data
+        self._data.copy_(self._host[turn], non_blocking=True)
+        if self._copied:
+            self._copied[turn].record()
+
+    def unload(self) -> tuple[Tensor, Tensor]:
+        """Queues the copy of the outputs to host memory of their own."""
+        pinned = self._data.is_cuda
+        out = []
+        for device_side in (self.logprob, self.argmax):
+            host = torch.empty(device_side.shape, dtype=device_side.dtype, pin_memory=pinned)
+            out.append(host.copy_(device_side, non_blocking=True))
+        return out[0], out[1]
+
+    def capture(self, forward: Callable[[], None], pool: tuple[int, int] | None) -> None:
+        """Runs `forward` until it is compiled and settled, then captures it in a graph on the shared pool."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            forward()
+
+
+def _compile_layers(model: PreTrainedModel) -> None:
+    """Compiles each decoder layer in place; identical layers share one graph per bucket shape."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4096)
+    for module in model.base_model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(fullgraph=True, dynamic=False)

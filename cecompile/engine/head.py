@@ -1,0 +1,38 @@
+"""The model's own head, over hidden states that are already there."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+Readout = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class _GivenHiddenStates(nn.Module):
+    """Stands where the decoder stands, and returns what it is given."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def readout_of(model: PreTrainedModel) -> Readout:
+    """A function from hidden states (n, width) and targets (n,) to each target's log-probability and the argmax.
+
+    The logits come from the causal model's own `forward`, with its decoder replaced by the given hidden states in a
+    shallow copy, so biases, scales and soft caps of the head are its own code. Log-probabilities are float32, natural
+    logarithm; the argmax is int32, the first of equals.
+    """
+    head = copy.copy(model)
+    head._modules = dict(model._modules)
+    head._modules[model.base_model_prefix] = _GivenHiddenStates()
+
+    def readout(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(inputs_embeds=hidden[None], use_cache=False).logits[0].float()  # (n, vocabulary)
+        chosen = logits.gather(1, target[:, None].long())[:, 0]
+        return chosen - torch.logsumexp(logits, dim=1), logits.argmax(dim=1).int()
+
+    return readout

@@ -1,0 +1,14 @@
+"""What a user can do wrong, said in one line."""
+
+
+class UserError(Exception):
+    """Bad input or usage. The message is one line for the user; the command line exits with status 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str, limit: int = 600) -> str:
+    """`text` on one line of visible characters: control characters are escaped, and the rest is cut at `limit`."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,0 +1,58 @@
+"""Judging: from loglikelihoods to predictions and metrics, as lm-evaluation-harness does it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cecompile.tasks.question import Question
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A judged question.
+
+    Attributes:
+        loglikelihoods: per choice, the sum of its tokens' log-probabilities (natural logarithm).
+        greedy: per choice, whether greedy decoding from the context would produce it.
+        prediction: the choice of the highest loglikelihood, the first of equals.
+        prediction_norm: the same with each loglikelihood divided by the choice's length in characters.
+    """
+
+    id: str
+    label: int | None
+    prediction: int
+    prediction_norm: int
+    loglikelihoods: tuple[float, ...]
+    greedy: tuple[bool, ...]
+
+
+def judge(question: Question, loglikelihoods: Sequence[float], greedy: Sequence[bool]) -> Sample:
+    """Picks a choice; `loglikelihoods` and `greedy` are in the order of the choices."""
+    values = np.asarray(loglikelihoods, dtype=np.float64)
+    lengths = np.array([len(choice) for choice in question.choices], dtype=np.float64)
+    return Sample(
+        id=question.id,
+        label=question.label,
+        prediction=int(values.argmax()),
+        prediction_norm=int((values / lengths).argmax()),
+        loglikelihoods=tuple(float(v) for v in values),
+        greedy=tuple(bool(g) for g in greedy),
+    )
+
+
+def metrics(samples: Sequence[Sample]) -> dict[str, float | None]:
+    """`acc`, `acc_norm` (fractions of 1) and their standard errors; None where there are no labels.
+
+    The standard error is the sample standard deviation (n - 1) over the square root of n.
+    """
+    labelled = all(s.label is not None for s in samples)
+    right = [float(s.prediction == s.label) for s in samples]
+    right_norm = [float(s.prediction_norm == s.label) for s in samples]
+    out: dict[str, float | None] = {}
+    for name, values in (("acc", right), ("acc_norm", right_norm)):
+        out[name] = float(np.mean(values)) if labelled else None
+        enough = labelled and len(values) > 1
+        out[f"{name}_stderr"] = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if enough else None
+    return out

@@ -1,0 +1,34 @@
+"""A multiple-choice question, in the form every later step uses."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question with its choices, rendered as text.
+
+    Attributes:
+        id: the row's own identifier, or its position in the file.
+        context: the text every choice continues. May be empty.
+        choices: two or more non-empty texts. `delimiter` stands between the context and a choice.
+        label: index of the right choice, or None where the data has none.
+        delimiter: lm-evaluation-harness's `target_delimiter`; not counted in the length that `acc_norm` divides by.
+    """
+
+    id: str
+    context: str
+    choices: tuple[str, ...]
+    label: int | None
+    delimiter: str = " "
+
+
+def digest(questions: Iterable[Question]) -> str:
+    """SHA-256 (hex) of the questions' content, the same whatever file format they came in."""
+    sha = hashlib.sha256()
+    for q in questions:
+        sha.update(json.dumps([q.id, q.context, q.choices, q.label, q.delimiter]).encode("ascii"))
+        sha.update(b"\n")
+    return sha.hexdigest()

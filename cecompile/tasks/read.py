@@ -1,0 +1,143 @@
+"""Reading datasets: local JSONL, JSON, Parquet and CSV files, and hub ids."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cecompile.errors import UserError
+from cecompile.tasks.formats import detect, to_question
+from cecompile.tasks.question import Question
+
+HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%+-]+))?")
+SPLITS = ("validation", "test", "train")
+
+
+def read_questions(data: str | Path, task: str = "auto", limit: float | None = None) -> list[Question]:
+    """Reads and checks every row of a dataset.
+
+    Args:
+        data: a .jsonl, .json, .parquet or .csv file, or a hub id `owner/name[/config][:split]`.
+        task: "auto" recognises the format from the fields; "hellaswag" or "choices" narrows it down.
+        limit: keep the first `limit` questions; below 1, that fraction of them, rounded up.
+
+    Returns:
+        The questions in the order of the file. Either all of them have labels or none has.
+
+    Raises:
+        UserError: the data cannot be read, or a row is not a question; names the file, the line and the field.
+    """
+    questions: list[Question] = []
+    fmt = None
+    for position, (where, row) in enumerate(_rows(data)):
+        if limit is not None and limit >= 1 and position >= limit:
+            break
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object, found a JSON {type(row).__name__}")
+        fmt = fmt or detect(row, task, where)
+        question = to_question(row, fmt, where, position)
+        if questions and (question.label is None) != (questions[0].label is None):
+            state = "missing, though earlier rows have one" if question.label is None else "given, unlike earlier rows"
+            raise UserError(f"{where}: field '{fmt.label_field}': {state}")
+        questions.append(question)
+    if not questions:
+        raise UserError(f"{data}: no rows")
+    if limit is not None and limit < 1:
+        questions = questions[: math.ceil(len(questions) * limit)]
+    return questions
+
+
+def _rows(data: str | Path) -> Iterator[tuple[str, Any]]:
+    """Pairs of (place for messages, row)."""
+    path = Path(data)
+    try:
+        is_file, is_directory = path.is_file(), path.is_dir()
+    except OSError as error:
+        raise UserError(f"{data}: cannot be read: {error.strerror}") from None
+    if is_file:
+        suffix = path.suffix.lower()
+        if suffix in (".jsonl", ".ndjson", ".json"):
+            return _json_rows(path)
+        if suffix in (".parquet", ".csv"):
+            return _table_rows(path, suffix[1:])
+        raise UserError(f"{path}: unknown file type '{path.suffix}'; .jsonl, .json, .parquet and .csv are read")
+    if is_directory:
+        raise UserError(f"{path}: is a directory; name one file in it")
+    match = HUB_ID.fullmatch(str(data))
+    if match is None or path.suffix.lower() in (".jsonl", ".ndjson", ".json", ".parquet", ".csv"):
+        raise UserError(f"{data}: no such file")
+    return _hub_rows(str(data), match["name"], match["config"], match["split"])
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with _open(path) as file:
+        head = file.read(1)
+        while head.isspace():
+            head = file.read(1)
+        file.seek(0)
+        if head == b"[":
+            yield from _json_array(path, file.read())
+            return
+        for number, line in enumerate(file, 1):
+            where = f"{path}: line {number}"
+            if line.strip():
+                yield where, _parse(line, where)
+
+
+def _json_array(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
+    first = content.split(b"\n", 1)[0]
+    rows = _parse(content, f"{path}: line 1" if first == content else str(path))
+    for number, row in enumerate(rows, 1):
+        yield f"{path}: item {number}", row
+
+
+def _open(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _parse(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not valid UTF-8 at byte {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{where}: not valid JSON at {place}: {error.msg}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid JSON: nested too deeply") from None
+    except ValueError as error:  # e.g. a number of more digits than Python converts
+        raise UserError(f"{where}: not valid JSON: {error}") from None
+
+
+def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    with _open(path):
+        pass
+    try:
+        table = load_dataset(kind, data_files=str(path), split="train")
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{path}: not readable as {kind}: {cause}") from None
+    for number, row in enumerate(table, 1):
+        yield f"{path}: row {number}", row
+
+
+def _hub_rows(data: str, name: str, config: str | None, split: str | None) -> Iterator[tuple[str, Any]]:
+    from datasets import get_dataset_split_names, load_dataset
+
+    try:
+        if split is None:
+            found = get_dataset_split_names(name, config)
+            split = next((s for s in SPLITS if s in found), found[0])
+        table = load_dataset(name, config, split=split)
+    except Exception as error:  # the hub client raises many kinds: offline, not found, gated, malformed
+        raise UserError(f"{data}: neither a file nor a dataset that loads: {error}") from None
+    for number, row in enumerate(table, 1):
+        yield f"{data}: row {number}", row

@@ -1,0 +1,204 @@
+"""The plan: which sequences run together, in which fixed shapes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cecompile.workload.order import Order, sort_sequences
+from cecompile.workload.pack import MIN_SHARED, fill_rows, split_items
+from cecompile.workload.sequences import Longs, Sequences, shared_prefixes
+
+BLOCK = 128  # tokens a side of FlexAttention's mask tiles; row lengths are multiples of it
+MAX_BUCKETS = 4
+ENOUGH_FILL = 1.03  # slots per useful token below which a further bucket shape is not worth its compilation
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What a plan is asked for.
+
+    Attributes:
+        rows, length: the largest bucket's shape, in rows and tokens a row.
+        readout_chunk: readouts are padded to a multiple of this.
+        blocks: whether passes carry the tile index of a block-sparse mask.
+    """
+
+    rows: int
+    length: int
+    readout_chunk: int
+    blocks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A fixed shape: `rows` x `length` tokens with `readouts` readouts. One compiled, captured pass each."""
+
+    rows: int
+    length: int
+    readouts: int
+
+    @property
+    def slots(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Sequences of one row: `members` in order, and the nodes each takes over from the one before (0: a new tree)."""
+
+    members: Longs
+    shared: Longs
+    tokens: int
+    readouts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One run of a bucket, `rows` of which are in use."""
+
+    bucket: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All passes, and the counts that say how good they are.
+
+    Attributes:
+        geometry: what was asked for.
+        buckets: the shapes used, largest first.
+        passes: in the order they run, largest bucket first.
+        useful_tokens: nodes in all rows.
+        unshared_tokens: what one padding-free sequence per choice would compute.
+        question_tree_tokens: nodes of a prefix tree per question.
+        prefix_tree_tokens: nodes of one prefix tree over the whole dataset, the floor.
+    """
+
+    geometry: Geometry
+    buckets: tuple[Bucket, ...]
+    passes: tuple[Pass, ...]
+    useful_tokens: int
+    unshared_tokens: int
+    question_tree_tokens: int
+    prefix_tree_tokens: int
+
+    @property
+    def slots(self) -> int:
+        """Token slots of all passes, used or padded."""
+        return sum(self.buckets[p.bucket].slots for p in self.passes)
+
+    def runs(self, bucket: int) -> int:
+        """How many passes use a bucket."""
+        return sum(p.bucket == bucket for p in self.passes)
+
+
+def choose_geometry(
+    longest: int, *, tokens_per_bucket: int, dense_row: int, blocks: bool, readout_chunk: int
+) -> Geometry:
+    """The largest bucket's shape.
+
+    Args:
+        longest: inputs of the longest sequence; a row always holds it.
+        tokens_per_bucket: about how many slots a bucket has.
+        dense_row: row length where attention is dense, its cost growing with the row.
+        blocks: attention skips empty tiles, so one row as long as the bucket packs best.
+        readout_chunk: see `Geometry`.
+    """
+    least = -(-longest // BLOCK) * BLOCK
+    budget = max(BLOCK, tokens_per_bucket // BLOCK * BLOCK)
+    length = max(least, budget if blocks else min(dense_row, budget))
+    return Geometry(max(1, budget // length), length, readout_chunk, blocks)
+
+
+def make_plan(sequences: Sequences, geometry: Geometry) -> Plan:
+    """Sorts, merges and packs all sequences. Deterministic; near n log n in the number of tokens.
+
+    Raises:
+        ValueError: a sequence is longer than a row.
+    """
+    if sequences.input_lengths.max() > geometry.length:
+        raise ValueError(f"a sequence of {sequences.input_lengths.max()} tokens in rows of {geometry.length}")
+    order = sort_sequences(sequences)
+    items = split_items(sequences, order, geometry.length)
+    rows = [_row(sequences, order, items.start, row) for row in fill_rows(items, geometry.length)]
+    shapes = _cover(rows, geometry)
+    buckets, passes = _passes(shapes, geometry.readout_chunk)
+    new_question = np.diff(sequences.questions[order.sequence], prepend=-1) != 0
+    lengths = sequences.input_lengths
+    return Plan(
+        geometry,
+        buckets,
+        passes,
+        useful_tokens=sum(r.tokens for r in rows),
+        unshared_tokens=int(lengths.sum()),
+        question_tree_tokens=int(lengths.sum() - order.shared[~new_question].sum()),
+        prefix_tree_tokens=order.prefix_tree_tokens,
+    )
+
+
+def _row(sequences: Sequences, order: Order, start: Longs, items: list[int]) -> Row:
+    places = np.concatenate([np.arange(start[i], start[i + 1]) for i in items])
+    members = order.sequence[places]
+    shared = order.shared[places].copy()
+    heads = np.cumsum([0] + [start[i + 1] - start[i] for i in items[:-1]])  # each item's first place in the row
+    shared[heads[1:]] = shared_prefixes(sequences, members[heads[1:] - 1], members[heads[1:]])
+    shared[0] = 0
+    shared[heads] = np.where(shared[heads] < MIN_SHARED, 0, shared[heads])
+    tokens = int((sequences.input_lengths[members] - shared).sum())
+    return Row(members, shared, tokens, int(sequences.readouts[members].sum()))
+
+
+Shaped = list[tuple[tuple[int, int], tuple[Row, ...]]]  # ((rows, length), the rows in use) of each pass
+
+
+def _cover(rows: list[Row], geometry: Geometry) -> Shaped:
+    """Passes over all rows with the fewest shapes whose padding is small, else with the least padding."""
+    useful = sum(r.tokens for r in rows)
+    rows = sorted(rows, key=lambda r: -r.tokens)
+    candidates = [_cover_with(rows, ladder) for ladder in _ladders(geometry)]
+    slots = [sum(height * length for (height, length), _ in c) for c in candidates]
+    good_enough = [c for c, s in zip(candidates, slots, strict=True) if s <= ENOUGH_FILL * useful]
+    if good_enough:
+        return min(good_enough, key=lambda c: len({shape for shape, _ in c}))
+    return candidates[slots.index(min(slots))]
+
+
+def _ladders(geometry: Geometry) -> list[list[tuple[int, int]]]:
+    """Sets of shapes to choose from: the bucket halved 0, 1, 2, 3 times, by rows first, then by length."""
+    ladder = [(geometry.rows, geometry.length)]
+    while len(ladder) < MAX_BUCKETS:
+        height, length = ladder[-1]
+        smaller = (height // 2, length) if height > 1 else (1, length // 2 // BLOCK * BLOCK)
+        if 0 in smaller:
+            break
+        ladder.append(smaller)
+    return [ladder[: n + 1] for n in range(len(ladder))]
+
+
+def _cover_with(rows: list[Row], ladder: list[tuple[int, int]]) -> Shaped:
+    """Takes rows, fullest first, in the largest shape they fill; the last ones in the smallest that holds them."""
+    out: Shaped = []
+    at = 0
+    while at < len(rows):
+        left = len(rows) - at
+        fitting = [(h, n) for h, n in ladder if n >= rows[at].tokens]
+        filled = [shape for shape in fitting if shape[0] <= left]
+        holding = [shape for shape in fitting if shape[0] >= left]
+        smallest = min(holding, key=lambda s: s[0] * s[1], default=None)
+        largest = max(filled, key=lambda s: s[0], default=None)
+        shape = smallest if largest is None or (smallest is not None and smallest[0] == largest[0]) else largest
+        assert shape is not None  # the ladder's first shape holds any row
+        out.append((shape, tuple(rows[at : at + shape[0]])))
+        at += shape[0]
+    return out
+
+
+def _passes(shaped: Shaped, readout_chunk: int) -> tuple[tuple[Bucket, ...], tuple[Pass, ...]]:
+    readouts: dict[tuple[int, int], int] = {}
+    for shape, rows in shaped:
+        readouts[shape] = max(readouts.get(shape, 1), sum(r.readouts for r in rows))
+    shapes = sorted(readouts, key=lambda s: (-s[0] * s[1], s))
+    buckets = tuple(Bucket(*shape, -(-readouts[shape] // readout_chunk) * readout_chunk) for shape in shapes)
+    index = {shape: i for i, shape in enumerate(shapes)}
+    passes = sorted((Pass(index[shape], rows) for shape, rows in shaped), key=lambda p: p.bucket)
+    return buckets, tuple(passes)

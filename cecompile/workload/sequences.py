@@ -1,0 +1,69 @@
+"""Token sequences, one per choice, in flat arrays."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+Longs = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """n token sequences, each a context followed by a choice.
+
+    A model reads all tokens of a sequence but the last (its inputs), and predicts the last `readouts` tokens.
+
+    Attributes:
+        token_ids: (tokens,) all sequences one after another.
+        starts: (n + 1,) where each sequence begins; the last entry is the number of tokens.
+        readouts: (n,) how many tokens at the end of each sequence are predicted; at least 1, less than its length.
+        questions: (n,) the question each sequence belongs to, ascending.
+    """
+
+    token_ids: Ints
+    starts: Longs
+    readouts: Ints
+    questions: Ints
+
+    def __len__(self) -> int:
+        return len(self.readouts)
+
+    @property
+    def input_lengths(self) -> Longs:
+        """(n,) tokens a model reads of each sequence."""
+        return np.diff(self.starts) - 1
+
+    def inputs(self, i: int) -> Ints:
+        """Tokens a model reads of sequence i."""
+        return self.token_ids[self.starts[i] : self.starts[i + 1] - 1]
+
+    def targets(self, i: int) -> Ints:
+        """Tokens to predict of sequence i."""
+        return self.token_ids[self.starts[i + 1] - self.readouts[i] : self.starts[i + 1]]
+
+
+def shared_prefixes(sequences: Sequences, left: Longs, right: Longs) -> Longs:
+    """Length of the common prefix of the inputs of `left[k]` and `right[k]`, for every k. Shape (len(left),)."""
+    lengths = np.minimum(sequences.input_lengths[left], sequences.input_lengths[right])
+    out = np.empty(len(left), dtype=np.int64)
+    step = 1 << 16  # bounds the size of the index arrays below
+    for at in range(0, len(left), step):
+        part = slice(at, at + step)
+        out[part] = _common(
+            sequences.token_ids, sequences.starts[left[part]], sequences.starts[right[part]], lengths[part]
+        )
+    return out
+
+
+def _common(token_ids: Ints, left: Longs, right: Longs, lengths: Longs) -> Longs:
+    """Common prefix lengths of token_ids[left[k]:][:lengths[k]] and token_ids[right[k]:][:lengths[k]]."""
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    same = token_ids[np.repeat(left, lengths) + within] == token_ids[np.repeat(right, lengths) + within]
+    first_difference = np.where(same, np.repeat(lengths, lengths), within)
+    out = np.zeros(len(lengths), dtype=np.int64)
+    some = lengths > 0
+    out[some] = np.minimum.reduceat(first_difference, offsets[:-1][some]) if some.any() else 0
+    return out

@@ -1,0 +1,117 @@
+"""Staging: a pass as one flat array of int32, ready to be copied into a bucket's static buffer in one go."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from cecompile.workload.plan import BLOCK, Bucket, Pass, Plan
+from cecompile.workload.sequences import Ints, Sequences
+from cecompile.workload.tree import Layout, lay_out
+
+
+@dataclass(frozen=True, slots=True)
+class StagedPass:
+    """A pass's input and the choices its readouts belong to.
+
+    Attributes:
+        bucket: index into the plan's buckets.
+        data: (n,) int32, the fields that `fields` names, one after another.
+        choice: (readouts in use,) the sequence each readout belongs to.
+        target: (readouts in use,) the token each readout predicts.
+        tokens: useful tokens.
+    """
+
+    bucket: int
+    data: Ints
+    choice: Ints
+    target: Ints
+    tokens: int
+
+
+def fields(bucket: Bucket, blocks: bool) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each part of a pass's data, in order.
+
+    token_ids, depth, end: (rows, length), per slot; `end` counts from the row's first slot. A padded slot is its own
+    tree. position, target: (readouts,), `position` counting slots over all rows. With `blocks`, per row and tile of
+    queries the tiles of keys it must look at: `partial_*` those with hidden pairs, `full_*` those without.
+    """
+    slots, tiles = (bucket.rows, bucket.length), bucket.length // BLOCK
+    out: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "depth", "end"), slots)
+    out |= dict.fromkeys(("position", "target"), (bucket.readouts,))
+    if blocks:
+        out |= {"partial_count": (bucket.rows, tiles), "partial_index": (bucket.rows, tiles, tiles)}
+        out |= {"full_count": (bucket.rows, tiles), "full_index": (bucket.rows, tiles, tiles)}
+    return out
+
+
+def views(data: Ints, bucket: Bucket, blocks: bool) -> dict[str, Ints]:
+    """`data` (NumPy or torch, flat) as its named parts, sharing memory."""
+    out, at = {}, 0
+    for name, shape in fields(bucket, blocks).items():
+        size = int(np.prod(shape))
+        out[name] = data[at : at + size].reshape(shape)
+        at += size
+    return out
+
+
+def data_size(bucket: Bucket, blocks: bool) -> int:
+    """Number of int32 values in a pass's data."""
+    return sum(int(np.prod(shape)) for shape in fields(bucket, blocks).values())
+
+
+def stage_all(sequences: Sequences, plan: Plan) -> Iterator[StagedPass]:
+    """Every pass of the plan, in order."""
+    for one in plan.passes:
+        yield stage(sequences, one, plan.buckets[one.bucket], plan.geometry.blocks)
+
+
+def stage(sequences: Sequences, one: Pass, bucket: Bucket, blocks: bool) -> StagedPass:
+    """Lays the pass's rows out and pads them to the bucket's shape."""
+    layouts = [lay_out(sequences, row.members, row.shared) for row in one.rows]
+    data = empty_pass(bucket, blocks)
+    part = views(data, bucket, blocks)
+    for r, layout in enumerate(layouts):
+        used = len(layout.token_ids)
+        part["token_ids"][r, :used] = layout.token_ids
+        part["depth"][r, :used] = layout.depth
+        part["end"][r, :used] = layout.end
+    position = np.concatenate([layout.position + r * bucket.length for r, layout in enumerate(layouts)])
+    target = np.concatenate([layout.target for layout in layouts])
+    part["position"][: len(position)] = position
+    part["target"][: len(target)] = target
+    if blocks:
+        _index_tiles(part)
+    return StagedPass(one.bucket, data, _choices(layouts), target, sum(row.tokens for row in one.rows))
+
+
+def empty_pass(bucket: Bucket, blocks: bool) -> Ints:
+    """The data of a pass with nothing in it: every slot is padding, every readout reads slot 0."""
+    data = np.zeros(data_size(bucket, blocks), dtype=np.int32)
+    part = views(data, bucket, blocks)
+    part["end"][:] = np.arange(1, bucket.length + 1)
+    if blocks:
+        _index_tiles(part)
+    return data
+
+
+def _choices(layouts: list[Layout]) -> Ints:
+    return np.concatenate([layout.choice for layout in layouts])
+
+
+def _index_tiles(part: dict[str, Ints]) -> None:
+    """Fills in which tiles of keys each tile of queries looks at.
+
+    A key tile matters to a query tile at or after it iff one of its keys' subtrees reaches into that tile, and it is
+    wholly visible iff all its keys' subtrees reach past the tile's last query.
+    """
+    end = part["end"].reshape(part["end"].shape[0], -1, BLOCK)  # (rows, tiles, BLOCK)
+    tiles = end.shape[1]
+    first = np.arange(tiles) * BLOCK
+    farthest, nearest = end.max(axis=2), end.min(axis=2)
+    before = np.tri(tiles, dtype=bool)  # [query tile, key tile]: the key tile is not after the query tile
+    some = before & (farthest[:, None, :] > first[None, :, None])
+    full = np.tri(tiles, k=-1, dtype=bool) & (nearest[:, None, :] >= first[None, :, None] + BLOCK)
+    for name, chosen in (("partial", some & ~full), ("full", full)):
+        part[f"{name}_count"][:] = chosen.sum(axis=2)
+        part[f"{name}_index"][:] = np.argsort(~chosen, axis=2, kind="stable")
