@@ -1,1 +1,34 @@
+"""cecompile: multiple-choice benchmarks for language models, scored as packed token trees in static passes.
 
+`Scorer.from_pretrained(model).score(read_questions(file))` gives each choice's loglikelihood; `evaluate` adds metrics,
+latencies and everything that results.json holds.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cecompile.evaluate import Evaluation, evaluate
+    from cecompile.scorer import Scorer, Scores
+    from cecompile.tasks.question import Question
+    from cecompile.tasks.read import read_questions
+
+__all__ = ["Evaluation", "Question", "Scorer", "Scores", "evaluate", "read_questions"]
+
+_HOMES = {
+    "Evaluation": "cecompile.evaluate",
+    "evaluate": "cecompile.evaluate",
+    "Question": "cecompile.tasks.question",
+    "Scorer": "cecompile.scorer",
+    "Scores": "cecompile.scorer",
+    "read_questions": "cecompile.tasks.read",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used: torch takes seconds, and `cecompile --help` must not wait."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cecompile' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value

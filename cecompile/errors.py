@@ -1,8 +1,15 @@
-"""What a user can do wrong, said in one line."""
+"""What a user is told in one line."""
 
 
 class UserError(Exception):
-    """Bad input or usage. The message is one line for the user; the command line exits with status 2."""
+    """Bad input or usage; the command line prints the message and exits with status 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+class CheckError(Exception):
+    """A result that must not be reported; the command line prints the message and exits with status 1."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -66,15 +65,19 @@ class TreeMasks:
 
     def _block_mask(self, window: int | None) -> BlockMask:
         end, depth = self._part["end"], self._part["depth"]
+        span = window or 0
 
         def path(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (k <= q) & (q < end[b, k])
 
         def path_within_window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (k <= q) & (q < end[b, k]) & (depth[b, q] - depth[b, k] < window)
+            return (k <= q) & (q < end[b, k]) & (depth[b, q] - depth[b, k] < span)
 
         return BlockMask.from_kv_blocks(
-            *(self._part[name][:, None] for name in ("partial_count", "partial_index", "full_count", "full_index")),
+            self._part["partial_count"][:, None],
+            self._part["partial_index"][:, None],
+            self._part["full_count"][:, None],
+            self._part["full_index"][:, None],
             BLOCK_SIZE=BLOCK,
             mask_mod=path if window is None else path_within_window,
             seq_lengths=(end.shape[1], end.shape[1]),
@@ -90,7 +93,7 @@ def _mask(*, dtype: torch.dtype, local_size: int | None = None, **_: Any) -> Ten
 
 
 def _flex(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,  # (rows, heads, length, head size)
     key: Tensor,  # (rows, key-value heads, length, head size)
     value: Tensor,
@@ -125,7 +128,7 @@ def _softcapping(limit: float) -> Any:
 
 
 def _sdpa(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -139,7 +142,7 @@ def _sdpa(
     if groups > 1:  # with a mask, torch's grouped attention falls back to the slow path
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     if softcap is None:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     else:
         scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         scores = softcap * torch.tanh(scores / softcap) + attention_mask
@@ -151,7 +154,7 @@ def _sdpa(
 _ANSWERED = {"dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "cache_position", "layer_idx"}
 
 
-def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
     unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not False and k not in _ANSWERED)
     if unknown:
         raise NotImplementedError(f"{type(module).__name__} asks attention for {', '.join(unknown)}")

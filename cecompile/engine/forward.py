@@ -1,7 +1,9 @@
 """The static pass: one fixed-shape forward per bucket, compiled, and captured in a CUDA graph where there is CUDA."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,15 +59,13 @@ class Engine:
         """Compiles, runs and captures every bucket, largest first. `done` is called after each."""
         for slot in self._slots:
             if self._capture:
-                slot.capture(lambda slot=slot: self._forward(slot), self._pool)
+                slot.capture(functools.partial(self._forward, slot), self._pool)
             else:
                 self._forward(slot)
             done(slot.bucket)
 
     @torch.inference_mode()
-    def run(
-        self, passes: Iterable[StagedPass], done: Callable[[StagedPass], None] = lambda _: None
-    ) -> list[Readouts]:
+    def run(self, passes: Iterable[StagedPass], done: Callable[[StagedPass], None] = lambda _: None) -> list[Readouts]:
         """Runs the passes in order. `done` is called after each; on CUDA that is when it was queued."""
         waiting: list[tuple[StagedPass, Tensor, Tensor]] = []
         for one in passes:
@@ -136,7 +136,7 @@ class _Slot:
             out.append(host.copy_(device_side, non_blocking=True))
         return out[0], out[1]
 
-    def capture(self, forward: Callable[[], None], pool: tuple[int, int] | None) -> None:
+    def capture(self, forward: Callable[[], None], pool: Any) -> None:
         """Runs `forward` until it is compiled and settled, then captures it in a graph on the shared pool."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,20 @@ HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<spli
 SPLITS = ("validation", "test", "train")
 
 
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Questions in the order of the file, and the task they were read as."""
+
+    task: str
+    questions: list[Question]
+
+
 def read_questions(data: str | Path, task: str = "auto", limit: float | None = None) -> list[Question]:
+    """The questions of a dataset; see `read_dataset`."""
+    return read_dataset(data, task, limit).questions
+
+
+def read_dataset(data: str | Path, task: str = "auto", limit: float | None = None) -> Dataset:
     """Reads and checks every row of a dataset.
 
     Args:
@@ -24,7 +38,7 @@ def read_questions(data: str | Path, task: str = "auto", limit: float | None = N
         limit: keep the first `limit` questions; below 1, that fraction of them, rounded up.
 
     Returns:
-        The questions in the order of the file. Either all of them have labels or none has.
+        The questions, at least one. Either all of them have labels or none has.
 
     Raises:
         UserError: the data cannot be read, or a row is not a question; names the file, the line and the field.
@@ -42,11 +56,11 @@ def read_questions(data: str | Path, task: str = "auto", limit: float | None = N
             state = "missing, though earlier rows have one" if question.label is None else "given, unlike earlier rows"
             raise UserError(f"{where}: field '{fmt.label_field}': {state}")
         questions.append(question)
-    if not questions:
+    if fmt is None:
         raise UserError(f"{data}: no rows")
     if limit is not None and limit < 1:
         questions = questions[: math.ceil(len(questions) * limit)]
-    return questions
+    return Dataset(fmt.task, questions)
 
 
 def _rows(data: str | Path) -> Iterator[tuple[str, Any]]:

@@ -40,7 +40,9 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_length: int) -> En
     contexts, choices = zip(*(_split(q) for q in questions), strict=True)
     context_ids = encoder.texts(contexts)
     whole = encoder.texts([c + choice for c, many in zip(contexts, choices, strict=True) if c for choice in many])
-    alone = encoder.texts([ch for c, many in zip(contexts, choices, strict=True) if not c for ch in many], special=False)
+    alone = encoder.texts(
+        [ch for c, many in zip(contexts, choices, strict=True) if not c for ch in many], special=False
+    )
     whole_ids, alone_ids = iter(whole), iter(alone)
 
     flat: list[np.ndarray] = []

@@ -78,29 +78,39 @@ def fill_rows(items: Items, capacity: int) -> list[list[int]]:
     size, shared = items.size.tolist(), items.shared.tolist()
     common = min(shared[1:], default=0)  # what any two items share, whichever row they meet in
     pool = _Pool(items.size - common)
+    walk = _large_groups_first(items)
     rows: list[list[int]] = []
-    cursor, count = 0, len(size)
-    while cursor < count:
+    cursor = 0
+    while cursor < len(walk):
         row: list[int] = []
-        used, link = 0, 0  # link: what the item at the cursor shares with the last item taken in order
-        while cursor < count:
-            if pool.placed[cursor]:
-                cursor += 1
-                link = min(link, shared[cursor]) if cursor < count else 0
-                continue
-            cost = size[cursor] - link
-            if used + cost > capacity:
-                break
-            row.append(cursor)
-            pool.placed[cursor] = True
-            used += cost
+        used, link = 0, 0  # link: what the item at the cursor shares with the last one taken before it
+        while cursor < len(walk):
+            item = walk[cursor]
+            link = min(link, shared[item])
+            if not pool.placed[item]:
+                cost = size[item] - link
+                if used + cost > capacity:
+                    break
+                row.append(item)
+                pool.placed[item] = True
+                used += cost
+                link = capacity
             cursor += 1
-            link = shared[cursor] if cursor < count else 0
         while (filler := pool.take(capacity - used)) is not None:
             row.append(filler)
             used += size[filler] - common
-        rows.append(sorted(row))
+        if row:
+            rows.append(sorted(row))
     return rows
+
+
+def _large_groups_first(items: Items) -> list[int]:
+    """The items, group by group of those that share prefixes, so that small items are left to close rows with."""
+    starts = np.flatnonzero(items.shared == 0)
+    counts = np.diff(np.append(starts, len(items.size)))
+    mean = np.add.reduceat(items.size, starts) / counts
+    group_rank = np.argsort(np.argsort(-mean, kind="stable"), kind="stable")
+    return np.argsort(np.repeat(group_rank, counts), kind="stable").tolist()
 
 
 class _Pool:

@@ -176,20 +176,22 @@ def _ladders(geometry: Geometry) -> list[list[tuple[int, int]]]:
 
 
 def _cover_with(rows: list[Row], ladder: list[tuple[int, int]]) -> Shaped:
-    """Takes rows, fullest first, in the largest shape they fill; the last ones in the smallest that holds them."""
+    """The cover of least padding, then of fewest passes, by dynamic programming over rows sorted fullest first."""
+    cost = [(0, 0)] * (len(rows) + 1)  # of rows[at:]: (slots, passes)
+    choice = [ladder[0]] * len(rows)
+    for at in reversed(range(len(rows))):
+        options = [
+            ((height * length + cost[min(at + height, len(rows))][0], 1 + cost[min(at + height, len(rows))][1]), shape)
+            for shape in ladder
+            for height, length in (shape,)
+            if length >= rows[at].tokens
+        ]
+        cost[at], choice[at] = min(options)
     out: Shaped = []
     at = 0
     while at < len(rows):
-        left = len(rows) - at
-        fitting = [(h, n) for h, n in ladder if n >= rows[at].tokens]
-        filled = [shape for shape in fitting if shape[0] <= left]
-        holding = [shape for shape in fitting if shape[0] >= left]
-        smallest = min(holding, key=lambda s: s[0] * s[1], default=None)
-        largest = max(filled, key=lambda s: s[0], default=None)
-        shape = smallest if largest is None or (smallest is not None and smallest[0] == largest[0]) else largest
-        assert shape is not None  # the ladder's first shape holds any row
-        out.append((shape, tuple(rows[at : at + shape[0]])))
-        at += shape[0]
+        out.append((choice[at], tuple(rows[at : at + choice[at][0]])))
+        at += choice[at][0]
     return out
 
 

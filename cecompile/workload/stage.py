@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cecompile.workload.plan import BLOCK, Bucket, Pass, Plan
 from cecompile.workload.sequences import Ints, Sequences
 from cecompile.workload.tree import Layout, lay_out
+
+Array = TypeVar("Array", bound=Any)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +48,10 @@ def fields(bucket: Bucket, blocks: bool) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def views(data: Ints, bucket: Bucket, blocks: bool) -> dict[str, Ints]:
-    """`data` (NumPy or torch, flat) as its named parts, sharing memory."""
-    out, at = {}, 0
+def views(data: Array, bucket: Bucket, blocks: bool) -> dict[str, Array]:
+    """`data` (a flat NumPy array or torch tensor) as its named parts, sharing memory."""
+    out: dict[str, Array] = {}
+    at = 0
     for name, shape in fields(bucket, blocks).items():
         size = int(np.prod(shape))
         out[name] = data[at : at + size].reshape(shape)

@@ -1,0 +1,3 @@
+from cecompile.cli import main
+
+main()

@@ -1,0 +1,88 @@
+"""A check before any score is trusted: does this model, on this device, compute trees exactly?"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cecompile.engine.attention import NAMES, TreeMasks
+from cecompile.errors import UserError
+from cecompile.workload.plan import BLOCK, Geometry, make_plan
+from cecompile.workload.sequences import Sequences
+from cecompile.workload.stage import stage_all, views
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the logits' standard deviation
+
+
+def choose_attention(model: PreTrainedModel, wanted: str) -> str:
+    """The attention implementation to use, after checking that it computes what the stock model computes.
+
+    Args:
+        model: on its device, as loaded.
+        wanted: "flex", "sdpa", or "auto": flex on CUDA where it compiles and agrees, else sdpa.
+
+    Raises:
+        UserError: what is wanted does not compute this model exactly.
+    """
+    candidates = [wanted] if wanted != "auto" else (["flex", "sdpa"] if model.device.type == "cuda" else ["sdpa"])
+    reasons = []
+    for attention in candidates:
+        problem = _problem(model, attention)
+        if problem is None:
+            return attention
+        reasons.append(f"{attention}: {problem}")
+    raise UserError(
+        f"{type(model).__name__}: cannot be scored as trees ({'; '.join(reasons)}); --engine reference scores it"
+    )
+
+
+def _problem(model: PreTrainedModel, attention: str) -> str | None:
+    """Why a small tree's logits differ from the stock model's, or None if they do not."""
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    sequences = _small_tree(model.config.get_text_config().vocab_size)
+    stock = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(NAMES[attention])
+        got = _tree_logits(model, sequences, blocks=attention == "flex")
+    except Exception as error:  # a probe: whatever a compiler, driver or model raises means no
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    finally:
+        model.set_attn_implementation(stock)
+    expected = _stock_logits(model, sequences)
+    difference = ((got - expected).abs().max() / expected.std()).item()
+    tolerance = TOLERANCE[model.dtype]
+    return None if difference <= tolerance else f"logits differ by {difference:.2g} of their standard deviation"
+
+
+def _small_tree(vocabulary: int) -> Sequences:
+    """Three branches of 8, 9 and 10 tokens on a trunk of 24."""
+    random = np.random.default_rng(0)
+    trunk = random.integers(0, vocabulary, 24)
+    parts = [np.concatenate([trunk, random.integers(0, vocabulary, n)]) for n in (9, 10, 11)]
+    return Sequences(
+        token_ids=np.concatenate(parts).astype(np.int32),
+        starts=np.cumsum([0] + [len(p) for p in parts]),
+        readouts=np.array([9, 10, 11], dtype=np.int32),
+        questions=np.zeros(3, dtype=np.int32),
+    )
+
+
+@torch.inference_mode()
+def _tree_logits(model: PreTrainedModel, sequences: Sequences, blocks: bool) -> Tensor:
+    plan = make_plan(sequences, Geometry(rows=1, length=BLOCK, readout_chunk=1, blocks=blocks))
+    (one,) = stage_all(sequences, plan)
+    part = views(torch.from_numpy(one.data).to(model.device), plan.buckets[one.bucket], blocks)
+    with TreeMasks(part).active():
+        logits = model(input_ids=part["token_ids"].long(), position_ids=part["depth"].long(), use_cache=False).logits
+    by_choice = np.argsort(one.choice, kind="stable")
+    return logits[0].index_select(0, part["position"])[torch.from_numpy(by_choice).to(model.device)].float()
+
+
+@torch.inference_mode()
+def _stock_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    out = []
+    for i in range(len(sequences)):
+        input_ids = torch.from_numpy(sequences.inputs(i).astype(np.int64)).to(model.device)[None]
+        out.append(model(input_ids=input_ids, use_cache=False).logits[0, -int(sequences.readouts[i]) :].float())
+    return torch.cat(out)

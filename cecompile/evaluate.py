@@ -1,0 +1,115 @@
+"""An evaluation: scores, judged, with everything that results.json says about the run."""
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cecompile.report.clock import Clock, latencies
+from cecompile.report.results import SCHEMA, environment, plan_summary, write_results, write_samples
+from cecompile.scorer import Progress, Scorer
+from cecompile.tasks.judge import Sample, judge, metrics
+from cecompile.tasks.question import Question, digest
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What results.json and samples.jsonl hold."""
+
+    results: dict[str, Any]
+    samples: list[Sample]
+
+
+def evaluate(
+    scorer: Scorer,
+    questions: Sequence[Question],
+    *,
+    task: str = "choices",
+    data: str = "questions",
+    headline: str = "strict",
+    clock: Clock | None = None,
+    progress: Progress = lambda *_: None,
+    output: Path | None = None,
+) -> Evaluation:
+    """Scores and judges.
+
+    Args:
+        scorer: the model.
+        questions: at least one.
+        task, data: names for the result.
+        headline: which latency the run is known by: "strict", "section3" or "inference".
+        clock: already running where reading is to be counted; left in the phase `score`.
+        progress: see `Scorer.score`.
+        output: directory for results.json and samples.jsonl; None writes nothing.
+
+    Raises:
+        UserError, CheckError: see `Scorer.score`.
+    """
+    clock = clock or Clock()
+    scores = scorer.score(questions, clock=clock, progress=progress)
+    clock.enter("score")
+    samples = [
+        judge(question, values, greedy)
+        for question, values, greedy in zip(questions, scores.loglikelihoods, scores.greedy, strict=True)
+    ]
+    if output is not None:
+        write_samples(output, samples)
+    phases = clock.phases()
+    seconds = latencies(phases)
+    results = {
+        "schema": SCHEMA,
+        "task": task,
+        "questions": len(questions),
+        "choices": sum(len(q.choices) for q in questions),
+        "truncated_questions": scores.workload.truncated_questions,
+        "metrics": metrics(samples),
+        "latency_s": seconds,
+        "headline": {"clock": headline, "seconds": seconds[headline]},
+        "phases_s": phases,
+        "engine": {"name": scorer.engine, "attention": None if scorer.engine == "reference" else scorer.attention},
+        "plan": None if scores.workload.plan is None else plan_summary(scores.workload.plan),
+        "model": _model(scorer),
+        "memory": {"limit_bytes": None, "peak_bytes": _peak_bytes(scorer.device)},
+        "data": {"name": data, "digest": digest(questions)},
+        "environment": environment(_device_name(scorer.device)),
+    }
+    if output is not None:
+        write_results(output, results)
+    return Evaluation(results, samples)
+
+
+def _model(scorer: Scorer) -> dict[str, Any]:
+    model = scorer.model
+    assert model is not None  # it has just scored
+    return {
+        "name": scorer.name,
+        "architecture": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "fingerprint": scorer.fingerprint,
+    }
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Most memory in use at once: of the device on CUDA, of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"CPU ({names[0]})" if names else "CPU"

@@ -1,0 +1,1 @@
+"""What a run says about itself: the clock, the result files, the table."""

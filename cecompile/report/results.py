@@ -1,0 +1,98 @@
+"""Result files: results.json and samples.jsonl in the output directory, written whole or not at all."""
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cecompile.errors import UserError
+from cecompile.tasks.judge import Sample
+from cecompile.workload.plan import Plan
+
+SCHEMA = 1
+RESULTS, SAMPLES = "results.json", "samples.jsonl"
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """results.json's `plan`: token counts, and how often each bucket runs."""
+    return {
+        "useful_tokens": plan.useful_tokens,
+        "slots": plan.slots,
+        "unshared_tokens": plan.unshared_tokens,
+        "question_tree_tokens": plan.question_tree_tokens,
+        "prefix_tree_tokens": plan.prefix_tree_tokens,
+        "buckets": [
+            {"rows": b.rows, "length": b.length, "readouts": b.readouts, "runs": plan.runs(i)}
+            for i, b in enumerate(plan.buckets)
+        ],
+    }
+
+
+def environment(device_name: str) -> dict[str, Any]:
+    """Versions and machine, as far as they bear on a result."""
+    packages = ("cecompile", "torch", "transformers", "tokenizers", "safetensors", "numpy", "triton")
+    versions: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "device": device_name,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def prepare_output(directory: Path, overwrite: bool) -> None:
+    """Checks that results can be written to `directory`, before any work is done. Creates nothing.
+
+    Raises:
+        UserError: it is a file, holds something else, holds results and `overwrite` is not set, or is not writable.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: is a file; --output names a directory")
+    if directory.is_dir():
+        held = {p.name for p in directory.iterdir()}
+        if held and RESULTS not in held:
+            raise UserError(f"{directory}: not empty and not a result directory; choose another --output")
+        if held and not overwrite:
+            raise UserError(f"{directory}: holds results already; --overwrite replaces them")
+    parent = directory
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{directory}: cannot be written, {parent} is not a writable directory")
+
+
+def write_samples(directory: Path, samples: Sequence[Sample]) -> None:
+    """Writes samples.jsonl, a line per sample. Raises UserError where the file system refuses."""
+    _write(directory / SAMPLES, (json.dumps(dataclasses.asdict(s)) + "\n" for s in samples))
+
+
+def write_results(directory: Path, results: dict[str, Any]) -> None:
+    """Writes results.json, the last file of a run. Raises UserError where the file system refuses."""
+    _write(directory / RESULTS, [json.dumps(results, indent=2) + "\n"])
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    """Writes under a temporary name in the same directory, then renames."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,264 @@
+"""The scorer: a model and the way it runs, from questions to loglikelihoods."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from cecompile import demo
+from cecompile.engine.forward import Engine
+from cecompile.engine.model import (
+    check_vocabulary,
+    fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
+from cecompile.engine.probe import choose_attention
+from cecompile.engine.reference import score_one_by_one
+from cecompile.errors import CheckError, UserError
+from cecompile.report.clock import Clock
+from cecompile.tasks.question import Question
+from cecompile.workload.encode import encode, max_input_length
+from cecompile.workload.plan import Geometry, Plan, choose_geometry, make_plan
+from cecompile.workload.sequences import Sequences
+from cecompile.workload.stage import StagedPass, stage_all
+
+ENGINES = ("compiled", "eager", "reference")
+ATTENTIONS = ("auto", "flex", "sdpa")
+
+Progress = Callable[[str, int, int], None]  # (phase, done, total)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Sizes that suit a kind of device.
+
+    Attributes:
+        tokens_per_bucket: slots a pass.
+        readout_chunk: readouts whose logits are held at once.
+        dense_row: row length of dense attention; shorter rows attend faster and pack worse.
+    """
+
+    tokens_per_bucket: int
+    readout_chunk: int
+    dense_row: int
+
+
+TUNING = {"cpu": Tuning(2048, 256, 1024), "cuda": Tuning(8192, 1024, 1024)}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Questions made ready to run: their sequences and the plan (None for the reference engine)."""
+
+    sequences: Sequences
+    plan: Plan | None
+    truncated_questions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Per question, in order, one entry per choice: summed log-probabilities, and whether greedy decoding says it."""
+
+    loglikelihoods: list[tuple[float, ...]]
+    greedy: list[tuple[bool, ...]]
+    workload: Workload
+
+
+class Scorer:
+    """Scores questions with one model. Made by `from_pretrained`; weights are loaded by the first `score`."""
+
+    def __init__(
+        self, name: str, config: Any, tokenizer: Any, device: torch.device, dtype: str, engine: str, attention: str,
+        tokens_per_bucket: int | None,
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.config = config
+        self.tokenizer = tokenizer
+        self.device = device
+        self.engine = engine
+        self.model: PreTrainedModel | None = None  # once loaded
+        self.fingerprint: str | None = None  # once loaded
+        tuning = TUNING[device.type]
+        self._dtype = dtype
+        self._tuning = tuning
+        self._tokens_per_bucket = tokens_per_bucket or tuning.tokens_per_bucket
+        self._probed = False
+        self._wanted_attention = attention
+        self.attention = attention if attention != "auto" else ("flex" if device.type == "cuda" else "sdpa")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        engine: str = "compiled",
+        attention: str = "auto",
+        tokens_per_bucket: int | None = None,
+    ) -> "Scorer":
+        """A scorer for a checkpoint.
+
+        Args:
+            model: a directory or hub id of a decoder-only model with safetensors weights; None is the embedded demo.
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+            engine: "compiled", "eager" (the same pass uncompiled) or "reference" (each choice alone, stock model).
+            attention: "auto", "flex" or "sdpa"; "auto" picks by device and by a probe.
+            tokens_per_bucket: token slots of a pass; None picks by device.
+
+        Raises:
+            UserError: there is no such model, device or option.
+        """
+        for value, known, option in ((engine, ENGINES, "engine"), (attention, ATTENTIONS, "attention")):
+            if value not in known:
+                raise UserError(f"{option} '{value}': one of {', '.join(known)}")
+        if tokens_per_bucket is not None and tokens_per_bucket < 128:
+            raise UserError(f"tokens per bucket: {tokens_per_bucket} is too few, at least 128")
+        path = str(demo.MODEL if model is None else model)
+        resolved = resolve_device(device)
+        config, tokenizer = load_config(path), load_tokenizer(path)
+        return cls(path, config, tokenizer, resolved, dtype, engine, attention, tokens_per_bucket)
+
+    def prepare(self, questions: Sequence[Question]) -> Workload:
+        """Encodes the questions and makes the plan. Loads no weights.
+
+        Raises:
+            UserError: a question cannot be encoded for this model.
+        """
+        encoded = encode(questions, self.tokenizer, max_input_length(self.config, self.tokenizer))
+        check_vocabulary(self.name, self.tokenizer, self.config, int(encoded.sequences.token_ids.max()))
+        plan = None
+        if self.engine != "reference":
+            plan = make_plan(encoded.sequences, self._geometry(encoded.sequences))
+        return Workload(encoded.sequences, plan, encoded.truncated_questions)
+
+    def score(
+        self, questions: Sequence[Question], *, clock: Clock | None = None, progress: Progress = lambda *_: None
+    ) -> Scores:
+        """Loglikelihoods of every choice of every question.
+
+        Args:
+            questions: at least one.
+            clock: books the phases `preprocess`, `load_model`, `warmup` and `inference`, and is left in the last.
+            progress: called as (phase, done, total) while warming up and inferring.
+
+        Raises:
+            UserError: the questions or the checkpoint cannot be used.
+            CheckError: the model gives a loglikelihood that is not a number.
+        """
+        clock = clock or Clock()
+        clock.enter("preprocess")
+        workload = self.prepare(questions)
+        clock.enter("load_model")
+        model = self._load()
+        if self.engine == "reference":
+            return self._score_reference(model, questions, workload, clock, progress)
+        clock.enter("warmup")
+        planned = self.attention
+        self._probe(model)
+        clock.enter("preprocess")
+        if self.attention != planned:
+            workload = self.prepare(questions)
+        assert workload.plan is not None
+        staged = list(stage_all(workload.sequences, workload.plan))
+        clock.enter("warmup")
+        engine = self._warm_engine(model, workload.plan, progress)
+        clock.enter("inference")
+        counter = _Counter("inference", len(staged), progress)
+        readouts = engine.run(staged, counter)
+        loglikelihood, greedy = _collect(len(workload.sequences), staged, readouts)
+        return _by_question(questions, workload, loglikelihood, greedy)
+
+    def _geometry(self, sequences: Sequences) -> Geometry:
+        return choose_geometry(
+            int(sequences.input_lengths.max()),
+            tokens_per_bucket=self._tokens_per_bucket,
+            dense_row=self._tuning.dense_row,
+            blocks=self.attention == "flex",
+            readout_chunk=self._tuning.readout_chunk,
+        )
+
+    def _load(self) -> PreTrainedModel:
+        if self.model is None:
+            self.model = load_model(self.name, self.config, self._dtype, self.device)
+            self.fingerprint = fingerprint(self.name)
+        return self.model
+
+    def _probe(self, model: PreTrainedModel) -> None:
+        if not self._probed:
+            self.attention = choose_attention(model, self._wanted_attention)
+            self._probed = True
+
+    def _warm_engine(self, model: PreTrainedModel, plan: Plan, progress: Progress) -> Engine:
+        engine = Engine(
+            model,
+            plan.buckets,
+            attention=self.attention,
+            compiled=self.engine == "compiled",
+            readout_chunk=self._tuning.readout_chunk,
+        )
+        engine.warm_up(_Counter("warmup", len(plan.buckets), progress))
+        return engine
+
+    def _score_reference(
+        self, model: PreTrainedModel, questions: Sequence[Question], workload: Workload, clock: Clock,
+        progress: Progress,
+    ) -> Scores:  # fmt: skip
+        clock.enter("inference")
+        counter = _Counter("inference", len(workload.sequences), progress)
+        loglikelihood, greedy = score_one_by_one(model, workload.sequences, counter)
+        return _by_question(questions, workload, loglikelihood, greedy)
+
+
+class _Counter:
+    """Turns "one more is done" into progress."""
+
+    def __init__(self, phase: str, total: int, progress: Progress) -> None:
+        self._phase, self._total, self._progress = phase, total, progress
+        self._done = 0
+        progress(phase, 0, total)
+
+    def __call__(self, _: Any) -> None:
+        self._done += 1
+        self._progress(self._phase, self._done, self._total)
+
+
+def _collect(
+    count: int, staged: Sequence[StagedPass], readouts: Sequence[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Sums readouts by sequence, in float64: (count,) loglikelihoods and whether every argmax was the target."""
+    loglikelihood = np.zeros(count)
+    misses = np.zeros(count, dtype=np.int64)
+    for one, out in zip(staged, readouts, strict=True):
+        np.add.at(loglikelihood, one.choice, out.logprob)
+        np.add.at(misses, one.choice, out.argmax != one.target)
+    return loglikelihood, misses == 0
+
+
+def _by_question(
+    questions: Sequence[Question],
+    workload: Workload,
+    loglikelihood: NDArray[np.float64],
+    greedy: NDArray[np.bool_],
+) -> Scores:
+    bad = np.flatnonzero(~np.isfinite(loglikelihood))
+    if len(bad):
+        question = questions[int(workload.sequences.questions[bad[0]])]
+        raise CheckError(
+            f"question '{question.id}': the model's loglikelihood is {loglikelihood[bad[0]]}; nothing was written"
+        )
+    bounds = np.searchsorted(workload.sequences.questions, np.arange(1, len(questions)))
+    return Scores(
+        [tuple(part.tolist()) for part in np.split(loglikelihood, bounds)],
+        [tuple(part.tolist()) for part in np.split(greedy, bounds)],
+        workload,
+    )
