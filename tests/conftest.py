@@ -1,0 +1,89 @@
+"""Tiny models with random weights, tokenizers trained on the spot, and the real inputs where they are at hand."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+
+from cecompile import demo
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def shared_file(name: str) -> Path:
+    """A real input beside the project; skips the test where it is absent."""
+    path = SHARED_DATA / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not beside this checkout")
+    return path
+
+
+def save_tiny_llama(directory: Path, vocabulary: int, **changes) -> Path:
+    """Writes a random two-layer Llama; its logits have natural variance so that errors show."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 96,
+        "vocab_size": vocabulary,
+        "initializer_range": 0.3,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(sizes | changes)))
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """A random Llama of 96 positions with the demo's tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny_llama")
+    vocabulary = json.loads((demo.MODEL / "config.json").read_text())["vocab_size"]
+    save_tiny_llama(directory, vocabulary)
+    for file in demo.MODEL.glob("token*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer_dir(tmp_path_factory) -> Path:
+    """A small random Llama with the Llama-2 tokenizer."""
+    directory = tmp_path_factory.mktemp("llama_tokenizer")
+    (directory / "tokenizer.model").write_bytes(shared_file("llama_tokenizer.model").read_bytes())
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"} | marks))
+    return save_tiny_llama(directory, 32_000, max_position_embeddings=2048)
+
+
+@pytest.fixture(scope="session")
+def rows_with_everything() -> list[dict]:
+    """`query/choices/gold` rows with every quirk that tokenisation and truncation have to get right."""
+    words = "the baker of the small town puts the warm bread on the long wooden table before the bell".split()
+    long = " ".join(words * 14)  # longer than the tiny model's positions
+    return [
+        {"query": "A plain question about bread", "choices": ["is good", "is bad", "is here", "is not"], "gold": 2},
+        {"query": "", "choices": ["an empty context", "is nothing", "at all"], "gold": 0},
+        {"query": "   ", "choices": ["only spaces before", "me and you"], "gold": 1},
+        {"query": "Trailing spaces move  ", "choices": ["to the right", "to the left"], "gold": 0},
+        {"query": "A line ends here\n", "choices": ["and goes on", "and stops", "and"], "gold": 2},
+        {"query": "Two  spaces  inside", "choices": ["one  two", "one two", "one"], "gold": 0},
+        {"query": "Choices that begin alike:", "choices": ["red", "red bread", "red bread table", "re"], "gold": 1},
+        {"query": "One token each:", "choices": ["a", "b", "c", "d", "e"], "gold": 4},
+        {"query": "The same twice:", "choices": ["again", "again"], "gold": 1},
+        {"query": long, "choices": ["is too long", "is cut on the left side of the text", "no"], "gold": 1},
+        {"query": long + " and", "choices": ["more", " ".join(words * 2)], "gold": 0},
+        {"query": "Ünïcödé — 漢字 🙂", "choices": ["ist schön", "は良い", "🙂🙂"], "gold": 2},
+        {"query": "<s> written out", "choices": ["keeps one", "not two"], "gold": 0},
+        {"query": "Questions that share a start: first", "choices": ["yes", "no"], "gold": 0},
+        {"query": "Questions that share a start: second", "choices": ["yes", "no", "maybe so"], "gold": 1},
+        {"query": "Questions that share a start", "choices": [": first yes", "of none"], "gold": 1},
+    ]

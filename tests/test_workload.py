@@ -1,0 +1,181 @@
+"""Token trees and packing: nothing lost, nothing doubled, masks equal to ancestry, rows within their size."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cecompile.workload.order import sort_sequences
+from cecompile.workload.plan import BLOCK, MAX_BUCKETS, Geometry, choose_geometry, make_plan
+from cecompile.workload.sequences import Sequences
+from cecompile.workload.stage import stage_all, views
+
+token = st.integers(0, 3)  # few token kinds, so that prefixes collide
+
+
+@st.composite
+def datasets(draw) -> Sequences:
+    """Questions of 1 to 5 choices over a tiny alphabet, some with long shared contexts."""
+    shared = draw(st.lists(token, max_size=20))
+    parts, readouts, owners = [], [], []
+    for q in range(draw(st.integers(1, 12))):
+        context = draw(st.sampled_from([[], shared])) + draw(st.lists(token, min_size=1, max_size=30))
+        for _ in range(draw(st.integers(1, 5))):
+            choice = draw(st.lists(token, min_size=1, max_size=12))
+            parts.append(context + choice)
+            readouts.append(len(choice))
+            owners.append(q)
+    return Sequences(
+        np.concatenate([np.array(p, dtype=np.int32) for p in parts]),
+        np.cumsum([0] + [len(p) for p in parts]).astype(np.int64),
+        np.array(readouts, dtype=np.int32),
+        np.array(owners, dtype=np.int32),
+    )
+
+
+def geometries(sequences: Sequences):
+    longest = int(sequences.input_lengths.max())
+    for blocks, tokens in ((True, 256), (True, 1024), (False, 128), (False, 512)):
+        yield choose_geometry(longest, tokens_per_bucket=tokens, dense_row=128, blocks=blocks, readout_chunk=4)
+
+
+def staged_with_views(sequences, plan):
+    for one in stage_all(sequences, plan):
+        bucket = plan.buckets[one.bucket]
+        yield one, bucket, views(one.data, bucket, plan.geometry.blocks)
+
+
+@settings(max_examples=150, deadline=None)
+@given(datasets())
+def test_every_token_of_every_choice_is_once_on_its_path(sequences):
+    for geometry in geometries(sequences):
+        seen = np.zeros(len(sequences), dtype=int)
+        for one, bucket, part in staged_with_views(sequences, make_plan(sequences, geometry)):
+            token_ids, depth, end = (part[n].reshape(-1) for n in ("token_ids", "depth", "end"))
+            used = len(one.choice)
+            for choice in np.unique(one.choice):
+                of_choice = np.flatnonzero(one.choice == choice)
+                assert len(of_choice) == sequences.readouts[choice]
+                assert part["target"][:used][of_choice].tolist() == sequences.targets(choice).tolist()
+                leaf = part["position"][of_choice[-1]]
+                row_start = leaf // bucket.length * bucket.length
+                within = np.arange(row_start, leaf + 1)
+                path = within[end[within] > leaf - row_start]  # the keys visible to the leaf
+                assert token_ids[path].tolist() == sequences.inputs(choice).tolist()
+                assert depth[path].tolist() == list(range(len(path)))
+                assert part["position"][of_choice].tolist() == path[-len(of_choice) :].tolist()
+                seen[choice] += 1
+        assert seen.tolist() == [1] * len(sequences)
+
+
+@settings(max_examples=60, deadline=None)
+@given(datasets())
+def test_mask_is_the_ancestor_relation(sequences):
+    geometry = choose_geometry(
+        int(sequences.input_lengths.max()), tokens_per_bucket=256, dense_row=128, blocks=False, readout_chunk=4
+    )
+    for _, bucket, part in staged_with_views(sequences, make_plan(sequences, geometry)):
+        for depth, end in zip(part["depth"], part["end"], strict=True):
+            ancestors: list[set[int]] = []  # from the depths alone: the parent is the last node one level up
+            last_at_depth: dict[int, int] = {}
+            for slot, d in enumerate(depth.tolist()):
+                parent = last_at_depth.get(d - 1)
+                ancestors.append({slot} | (ancestors[parent] if d > 0 else set()))
+                last_at_depth[d] = slot
+            slot = np.arange(bucket.length)
+            visible = (slot[None, :] <= slot[:, None]) & (slot[:, None] < end[None, :])
+            assert [set(np.flatnonzero(row).tolist()) for row in visible] == ancestors
+
+
+@settings(max_examples=60, deadline=None)
+@given(datasets())
+def test_tile_index_covers_what_is_visible_and_full_tiles_hide_nothing(sequences):
+    geometry = choose_geometry(
+        int(sequences.input_lengths.max()), tokens_per_bucket=640, dense_row=128, blocks=True, readout_chunk=4
+    )
+    for _, bucket, part in staged_with_views(sequences, make_plan(sequences, geometry)):
+        slot, tiles = np.arange(bucket.length), bucket.length // BLOCK
+        visible = (slot[None, :] <= slot[:, None]) & (slot[:, None] < part["end"][0][None, :])
+        tile = visible.reshape(tiles, BLOCK, tiles, BLOCK).transpose(0, 2, 1, 3).reshape(tiles, tiles, -1)
+        for q in range(tiles):
+            partial, full = (
+                set(part[f"{n}_index"][0, q, : part[f"{n}_count"][0, q]].tolist()) for n in ("partial", "full")
+            )
+            assert not partial & full
+            assert partial | full == set(np.flatnonzero(tile[q].any(-1)).tolist())
+            assert full == set(np.flatnonzero(tile[q].all(-1)).tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(datasets())
+def test_counts_are_what_a_set_of_prefixes_says(sequences):
+    prefixes = {tuple(sequences.inputs(i)[:n]) for i in range(len(sequences)) for n in range(1, len(sequences.inputs(i)) + 1)}
+    for geometry in geometries(sequences):
+        plan = make_plan(sequences, geometry)
+        assert plan.prefix_tree_tokens == len(prefixes)
+        assert plan.unshared_tokens == sequences.input_lengths.sum()
+        assert len(prefixes) <= plan.useful_tokens <= plan.unshared_tokens
+        assert plan.question_tree_tokens <= plan.unshared_tokens
+        assert plan.useful_tokens == sum(one.tokens for one in stage_all(sequences, plan))
+        assert plan.slots >= plan.useful_tokens
+        assert len(plan.buckets) <= MAX_BUCKETS
+
+
+@settings(max_examples=40, deadline=None)
+@given(datasets())
+def test_plans_are_deterministic(sequences):
+    for geometry in geometries(sequences):
+        first, second = (list(stage_all(sequences, make_plan(sequences, geometry))) for _ in range(2))
+        assert all((a.data == b.data).all() and a.bucket == b.bucket for a, b in zip(first, second, strict=True))
+
+
+def random_questions(count: int, seed: int, context: tuple[int, int], prefix: int = 0) -> Sequences:
+    random = np.random.default_rng(seed)
+    common = random.integers(0, 1000, prefix)
+    parts, readouts = [], []
+    for _ in range(count):
+        trunk = np.concatenate([common, random.integers(0, 1000, random.integers(*context))])
+        for _ in range(4):
+            n = int(random.integers(5, 40))
+            parts.append(np.concatenate([trunk, random.integers(0, 1000, n)]))
+            readouts.append(n)
+    return Sequences(
+        np.concatenate(parts).astype(np.int32),
+        np.cumsum([0] + [len(p) for p in parts]).astype(np.int64),
+        np.array(readouts, dtype=np.int32),
+        np.repeat(np.arange(count), 4).astype(np.int32),
+    )
+
+
+@pytest.mark.parametrize("prefix", [0, 600])
+def test_rows_are_nearly_full(prefix):
+    sequences = random_questions(1500, 0, (10, 150), prefix)
+    plan = make_plan(sequences, Geometry(rows=1, length=8192, readout_chunk=256, blocks=True))
+    assert plan.slots <= 1.03 * plan.useful_tokens
+    assert plan.useful_tokens <= plan.prefix_tree_tokens + sum(len(p.rows) for p in plan.passes) * prefix + 1500 * 4
+
+
+def test_a_question_larger_than_a_row_is_split_by_branches():
+    sequences = random_questions(1, 1, (60, 61))
+    many = Sequences(
+        np.tile(sequences.token_ids, 50),
+        np.concatenate([[0], np.cumsum(np.tile(np.diff(sequences.starts), 50))]),
+        np.tile(sequences.readouts, 50),
+        np.zeros(200, dtype=np.int32),
+    )
+    many.token_ids[:] = np.random.default_rng(0).integers(0, 1000, len(many.token_ids))
+    plan = make_plan(many, Geometry(rows=4, length=128, readout_chunk=1, blocks=False))
+    assert all(row.tokens <= 128 for p in plan.passes for row in p.rows)
+    assert sorted(np.concatenate([r.members for p in plan.passes for r in p.rows]).tolist()) == list(range(200))
+
+
+def test_few_questions_use_a_small_bucket():
+    sequences = random_questions(1, 0, (10, 11))
+    plan = make_plan(sequences, Geometry(rows=8, length=1024, readout_chunk=64, blocks=False))
+    assert [(b.rows, b.length) for b in plan.buckets] == [(1, 1024)]
+
+
+def test_sorting_puts_each_questions_sequences_side_by_side():
+    sequences = random_questions(50, 3, (1, 4))
+    owner = sequences.questions[sort_sequences(sequences).sequence]
+    assert (np.diff(owner) != 0).sum() == 49
