@@ -1,0 +1,110 @@
+"""Our scores against lm-evaluation-harness itself, and against the reference engine."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import shared_file
+
+import cecompile
+from cecompile import demo
+
+TOLERANCE = 1e-3  # natural logarithm, float32
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory, rows_with_everything):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_with_everything))
+    return path
+
+
+@pytest.fixture(scope="session")
+def wikihow_file(tmp_path_factory):
+    """HellaSwag rows with the marks that its WikiHow half carries."""
+    contexts = [
+        ("Health", "[header] How to rest [title] Sit  down. [step] Take a chair", "and"),
+        ("Finance", "[header] How to save. [substeps] Put a coin", "in the jar, then"),
+        ("Baking bread", "A man stands in a kitchen. He  kneads the dough.", "the man"),
+        ("Sailing", "A boat is on the lake.", ""),
+    ]
+    endings = ["[title] Wait for it.", "  walks away  from it.", "eats [substeps] the bread.", "is gone [step]."]
+    path = tmp_path_factory.mktemp("wikihow") / "rows.jsonl"
+    with path.open("w") as file:
+        for i, (activity, ctx_a, ctx_b) in enumerate(contexts * 3):
+            order = endings[i % 4 :] + endings[: i % 4]
+            row = {"ind": i, "activity_label": activity, "ctx_a": ctx_a, "ctx_b": ctx_b, "endings": order, "label": i % 4}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def harness(model_dir, data, hellaswag: bool):
+    """lm_eval's own samples: per question (loglikelihoods, greedy flags, acc, acc_norm), and its results."""
+    import lm_eval
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
+    config = {
+        "task": "ours",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(data)}},
+        "validation_split": "validation",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "{{label}}" if hellaswag else "{{gold}}",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    if hellaswag:
+        config["process_docs"] = process_docs
+    model = HFLM(pretrained=str(model_dir), dtype="float32", device="cpu", batch_size=4)
+    out = lm_eval.simple_evaluate(model=model, tasks=[ConfigurableTask(config=config)], log_samples=True, bootstrap_iters=0)
+    samples = sorted(out["samples"]["ours"], key=lambda s: s["doc_id"])
+    per_question = [([r[0][0] for r in s["resps"]], [r[0][1] for r in s["resps"]], s["acc"], s["acc_norm"]) for s in samples]
+    return per_question, out["results"]["ours"]
+
+
+@pytest.mark.parametrize("which", ["tiny", "demo"])
+@pytest.mark.parametrize("kind", ["rows", "wikihow"])
+def test_equals_lm_eval(which, kind, tiny_llama, rows_file, wikihow_file):
+    model = tiny_llama if which == "tiny" else demo.MODEL
+    data = rows_file if kind == "rows" else wikihow_file
+    expected, results = harness(model, data, hellaswag=kind == "wikihow")
+
+    questions = cecompile.read_questions(data)
+    scorer = cecompile.Scorer.from_pretrained(model, device="cpu", dtype="float32", engine="eager", tokens_per_bucket=512)
+    got = cecompile.evaluate(scorer, questions)
+
+    assert len(got.samples) == len(expected)
+    for sample, (loglikelihoods, greedy, acc, acc_norm) in zip(got.samples, expected, strict=True):
+        np.testing.assert_allclose(sample.loglikelihoods, loglikelihoods, rtol=0, atol=TOLERANCE)
+        assert list(sample.greedy) == greedy
+        assert (sample.prediction == sample.label) == (acc == 1.0)
+        assert (sample.prediction_norm == sample.label) == (acc_norm == 1.0)
+    for name in ("acc", "acc_norm"):
+        assert got.results["metrics"][name] == pytest.approx(results[f"{name},none"])
+    if which == "tiny" and kind == "rows":
+        assert got.results["truncated_questions"] == 2
+
+
+@pytest.fixture(scope="session")
+def reference(llama_tokenizer_dir):
+    questions = cecompile.read_questions(shared_file("hellaswag_val.jsonl"), limit=300)
+    scorer = cecompile.Scorer.from_pretrained(llama_tokenizer_dir, device="cpu", engine="reference")
+    return questions, scorer.score(questions)
+
+
+@pytest.mark.parametrize("engine", ["compiled", "eager"])
+@pytest.mark.parametrize("attention", ["flex", "sdpa"])
+def test_equals_reference_on_hellaswag(engine, attention, llama_tokenizer_dir, reference):
+    questions, expected = reference
+    scorer = cecompile.Scorer.from_pretrained(llama_tokenizer_dir, device="cpu", engine=engine, attention=attention)
+    got = scorer.score(questions)
+    assert scorer.attention == attention
+    assert got.greedy == expected.greedy
+    for q, a, b in zip(questions, got.loglikelihoods, expected.loglikelihoods, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+        lengths = [len(c) for c in q.choices]
+        assert np.argmax(a) == np.argmax(b)
+        assert np.argmax(np.divide(a, lengths)) == np.argmax(np.divide(b, lengths))
