@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -51,7 +52,7 @@ def environment(device_name: str) -> dict[str, Any]:
 
 
 def prepare_output(directory: Path, overwrite: bool) -> None:
-    """Checks that results can be written to `directory`, before any work is done. Creates nothing.
+    """Checks that results can be written to `directory`, before any work is done. Leaves nothing behind.
 
     Raises:
         UserError: it is a file, holds something else, holds results and `overwrite` is not set, or is not writable.
@@ -67,8 +68,11 @@ def prepare_output(directory: Path, overwrite: bool) -> None:
     parent = directory
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{directory}: cannot be written, {parent} is not a writable directory")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".cecompile-", dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written: {parent}: {error.strerror}") from None
 
 
 def write_samples(directory: Path, samples: Sequence[Sample]) -> None:

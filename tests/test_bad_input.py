@@ -1,0 +1,223 @@
+"""What a user can get wrong: exit status 2, one line that names file, line and field, nothing written."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from cecompile.cli import cli
+
+GOOD = {"query": "q", "choices": ["a", "b"], "gold": 0}
+HELLASWAG = {"activity_label": "l", "ctx_a": "a", "ctx_b": "b", "endings": ["x", "y"], "label": 1}
+ARC = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+PIQA = {"goal": "g", "sol1": "a", "sol2": "b", "label": 0}
+
+
+def line(row, **changes) -> bytes:
+    row = {k: v for k, v in (row | changes).items() if v is not ...}
+    return json.dumps(row).encode() + b"\n"
+
+
+good = line(GOOD)
+
+# name: (content of bad.jsonl, words the message must have)
+CONTENTS = {
+    "empty file": (b"", ["bad.jsonl", "no rows"]),
+    "blank lines only": (b"\n  \n\n", ["bad.jsonl", "no rows"]),
+    "not JSON": (good + b"{query: 1}\n", ["bad.jsonl: line 2", "not valid JSON"]),
+    "cut off": (good + good + good[:20], ["bad.jsonl: line 3", "not valid JSON"]),
+    "two objects on a line": (good.strip() + good, ["bad.jsonl: line 1", "not valid JSON"]),
+    "invalid UTF-8": (good + b'{"query": "\xff"}\n', ["bad.jsonl: line 2", "UTF-8"]),
+    "UTF-16": (b"\xff\xfe{\x00}\x00\n", ["line 1", "UTF-8"]),
+    "a list for a row": (good + b"[1, 2]\n", ["bad.jsonl: line 2", "expected an object"]),
+    "a number for a row": (b"3\n", ["bad.jsonl: line 1", "expected an object"]),
+    "null for a row": (good + b"null\n", ["bad.jsonl: line 2", "expected an object"]),
+    "nested too deeply": (b'{"query":' + b"[" * 200_000 + b"\n", ["bad.jsonl: line 1", "not valid JSON"]),
+    "a number of many digits": (b'{"query": ' + b"9" * 10_000 + b"}\n", ["bad.jsonl: line 1", "not valid JSON"]),
+    "unknown fields": (b'{"text": "hello"}\n', ["bad.jsonl: line 1", "text", "no known format"]),
+    "no fields": (b"{}\n", ["bad.jsonl: line 1", "no known format"]),
+    "two formats at once": (line(GOOD | PIQA), ["bad.jsonl: line 1", "query/choices/gold and piqa"]),
+    "a format that changes": (good + line(PIQA), ["bad.jsonl: line 2", "'choices'", "missing"]),
+    "shared suffix, not context": (
+        b'{"context_options": ["a", "b"], "continuation": "c", "gold": 0}\n',
+        ["bad.jsonl: line 1", "context_options", "no known format"],
+    ),
+    "chat rows": (b'{"message": [{"role": "user", "content": "x"}], "answer": "a"}\n', ["line 1", "'message'", "chat"]),
+    "no choices": (good + line(GOOD, choices=[]), ["bad.jsonl: line 2", "'choices'", "0 choices"]),
+    "one choice": (good + line(GOOD, choices=["a"]), ["bad.jsonl: line 2", "'choices'", "1 choices"]),
+    "an empty choice": (good + line(GOOD, choices=["a", ""]), ["bad.jsonl: line 2", "'choices[1]'", "empty"]),
+    "a blank choice": (good + line(GOOD, choices=["  ", "b"]), ["bad.jsonl: line 2", "'choices[0]'", "empty"]),
+    "choices of numbers": (line(GOOD, choices=["a", 2]), ["bad.jsonl: line 1", "'choices[1]'", "number"]),
+    "choices as a text": (line(GOOD, choices="a, b"), ["bad.jsonl: line 1", "'choices'", "list"]),
+    "choices null": (line(GOOD, choices=None), ["bad.jsonl: line 1", "'choices'", "null"]),
+    "query a number": (line(GOOD, query=5), ["bad.jsonl: line 1", "'query'", "number"]),
+    "query null": (line(GOOD, query=None), ["bad.jsonl: line 1", "'query'", "null"]),
+    "a lone surrogate": (b'{"query": "\\ud800", "choices": ["a", "b"]}\n', ["line 1", "'query'", "Unicode"]),
+    "gold out of range": (good + line(GOOD, gold=2), ["bad.jsonl: line 2", "'gold'", "out of range"]),
+    "gold negative": (line(GOOD, gold=-1), ["bad.jsonl: line 1", "'gold'", "out of range"]),
+    "gold a fraction": (line(GOOD, gold=0.5), ["bad.jsonl: line 1", "'gold'", "number (0.5)"]),
+    "gold a truth value": (line(GOOD, gold=True), ["bad.jsonl: line 1", "'gold'", "truth value"]),
+    "gold a letter": (line(GOOD, gold="A"), ["bad.jsonl: line 1", "'gold'", "'A'"]),
+    "gold missing in one row": (good + line(GOOD, gold=...), ["bad.jsonl: line 2", "'gold'", "missing"]),
+    "gold in one row only": (line(GOOD, gold=...) + good, ["bad.jsonl: line 2", "'gold'", "unlike"]),
+    "id a list": (line(GOOD, id=[1]), ["bad.jsonl: line 1", "'id'", "list"]),
+    "HellaSwag without endings": (line(HELLASWAG) + line(HELLASWAG, endings=...), ["line 2", "'endings'", "missing"]),
+    "HellaSwag ending of marks alone": (
+        line(HELLASWAG, endings=["[step]", "y"]),
+        ["bad.jsonl: line 1", "'endings[0]'", "empty"],
+    ),
+    "HellaSwag label out of range": (line(HELLASWAG, label="4"), ["bad.jsonl: line 1", "'label'", "out of range"]),
+    "HellaSwag ctx_b null": (line(HELLASWAG, ctx_b=None), ["bad.jsonl: line 1", "'ctx_b'", "null"]),
+    "ARC choices a list": (line(ARC, choices=["a", "b"]), ["line 1", "'choices'", "object"]),
+    "ARC labels too few": (line(ARC, choices={"text": ["a", "b"], "label": ["A"]}), ["line 1", "'choices.label'"]),
+    "ARC key not a label": (line(ARC, answerKey="E"), ["bad.jsonl: line 1", "'answerKey'", "'E'"]),
+    "ARC text missing": (line(ARC, choices={"label": ["A", "B"]}), ["bad.jsonl: line 1", "'choices.text'"]),
+    "PIQA solution empty": (line(PIQA, sol2=""), ["bad.jsonl: line 1", "sol2", "empty"]),
+    "PIQA label out of range": (line(PIQA, label=2), ["bad.jsonl: line 1", "'label'", "out of range"]),
+    "terminal escapes": (b'{"\\u001b[31mred": 1}\n', ["bad.jsonl: line 1", "\\x1b[31mred"]),
+}
+
+
+def refuse(tmp_path, *arguments) -> str:
+    """Runs eval; checks status 2, one line, no traceback, no output directory; returns the line."""
+    output = tmp_path / "out"
+    result = CliRunner().invoke(cli, ["eval", "--device", "cpu", "--output", str(output), *map(str, arguments)])
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    lines = result.output.strip().splitlines()
+    assert len(lines) == 1, result.output
+    assert lines[0].isprintable()
+    assert not output.exists()
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_bad_rows(name, tmp_path):
+    content, words = CONTENTS[name]
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    message = refuse(tmp_path, "--data", path)
+    for word in words:
+        assert word in message
+
+
+def test_json_array_names_the_item(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps([GOOD, GOOD | {"gold": 9}]))
+    assert "bad.json: item 2: field 'gold': 9 is out of range" in refuse(tmp_path, "--data", path)
+
+
+def test_csv_names_the_row(tmp_path):
+    path = tmp_path / "bad.csv"
+    path.write_text('query,choices,gold\nq,"[""a"", ""b""]",0\nq,"[""a""]",0\n')
+    assert "bad.csv: row 2: field 'choices': 1 choices" in refuse(tmp_path, "--data", path)
+
+
+def test_parquet_that_is_not(tmp_path):
+    path = tmp_path / "bad.parquet"
+    path.write_bytes(b"not parquet")
+    assert "bad.parquet: not readable as parquet" in refuse(tmp_path, "--data", path)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("missing.jsonl", "missing.jsonl: no such file"),
+        ("no/such/dir/file.csv", "no/such/dir/file.csv: no such file"),
+        ("x" * 5000, "cannot be read"),
+        ("nobody/nothing-of-the-kind", "neither a file nor a dataset that loads"),
+        ("not a hub id", "no such file"),
+    ],
+)
+def test_data_that_is_not_there(data, words, tmp_path):
+    assert words in refuse(tmp_path, "--data", data)
+
+
+def test_unknown_file_type_and_directory(tmp_path):
+    (tmp_path / "rows.txt").write_text("{}")
+    assert "rows.txt: unknown file type" in refuse(tmp_path, "--data", tmp_path / "rows.txt")
+    assert "is a directory" in refuse(tmp_path, "--data", tmp_path)
+
+
+def test_task_that_does_not_fit(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(good)
+    message = refuse(tmp_path, "--data", path, "--task", "hellaswag")
+    assert "rows.jsonl: line 1" in message
+    assert "no known format" in message
+
+
+def test_models_that_are_not(tmp_path, tiny_llama):
+    assert "no such directory" in refuse(tmp_path, "--model", "./nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in refuse(tmp_path, "--model", tmp_path / "empty")
+    assert "config.json" in refuse(tmp_path, "--model", "nobody/nothing-of-the-kind")
+
+    config_only = tmp_path / "config_only"
+    config_only.mkdir()
+    (config_only / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    assert "tokenizer" in refuse(tmp_path, "--model", config_only)
+
+    for file in tiny_llama.glob("token*"):
+        (config_only / file.name).write_bytes(file.read_bytes())
+    assert "weights" in refuse(tmp_path, "--model", config_only)
+    weights = (tiny_llama / "model.safetensors").read_bytes()
+    (config_only / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "weights" in refuse(tmp_path, "--model", config_only)
+    (config_only / "model.safetensors").unlink()
+    (config_only / "pytorch_model.bin").write_bytes(b"a pickle would be")
+    assert "safetensors" in refuse(tmp_path, "--model", config_only)
+
+
+def test_encoder_decoder_models(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    assert "encoder-decoder" in refuse(tmp_path, "--model", tmp_path)
+
+
+def test_tokenizer_of_another_model(tmp_path, tiny_llama):
+    from conftest import save_tiny_llama
+
+    wrong = tmp_path / "wrong"
+    save_tiny_llama(wrong, 100)
+    for file in tiny_llama.glob("token*"):
+        (wrong / file.name).write_bytes(file.read_bytes())
+    assert "not this model's tokenizer" in refuse(tmp_path, "--model", wrong)
+
+
+def test_choice_longer_than_the_model(tmp_path, tiny_llama):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(good + line(GOOD, choices=["a", "word " * 300]))
+    message = refuse(tmp_path, "--model", tiny_llama, "--data", path)
+    assert "question '1': choice 1" in message
+    assert "the model reads 96" in message
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "mps"])
+def test_devices_that_are_not(device, tmp_path):
+    output = tmp_path / "out"
+    result = CliRunner().invoke(cli, ["eval", "--device", device, "--output", str(output)])
+    assert result.exit_code == 2
+    assert f"--device {device}" in result.output
+    assert not output.exists()
+
+
+def test_output_directories(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "thesis.tex").write_text("x")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "results.json").write_text("{}")
+    for name, words in (("file", "is a file"), ("else", "not a result directory"), ("done", "--overwrite")):
+        result = CliRunner().invoke(cli, ["eval", "--output", str(tmp_path / name)])
+        assert result.exit_code == 2
+        assert words in result.output
+    result = CliRunner().invoke(cli, ["eval", "--output", "/proc/nowhere/out"])
+    assert result.exit_code == 2
+    assert "cannot be written" in result.output
+
+
+@pytest.mark.parametrize("arguments", [["--limit", "0"], ["--limit", "1.5"], ["--tokens-per-bucket", "12"], ["--what"]])
+def test_usage(arguments):
+    result = CliRunner().invoke(cli, ["eval", *arguments])
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
