@@ -67,8 +67,8 @@ def llama_tokenizer_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def rows_with_everything() -> list[dict]:
     """`query/choices/gold` rows with every quirk that tokenisation and truncation have to get right."""
-    words = "the baker of the small town puts the warm bread on the long wooden table before the bell".split()
-    long = " ".join(words * 14)  # longer than the tiny model's positions
+    sentence = "the baker of the small town puts the warm bread on the long wooden table before the bell "
+    long = (sentence * 14).strip()  # longer than the tiny model's positions
     return [
         {"query": "A plain question about bread", "choices": ["is good", "is bad", "is here", "is not"], "gold": 2},
         {"query": "", "choices": ["an empty context", "is nothing", "at all"], "gold": 0},
@@ -80,7 +80,7 @@ def rows_with_everything() -> list[dict]:
         {"query": "One token each:", "choices": ["a", "b", "c", "d", "e"], "gold": 4},
         {"query": "The same twice:", "choices": ["again", "again"], "gold": 1},
         {"query": long, "choices": ["is too long", "is cut on the left side of the text", "no"], "gold": 1},
-        {"query": long + " and", "choices": ["more", " ".join(words * 2)], "gold": 0},
+        {"query": long + " and", "choices": ["more", (sentence * 2).strip()], "gold": 0},
         {"query": "Ünïcödé — 漢字 🙂", "choices": ["ist schön", "は良い", "🙂🙂"], "gold": 2},
         {"query": "<s> written out", "choices": ["keeps one", "not two"], "gold": 0},
         {"query": "Questions that share a start: first", "choices": ["yes", "no"], "gold": 0},

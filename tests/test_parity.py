@@ -33,7 +33,14 @@ def wikihow_file(tmp_path_factory):
     with path.open("w") as file:
         for i, (activity, ctx_a, ctx_b) in enumerate(contexts * 3):
             order = endings[i % 4 :] + endings[: i % 4]
-            row = {"ind": i, "activity_label": activity, "ctx_a": ctx_a, "ctx_b": ctx_b, "endings": order, "label": i % 4}
+            row = {
+                "ind": i,
+                "activity_label": activity,
+                "ctx_a": ctx_a,
+                "ctx_b": ctx_b,
+                "endings": order,
+                "label": i % 4,
+            }
             file.write(json.dumps(row) + "\n")
     return path
 
@@ -59,9 +66,13 @@ def harness(model_dir, data, hellaswag: bool):
     if hellaswag:
         config["process_docs"] = process_docs
     model = HFLM(pretrained=str(model_dir), dtype="float32", device="cpu", batch_size=4)
-    out = lm_eval.simple_evaluate(model=model, tasks=[ConfigurableTask(config=config)], log_samples=True, bootstrap_iters=0)
+    out = lm_eval.simple_evaluate(
+        model=model, tasks=[ConfigurableTask(config=config)], log_samples=True, bootstrap_iters=0
+    )
     samples = sorted(out["samples"]["ours"], key=lambda s: s["doc_id"])
-    per_question = [([r[0][0] for r in s["resps"]], [r[0][1] for r in s["resps"]], s["acc"], s["acc_norm"]) for s in samples]
+    per_question = [
+        ([r[0][0] for r in s["resps"]], [r[0][1] for r in s["resps"]], s["acc"], s["acc_norm"]) for s in samples
+    ]
     return per_question, out["results"]["ours"]
 
 
@@ -73,7 +84,9 @@ def test_equals_lm_eval(which, kind, tiny_llama, rows_file, wikihow_file):
     expected, results = harness(model, data, hellaswag=kind == "wikihow")
 
     questions = cecompile.read_questions(data)
-    scorer = cecompile.Scorer.from_pretrained(model, device="cpu", dtype="float32", engine="eager", tokens_per_bucket=512)
+    scorer = cecompile.Scorer.from_pretrained(
+        model, device="cpu", dtype="float32", engine="eager", tokens_per_bucket=512
+    )
     got = cecompile.evaluate(scorer, questions)
 
     assert len(got.samples) == len(expected)

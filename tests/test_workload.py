@@ -109,7 +109,9 @@ def test_tile_index_covers_what_is_visible_and_full_tiles_hide_nothing(sequences
 @settings(max_examples=60, deadline=None)
 @given(datasets())
 def test_counts_are_what_a_set_of_prefixes_says(sequences):
-    prefixes = {tuple(sequences.inputs(i)[:n]) for i in range(len(sequences)) for n in range(1, len(sequences.inputs(i)) + 1)}
+    prefixes = {
+        tuple(sequences.inputs(i)[:n]) for i in range(len(sequences)) for n in range(1, len(sequences.inputs(i)) + 1)
+    }
     for geometry in geometries(sequences):
         plan = make_plan(sequences, geometry)
         assert plan.prefix_tree_tokens == len(prefixes)

@@ -1,5 +1,6 @@
 """Reading datasets: local JSONL, JSON, Parquet and CSV files, and hub ids."""
 
+import itertools
 import json
 import math
 import re
@@ -45,9 +46,8 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
     """
     questions: list[Question] = []
     fmt = None
-    for position, (where, row) in enumerate(_rows(data)):
-        if limit is not None and limit >= 1 and position >= limit:
-            break
+    last = int(limit) if limit is not None and limit >= 1 else None
+    for position, (where, row) in enumerate(itertools.islice(_rows(data), last)):
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected an object, found a JSON {type(row).__name__}")
         fmt = fmt or detect(row, task, where)

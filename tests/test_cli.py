@@ -1,0 +1,194 @@
+"""The command line: what it writes, what it prints, how fast it answers."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cecompile import demo
+from cecompile.cli import cli
+from cecompile.report.clock import CLOCKS, PHASES, Clock, latencies, process_start
+
+ROWS = [{"query": f"Question {i} is", "choices": ["short", "rather longer", "x"], "gold": i % 3} for i in range(6)]
+
+
+def write_rows(path: Path, rows=ROWS) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def run(*arguments) -> str:
+    result = CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def results(directory: Path) -> dict:
+    return json.loads((directory / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_llama) -> tuple[Path, str]:
+    directory = tmp_path_factory.mktemp("finished")
+    data = write_rows(directory / "rows.jsonl")
+    out = run("eval", "--model", tiny_llama, "--data", data, "--device", "cpu", "--engine", "eager", "--clock",
+              "section3", "--output", directory / "out")  # fmt: skip
+    return directory / "out", out
+
+
+def test_result_file_has_what_the_schema_says(finished):
+    r = results(finished[0])
+    assert (r["schema"], r["task"], r["questions"], r["choices"]) == (1, "choices", 6, 18)
+    assert set(r["metrics"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+    assert set(r["latency_s"]) == set(CLOCKS)
+    assert set(r["phases_s"]) == set(PHASES)
+    assert r["headline"] == {"clock": "section3", "seconds": r["latency_s"]["section3"]}
+    assert {"useful_tokens", "slots", "unshared_tokens", "prefix_tree_tokens", "buckets"} <= set(r["plan"])
+    assert all(set(b) == {"rows", "length", "readouts", "runs"} for b in r["plan"]["buckets"])
+    assert r["model"]["architecture"] == "LlamaForCausalLM"
+    assert r["model"]["dtype"] == "float32"
+    assert len(r["model"]["fingerprint"]) == len(r["data"]["digest"]) == 64
+    assert r["memory"]["peak_bytes"] > 0
+    assert r["environment"]["versions"]["torch"]
+
+
+def test_samples_are_in_input_order(finished):
+    lines = [json.loads(line) for line in (finished[0] / "samples.jsonl").read_text().splitlines()]
+    assert [s["id"] for s in lines] == [str(i) for i in range(6)]
+    assert [s["label"] for s in lines] == [r["gold"] for r in ROWS]
+    for s in lines:
+        assert list(s) == ["id", "label", "prediction", "prediction_norm", "loglikelihoods", "greedy"]
+        assert s["prediction"] == s["loglikelihoods"].index(max(s["loglikelihoods"]))
+
+
+def test_table_shows_score_and_all_latencies(finished):
+    for word in ("acc", "acc_norm", "latency strict", "latency section3", "latency inference", "headline", *PHASES):
+        assert word in finished[1]
+
+
+def test_only_the_results_are_left(finished):
+    assert sorted(p.name for p in finished[0].iterdir()) == ["results.json", "samples.jsonl"]
+
+
+def test_overwrite(finished, tiny_llama, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", ROWS[:2])
+    arguments = ["eval", "--model", tiny_llama, "--data", data, "--device", "cpu", "--engine", "reference"]
+    run(*arguments, "--output", tmp_path / "out")
+    run(*arguments, "--output", tmp_path / "out", "--overwrite", "--limit", 1)
+    assert results(tmp_path / "out")["questions"] == 1
+    assert results(tmp_path / "out")["plan"] is None
+
+
+def test_unlabelled_data_gives_predictions_and_no_metrics(tiny_llama, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [{"query": "q", "choices": ["a", "b"]}] * 2)
+    out = run("eval", "--model", tiny_llama, "--data", data, "--device", "cpu", "--engine", "eager", "--output",
+              tmp_path / "out")  # fmt: skip
+    assert set(results(tmp_path / "out")["metrics"].values()) == {None}
+    assert "no labels" in out
+    assert json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[0])["label"] is None
+
+
+def test_same_model_same_fingerprint_other_weights_another(tiny_llama, tmp_path):
+    from conftest import save_tiny_llama
+
+    from cecompile.engine.model import fingerprint
+
+    config = json.loads((tiny_llama / "config.json").read_text())
+    again = save_tiny_llama(tmp_path / "again", config["vocab_size"])
+    other = save_tiny_llama(tmp_path / "other", config["vocab_size"], initializer_range=0.31)
+    assert fingerprint(str(again)) == fingerprint(str(tiny_llama)) != fingerprint(str(other))
+
+
+def test_sharded_checkpoints_have_the_same_fingerprint(tiny_llama, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from cecompile.engine.model import fingerprint
+
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert fingerprint(str(tmp_path)) == fingerprint(str(tiny_llama))
+
+
+def test_plan_loads_no_weights(tiny_llama, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl")
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in tiny_llama.iterdir():
+        if "safetensors" not in file.name:
+            (model / file.name).write_bytes(file.read_bytes())
+    plan = json.loads(run("plan", "--model", model, "--data", data, "--device", "cpu", "--json"))
+    assert plan["prefix_tree_tokens"] <= plan["useful_tokens"] <= plan["unshared_tokens"]
+    assert sum(b["rows"] * b["length"] * b["runs"] for b in plan["buckets"]) == plan["slots"]
+    assert "useful tokens" in run("plan", "--model", model, "--data", data, "--device", "cpu")
+
+
+def test_loglikelihoods_that_are_not_numbers_fail_the_run(tiny_llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in tiny_llama.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][:] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    data = write_rows(tmp_path / "rows.jsonl")
+    arguments = ["eval", "--model", str(model), "--data", str(data), "--device", "cpu", "--engine", "reference"]
+    result = CliRunner().invoke(cli, [*arguments, "--output", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "question '0'" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"], ["eval", "--engine", "what"], ["what"]])
+def test_help_and_usage_errors_answer_at_once(arguments):
+    best = min(_seconds([sys.executable, "-m", "cecompile", *arguments]) for _ in range(3))
+    assert best < 0.5
+
+
+def _seconds(command) -> float:
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert "Traceback" not in done.stderr
+    return time.perf_counter() - began
+
+
+def test_phases_sum_to_the_wall_time_of_the_process(tiny_llama, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl")
+    command = [sys.executable, "-m", "cecompile", "eval", "--model", str(tiny_llama), "--data", str(data)]
+    command += ["--device", "cpu", "--engine", "eager", "--output", str(tmp_path / "out")]
+    wall = _seconds(command)
+    total = sum(results(tmp_path / "out")["phases_s"].values())
+    assert total < wall
+    assert wall - total < 2.0  # printing, and ending the interpreter: after the last phase is written down
+
+
+def test_clock_books_every_moment_once():
+    clock = Clock()
+    began = time.perf_counter()
+    for phase in ("preprocess", "load_model", "preprocess", "inference"):
+        clock.enter(phase)
+        time.sleep(0.02)
+    phases = clock.phases()
+    assert sum(phases.values()) == pytest.approx(time.perf_counter() - began, abs=0.01)
+    assert phases["preprocess"] > 1.5 * phases["inference"] > 0
+    assert process_start() < began
+
+
+def test_latencies():
+    phases = {"load_model": 1, "preprocess": 2, "warmup": 4, "inference": 8, "score": 16}
+    assert latencies(phases) == {"strict": 29, "section3": 10, "inference": 8}
+
+
+def test_embedded_demo_scores_well(tmp_path):
+    run("eval", "--device", "cpu", "--engine", "eager", "--output", tmp_path / "out")
+    r = results(tmp_path / "out")
+    assert r["questions"] >= 200
+    assert r["metrics"]["acc"] >= 0.85
+    size = sum(f.stat().st_size for f in Path(demo.__file__).parent.rglob("*") if f.is_file())
+    assert size < 4 * 2**20

@@ -1,0 +1,137 @@
+"""Rows become the text that lm-evaluation-harness would make of them, and answers are judged as it would."""
+
+import csv
+import json
+import math
+
+import pytest
+
+from cecompile import read_questions
+from cecompile.tasks.judge import judge, metrics
+from cecompile.tasks.question import Question, digest
+from cecompile.tasks.read import read_dataset
+
+
+def read(tmp_path, *rows, name="rows.jsonl", **options):
+    path = tmp_path / name
+    path.write_text("\n".join(json.dumps(r) for r in rows), encoding="utf-8")
+    return read_questions(path, **options)
+
+
+def test_hellaswag_text(tmp_path):
+    row = {
+        "ind": 7,
+        "activity_label": " Health",
+        "ctx_a": "[header] How to rest [title] Sit  down.",
+        "ctx_b": "tHEN you",
+        "endings": [" [step] lie down. ", "stand  up [title] fast"],
+        "label": "1",
+    }
+    (question,) = read(tmp_path, row)
+    assert question == Question("7", "Health: How to rest. Sit down. Then you", (" lie down.", "stand up. fast"), 1)
+
+
+def test_the_same_text_as_lm_eval(tmp_path):
+    from lm_eval.tasks.hellaswag.utils import preprocess
+
+    texts = ["  a [title] b  ", "[header] x  y   z", "no marks", "[a [nested] b] c", "a [title][step] b", "["]
+    for text in texts:
+        row = {"activity_label": text, "ctx_a": text, "ctx_b": text, "endings": [text + "e", "x"], "label": 0}
+        (question,) = read(tmp_path, row)
+        assert question.context == preprocess(text + ": " + text + " " + text.capitalize())
+        assert question.choices[0] == preprocess(text + "e")
+
+
+def test_arc_openbookqa_and_piqa_text(tmp_path):
+    choices = {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}
+    (arc,) = read(tmp_path, {"id": "Mercury_1", "question": "Why?", "choices": choices, "answerKey": "2"})
+    assert arc == Question("Mercury_1", "Question: Why?\nAnswer:", ("a", "b", "c"), 1)
+    (obqa,) = read(tmp_path, {"question_stem": "The sun is", "choices": choices, "answerKey": " 3"})
+    assert obqa == Question("0", "The sun is", ("a", "b", "c"), 2)
+    (piqa,) = read(tmp_path, {"goal": "Open it", "sol1": "x", "sol2": "y", "label": 1})
+    assert piqa == Question("0", "Question: Open it\nAnswer:", ("x", "y"), 1)
+    (unlabelled,) = read(tmp_path, {"goal": "Open it", "sol1": "x", "sol2": "y", "label": -1})
+    assert unlabelled.label is None
+
+
+def test_labels_may_be_missing(tmp_path):
+    row = {"query": "q", "choices": ["a", "b"]}
+    assert [q.label for q in read(tmp_path, row, row | {"gold": None}, row | {"gold": ""})] == [None] * 3
+
+
+def test_limit_is_a_count_or_a_fraction(tmp_path):
+    rows = [{"query": str(i), "choices": ["a", "b"], "gold": 0} for i in range(10)]
+    assert [q.id for q in read(tmp_path, *rows, limit=3)] == ["0", "1", "2"]
+    assert len(read(tmp_path, *rows, limit=0.25)) == 3
+    assert len(read(tmp_path, *rows, limit=99)) == 10
+
+
+def test_limit_reads_no_further(tmp_path):
+    good = json.dumps({"query": "q", "choices": ["a", "b"], "gold": 0})
+    path = tmp_path / "rows.jsonl"
+    path.write_text(good + "\nnot JSON\n")
+    assert len(read_questions(path, limit=1)) == 1
+
+
+def test_every_file_type_gives_the_same_questions(tmp_path):
+    from datasets import Dataset
+
+    rows = [{"query": f"q{i}", "choices": ["a", "b,c"], "gold": i % 2} for i in range(5)]
+    expected = read(tmp_path, *rows)
+    array = tmp_path / "rows.json"
+    array.write_text("\n  " + json.dumps(rows, indent=1))
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(row | {"choices": json.dumps(row["choices"])} for row in rows)
+    for name in ("rows.json", "rows.parquet", "rows.csv"):
+        assert read_questions(tmp_path / name) == expected
+        assert digest(read_questions(tmp_path / name)) == digest(expected)
+
+
+def test_byte_order_mark_is_skipped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"query": "q", "choices": ["a", "b"]}).encode())
+    assert len(read_questions(path)) == 1
+
+
+def test_task_option_settles_what_is_ambiguous(tmp_path):
+    row = {"query": "q", "choices": ["a", "b"], "gold": 0}
+    row |= {"activity_label": "l", "ctx_a": "a", "ctx_b": "b", "endings": ["x", "y"], "label": 0}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    assert read_dataset(path, "hellaswag").questions[0].choices == ("x", "y")
+    assert read_dataset(path, "choices").questions[0].choices == ("a", "b")
+
+
+def test_hub_data_set(tmp_path, monkeypatch):
+    """A hub id goes to `datasets`, which also loads directories of that shape."""
+    from datasets import Dataset
+
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    Dataset.from_list([{"query": "q", "choices": ["a", "b"], "gold": 1}]).to_parquet(
+        tmp_path / "owner" / "name" / "validation.parquet"
+    )
+    monkeypatch.chdir(tmp_path)
+    from cecompile.tasks.read import _hub_rows
+
+    rows = list(_hub_rows("owner/name", "owner/name", None, None))
+    assert rows == [("owner/name: row 1", {"query": "q", "choices": ["a", "b"], "gold": 1})]
+
+
+def test_first_of_equals_wins_and_norm_divides_by_characters():
+    question = Question("0", "c", ("aa", "bbbb", "cc"), 1)
+    sample = judge(question, [-2.0, -3.0, -2.0], [False, True, False])
+    assert (sample.prediction, sample.prediction_norm) == (0, 1)
+
+
+def test_metrics_and_their_errors():
+    question = Question("0", "c", ("a", "b"), 0)
+    samples = [judge(question, values, [False, False]) for values in ([0, -1], [0, -1], [0, -1], [-1, 0])]
+    out = metrics(samples)
+    assert out["acc"] == 0.75
+    assert out["acc_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 * 4 / 3) / 2)
+    assert metrics(samples[:1])["acc_stderr"] is None
+    unlabelled = judge(Question("0", "c", ("a", "b"), None), [0, -1], [False, False])
+    assert metrics([unlabelled]) == dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"))
