@@ -16,6 +16,6 @@ class CheckError(Exception):
 
 
 def printable(text: str, limit: int = 600) -> str:
-    """`text` on one line of visible characters: control characters are escaped, and the middle of a long text is cut."""
+    """`text` on one line of visible characters: control characters are escaped; a long text loses its middle."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     return line if len(line) <= limit else line[: limit // 2] + " … " + line[-limit // 2 :]

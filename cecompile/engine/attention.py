@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from cecompile.workload.plan import BLOCK
 
-NAMES = {"flex": "cecompile_flex", "sdpa": "cecompile_sdpa"}
+NAMES = {"flex": "cecompile_tiles", "sdpa": "cecompile_dense"}  # "sdpa" in a name has its own rules in transformers
 
 
 class TreeMasks:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 Readout = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -15,8 +15,13 @@ Readout = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class _GivenHiddenStates(nn.Module):
     """Stands where the decoder stands, and returns what it is given."""
 
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    @property
+    def decoder(self) -> "_GivenHiddenStates":
+        """What OPT calls instead of the base model."""
+        return self
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
 
 
 def readout_of(model: PreTrainedModel) -> Readout:

@@ -1,0 +1,152 @@
+"""The tree pass against the stock model, over architectures that differ in what attention and head do."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cecompile.engine.forward import Engine
+from cecompile.engine.probe import choose_attention
+from cecompile.engine.reference import score_one_by_one
+from cecompile.errors import UserError
+from cecompile.workload.plan import choose_geometry, make_plan
+from cecompile.workload.sequences import Sequences
+from cecompile.workload.stage import stage_all
+
+VOCABULARY = 96
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ARCHITECTURES = {
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 9},
+    "qwen2": {"num_key_value_heads": 2},
+    "phi3": {"num_key_value_heads": 2},
+    "gemma2": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 9,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "phi": {},
+    "gpt_neox": {},
+    "granite": {"num_key_value_heads": 2, "logits_scaling": 3.0, "attention_multiplier": 0.2},
+}
+
+
+def tiny_model(kind: str, **changes):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **(COMMON | ARCHITECTURES.get(kind, {}) | changes))
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+
+
+def random_sequences(seed: int = 0, questions: int = 12) -> Sequences:
+    random = np.random.default_rng(seed)
+    parts, readouts, owners = [], [], []
+    shared = random.integers(3, VOCABULARY, 12)
+    for q in range(questions):
+        trunk = np.concatenate([shared[: 12 * (q % 2)], random.integers(3, VOCABULARY, random.integers(1, 40))])
+        for _ in range(4):
+            choice = random.integers(3, VOCABULARY, random.integers(1, 20))
+            parts.append(np.concatenate([trunk, choice]))
+            readouts.append(len(choice))
+            owners.append(q)
+    return Sequences(
+        np.concatenate(parts).astype(np.int32),
+        np.cumsum([0] + [len(p) for p in parts]).astype(np.int64),
+        np.array(readouts, dtype=np.int32),
+        np.array(owners, dtype=np.int32),
+    )
+
+
+def score(model, sequences, attention, *, compiled=False, tokens=512):
+    geometry = choose_geometry(
+        int(sequences.input_lengths.max()),
+        tokens_per_bucket=tokens,
+        dense_row=256,
+        blocks=attention == "flex",
+        readout_chunk=64,
+    )
+    plan = make_plan(sequences, geometry)
+    engine = Engine(model, plan.buckets, attention=attention, compiled=compiled, readout_chunk=64)
+    engine.warm_up()
+    staged = list(stage_all(sequences, plan))
+    loglikelihood = np.zeros(len(sequences))
+    greedy = np.ones(len(sequences), dtype=bool)
+    for one, out in zip(staged, engine.run(staged), strict=True):
+        np.add.at(loglikelihood, one.choice, out.logprob)
+        greedy[one.choice[out.argmax != one.target]] = False
+    return loglikelihood, greedy
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_trees_score_as_the_stock_model_does(kind):
+    model, sequences = tiny_model(kind), random_sequences()
+    expected, expected_greedy = score_one_by_one(model, sequences)
+    assert choose_attention(model, "auto") == "sdpa"
+    got, greedy = score(model, sequences, "sdpa")
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    assert (greedy == expected_greedy).all()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_compiled_flex_with_windows_and_soft_caps(kind):
+    model, sequences = tiny_model(kind, head_dim=16), random_sequences(1)
+    expected, _ = score_one_by_one(model, sequences)
+    got, _ = score(model, sequences, "flex", compiled=True)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+
+
+def test_result_does_not_depend_on_the_bucket():
+    model, sequences = tiny_model("llama"), random_sequences()
+    small, _ = score(model, sequences, "sdpa", tokens=256)
+    large, _ = score(model, sequences, "sdpa", tokens=4096)
+    np.testing.assert_allclose(small, large, rtol=0, atol=1e-4)
+
+
+def test_weights_are_not_touched():
+    model = tiny_model("llama")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    score(model, random_sequences(), "sdpa", compiled=True)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("bloom", {"n_layer": 2, "n_head": 4}),
+        ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}),
+        ("mamba", {"state_size": 8}),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(kind, changes):
+    model = tiny_model(kind, **changes)
+    with pytest.raises(UserError, match="cannot be scored as trees"):
+        choose_attention(model, "auto")
+
+
+def test_a_wrong_mask_is_noticed(monkeypatch):
+    """The probe must fail when branches see each other."""
+    from cecompile.engine.attention import TreeMasks
+
+    def causal(self, window, dtype):
+        n = self._part["end"].shape[1]
+        return torch.full((1, 1, n, n), -torch.inf, dtype=dtype).triu(1)
+
+    monkeypatch.setattr(TreeMasks, "_dense_mask", causal)
+    with pytest.raises(UserError, match="logits differ"):
+        choose_attention(tiny_model("llama"), "sdpa")
