@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-MODEL = Path(__file__).parent / "model"
+MODEL = Path("/tmp/demo2/model")
 HELLASWAG = Path(__file__).parent / "hellaswag.jsonl"
 CHAT = Path(__file__).parent / "chat.jsonl"

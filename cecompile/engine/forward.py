@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cecompile.engine.attention import NAMES, TreeMasks
+from cecompile.engine.cpu import compile_options
 from cecompile.engine.head import readout_of
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, data_size, empty_pass, views
@@ -48,8 +49,9 @@ class Engine:
         self._device = model.device
         self._capture = compiled and self._device.type == "cuda"
         if compiled:
-            _compile_layers(model)
-            self._readout = torch.compile(self._readout, fullgraph=True, dynamic=False)
+            options = compile_options(model)
+            _compile_layers(model, options)
+            self._readout = torch.compile(self._readout, fullgraph=True, dynamic=False, options=options)
         with torch.inference_mode():
             self._slots = [_Slot(bucket, attention == "flex", self._device) for bucket in buckets]
         self._pool = torch.cuda.graph_pool_handle() if self._capture else None
@@ -149,10 +151,10 @@ class _Slot:
             forward()
 
 
-def _compile_layers(model: PreTrainedModel) -> None:
+def _compile_layers(model: PreTrainedModel, options: dict[str, Any]) -> None:
     """Compiles each decoder layer in place; identical layers share one graph per bucket shape."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4096)
     for module in model.base_model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.compile(fullgraph=True, dynamic=False)
+            module.compile(fullgraph=True, dynamic=False, options=options)

