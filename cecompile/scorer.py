@@ -43,15 +43,13 @@ class Tuning:
     Attributes:
         tokens_per_bucket: slots a pass.
         readout_chunk: readouts whose logits are held at once.
-        dense_row: row length of dense attention; shorter rows attend faster and pack worse.
     """
 
     tokens_per_bucket: int
     readout_chunk: int
-    dense_row: int
 
 
-TUNING = {"cpu": Tuning(2048, 256, 1024), "cuda": Tuning(8192, 1024, 1024)}
+TUNING = {"cpu": Tuning(2048, 512), "cuda": Tuning(8192, 1024)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +180,6 @@ class Scorer:
         return choose_geometry(
             int(sequences.input_lengths.max()),
             tokens_per_bucket=self._tokens_per_bucket,
-            dense_row=self._tuning.dense_row,
             blocks=self.attention == "flex",
             readout_chunk=self._tuning.readout_chunk,
         )

@@ -127,6 +127,20 @@ def test_plan_loads_no_weights(tiny_llama, tmp_path):
     assert "useful tokens" in run("plan", "--model", model, "--data", data, "--device", "cpu")
 
 
+def test_plan_of_all_of_hellaswag(llama_tokenizer_dir):
+    from conftest import shared_file
+
+    data = shared_file("hellaswag_val.jsonl")
+    command = [sys.executable, "-m", "cecompile", "plan", "--json", "--device", "cpu", "--tokens-per-bucket", "8192"]
+    command += ["--model", str(llama_tokenizer_dir), "--data", str(data)]
+    began = time.perf_counter()
+    plan = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert time.perf_counter() - began < 30
+    assert plan["useful_tokens"] <= 1.03 * plan["prefix_tree_tokens"]
+    assert plan["slots"] <= 1.03 * plan["useful_tokens"]
+    assert len(plan["buckets"]) <= 4
+
+
 def test_loglikelihoods_that_are_not_numbers_fail_the_run(tiny_llama, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -75,7 +75,6 @@ def score(model, sequences, attention, *, compiled=False, tokens=512):
     geometry = choose_geometry(
         int(sequences.input_lengths.max()),
         tokens_per_bucket=tokens,
-        dense_row=256,
         blocks=attention == "flex",
         readout_chunk=64,
     )

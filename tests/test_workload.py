@@ -36,7 +36,7 @@ def datasets(draw) -> Sequences:
 def geometries(sequences: Sequences):
     longest = int(sequences.input_lengths.max())
     for blocks, tokens in ((True, 256), (True, 1024), (False, 128), (False, 512)):
-        yield choose_geometry(longest, tokens_per_bucket=tokens, dense_row=128, blocks=blocks, readout_chunk=4)
+        yield choose_geometry(longest, tokens_per_bucket=tokens, blocks=blocks, readout_chunk=4)
 
 
 def staged_with_views(sequences, plan):
@@ -71,9 +71,7 @@ def test_every_token_of_every_choice_is_once_on_its_path(sequences):
 @settings(max_examples=60, deadline=None)
 @given(datasets())
 def test_mask_is_the_ancestor_relation(sequences):
-    geometry = choose_geometry(
-        int(sequences.input_lengths.max()), tokens_per_bucket=256, dense_row=128, blocks=False, readout_chunk=4
-    )
+    geometry = choose_geometry(int(sequences.input_lengths.max()), tokens_per_bucket=256, blocks=False, readout_chunk=4)
     for _, bucket, part in staged_with_views(sequences, make_plan(sequences, geometry)):
         for depth, end in zip(part["depth"], part["end"], strict=True):
             ancestors: list[set[int]] = []  # from the depths alone: the parent is the last node one level up
@@ -90,9 +88,7 @@ def test_mask_is_the_ancestor_relation(sequences):
 @settings(max_examples=60, deadline=None)
 @given(datasets())
 def test_tile_index_covers_what_is_visible_and_full_tiles_hide_nothing(sequences):
-    geometry = choose_geometry(
-        int(sequences.input_lengths.max()), tokens_per_bucket=640, dense_row=128, blocks=True, readout_chunk=4
-    )
+    geometry = choose_geometry(int(sequences.input_lengths.max()), tokens_per_bucket=640, blocks=True, readout_chunk=4)
     for _, bucket, part in staged_with_views(sequences, make_plan(sequences, geometry)):
         slot, tiles = np.arange(bucket.length), bucket.length // BLOCK
         visible = (slot[None, :] <= slot[:, None]) & (slot[:, None] < part["end"][0][None, :])

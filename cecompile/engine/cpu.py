@@ -40,12 +40,12 @@ class LinearThroughOneDnn(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         for node in list(graph.nodes):
+            arguments: list[Any] = list(node.args)
             if node.target is aten.mm.default:
-                bias, (rows, transposed) = None, node.args
-            elif node.target is aten.addmm.default and not node.kwargs:
-                bias, rows, transposed = node.args
-            else:
+                arguments.insert(0, None)
+            elif node.target is not aten.addmm.default or node.kwargs:
                 continue
+            bias, rows, transposed = arguments
             weight = _untransposed(transposed)
             if weight is None or (bias is not None and bias.meta["val"].dim() != 1):
                 continue
@@ -60,13 +60,13 @@ class LinearThroughOneDnn(CustomGraphPass):
         return "cecompile.LinearThroughOneDnn.1"
 
 
-def _untransposed(node: Node) -> Node | None:
+def _untransposed(node: Node) -> Any:
     """w, if `node` is w transposed and w is a contiguous float32 matrix."""
     if node.op != "call_function" or node.target not in (aten.permute.default, aten.t.default):
         return None
-    if node.target is aten.permute.default and list(node.args[1]) != [1, 0]:
+    weight, *order = node.args
+    if order not in ([], [[1, 0]]) or not isinstance(weight, Node):
         return None
-    weight = node.args[0]
     value = weight.meta["val"]
     fits = value.dim() == 2 and value.dtype == torch.float32 and value.is_contiguous()
     return weight if fits else None

@@ -9,6 +9,7 @@ from cecompile.workload.pack import MIN_SHARED, fill_rows, split_items
 from cecompile.workload.sequences import Longs, Sequences, shared_prefixes
 
 BLOCK = 128  # tokens a side of FlexAttention's mask tiles; row lengths are multiples of it
+DENSE_ROW = (512, 1024)  # shortest and longest row of dense attention, where the sequences leave the choice
 MAX_BUCKETS = 4
 ENOUGH_FILL = 1.03  # slots per useful token below which a further bucket shape is not worth its compilation
 
@@ -92,21 +93,21 @@ class Plan:
         return sum(p.bucket == bucket for p in self.passes)
 
 
-def choose_geometry(
-    longest: int, *, tokens_per_bucket: int, dense_row: int, blocks: bool, readout_chunk: int
-) -> Geometry:
+def choose_geometry(longest: int, *, tokens_per_bucket: int, blocks: bool, readout_chunk: int) -> Geometry:
     """The largest bucket's shape.
 
     Args:
         longest: inputs of the longest sequence; a row always holds it.
         tokens_per_bucket: about how many slots a bucket has.
-        dense_row: row length where attention is dense, its cost growing with the row.
-        blocks: attention skips empty tiles, so one row as long as the bucket packs best.
+        blocks: attention skips empty tiles, so one row as long as the bucket packs best. Otherwise it is dense and
+            costs more the longer a row is, while shorter rows share less: an eighth of the bucket, within DENSE_ROW.
         readout_chunk: see `Geometry`.
     """
     least = -(-longest // BLOCK) * BLOCK
     budget = max(BLOCK, tokens_per_bucket // BLOCK * BLOCK)
-    length = max(least, budget if blocks else min(dense_row, budget))
+    shortest, longest_dense = DENSE_ROW
+    dense = min(max(budget // 8 // BLOCK * BLOCK, shortest), longest_dense)
+    length = max(least, budget if blocks else min(dense, budget))
     return Geometry(max(1, budget // length), length, readout_chunk, blocks)
 
 

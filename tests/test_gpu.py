@@ -1,0 +1,84 @@
+"""The same facts on a CUDA device, where buckets are captured in graphs."""
+
+import numpy as np
+import pytest
+import torch
+from test_engine import random_sequences, tiny_model
+
+from cecompile.engine.forward import Engine
+from cecompile.engine.probe import choose_attention
+from cecompile.engine.reference import score_one_by_one
+from cecompile.workload.plan import choose_geometry, make_plan
+from cecompile.workload.stage import stage_all
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def prepared(model, sequences, attention, *, compiled=True, tokens=512):
+    geometry = choose_geometry(
+        int(sequences.input_lengths.max()),
+        tokens_per_bucket=tokens,
+        blocks=attention == "flex",
+        readout_chunk=64,
+    )
+    plan = make_plan(sequences, geometry)
+    engine = Engine(model, plan.buckets, attention=attention, compiled=compiled, readout_chunk=64)
+    return engine, list(stage_all(sequences, plan))
+
+
+def loglikelihoods(sequences, staged, readouts):
+    out = np.zeros(len(sequences))
+    for one, got in zip(staged, readouts, strict=True):
+        np.add.at(out, one.choice, got.logprob)
+    return out
+
+
+def on_gpu(kind, dtype=torch.float32, **changes):
+    return tiny_model(kind, head_dim=16, hidden_size=64, **changes).to("cuda", dtype)
+
+
+@pytest.mark.parametrize("attention", ["flex", "sdpa"])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+def test_trees_score_as_the_stock_model_does(kind, compiled, attention):
+    model, sequences = on_gpu(kind), random_sequences(questions=60)
+    expected, _ = score_one_by_one(model, sequences)
+    engine, staged = prepared(model, sequences, attention, compiled=compiled)
+    engine.warm_up()
+    got = loglikelihoods(sequences, staged, engine.run(staged))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+
+
+def test_auto_takes_flex_where_it_compiles():
+    assert choose_attention(on_gpu("llama"), "auto") == "flex"
+
+
+@pytest.mark.parametrize("attention", ["flex", "sdpa"])
+def test_nothing_is_allocated_after_warm_up(attention):
+    model, sequences = on_gpu("llama"), random_sequences(questions=200)
+    engine, staged = prepared(model, sequences, attention)
+    engine.warm_up()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()
+    first = loglikelihoods(sequences, staged, engine.run(staged))
+    again = loglikelihoods(sequences, staged, engine.run(staged))
+    after = torch.cuda.memory_stats()
+    for name in ("allocation.all.allocated", "segment.all.allocated", "allocated_bytes.all.peak"):
+        assert after[name] == before[name], name
+    assert (first == again).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_good_as_the_stock_models(dtype):
+    sequences = random_sequences(questions=200)
+    exact, _ = score_one_by_one(on_gpu("llama"), sequences)
+    model = on_gpu("llama", dtype)
+    stock, _ = score_one_by_one(model, sequences)
+    engine, staged = prepared(model, sequences, "flex")
+    engine.warm_up()
+    ours = loglikelihoods(sequences, staged, engine.run(staged))
+
+    def error(values):
+        return float(np.sqrt(np.mean((values - exact) ** 2)))
+
+    assert error(ours) <= 1.1 * error(stock)
