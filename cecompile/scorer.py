@@ -167,7 +167,7 @@ class Scorer:
         if self.attention != planned:
             workload = self.prepare(questions)
         assert workload.plan is not None
-        staged = list(stage_all(workload.sequences, workload.plan))
+        staged = list(stage_all(workload.plan))
         clock.enter("warmup")
         engine = self._warm_engine(model, workload.plan, progress)
         clock.enter("inference")

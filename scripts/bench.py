@@ -111,7 +111,7 @@ def time_engine(
         readout_chunk=tuning.readout_chunk,
     )
     plan = make_plan(sequences, geometry)
-    staged = list(stage_all(sequences, plan))
+    staged = list(stage_all(plan))
     planned = time.perf_counter()
     engine = Engine(model, plan.buckets, attention=options.attention, compiled=True, readout_chunk=tuning.readout_chunk)
     engine.warm_up()

@@ -81,7 +81,7 @@ def score(model, sequences, attention, *, compiled=False, tokens=512):
     plan = make_plan(sequences, geometry)
     engine = Engine(model, plan.buckets, attention=attention, compiled=compiled, readout_chunk=64)
     engine.warm_up()
-    staged = list(stage_all(sequences, plan))
+    staged = list(stage_all(plan))
     loglikelihood = np.zeros(len(sequences))
     greedy = np.ones(len(sequences), dtype=bool)
     for one, out in zip(staged, engine.run(staged), strict=True):

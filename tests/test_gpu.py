@@ -23,7 +23,7 @@ def prepared(model, sequences, attention, *, compiled=True, tokens=512):
     )
     plan = make_plan(sequences, geometry)
     engine = Engine(model, plan.buckets, attention=attention, compiled=compiled, readout_chunk=64)
-    return engine, list(stage_all(sequences, plan))
+    return engine, list(stage_all(plan))
 
 
 def loglikelihoods(sequences, staged, readouts):

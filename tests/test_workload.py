@@ -9,6 +9,7 @@ from cecompile.workload.order import sort_sequences
 from cecompile.workload.plan import BLOCK, MAX_BUCKETS, Geometry, choose_geometry, make_plan
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import stage_all, views
+from cecompile.workload.tree import TARGETS
 
 token = st.integers(0, 3)  # few token kinds, so that prefixes collide
 
@@ -39,8 +40,8 @@ def geometries(sequences: Sequences):
         yield choose_geometry(longest, tokens_per_bucket=tokens, blocks=blocks, readout_chunk=4)
 
 
-def staged_with_views(sequences, plan):
-    for one in stage_all(sequences, plan):
+def staged_with_views(plan):
+    for one in stage_all(plan):
         bucket = plan.buckets[one.bucket]
         yield one, bucket, views(one.data, bucket, plan.geometry.blocks)
 
@@ -50,20 +51,21 @@ def staged_with_views(sequences, plan):
 def test_every_token_of_every_choice_is_once_on_its_path(sequences):
     for geometry in geometries(sequences):
         seen = np.zeros(len(sequences), dtype=int)
-        for one, bucket, part in staged_with_views(sequences, make_plan(sequences, geometry)):
+        for one, bucket, part in staged_with_views(make_plan(sequences, geometry)):
             token_ids, depth, end = (part[n].reshape(-1) for n in ("token_ids", "depth", "end"))
-            used = len(one.choice)
             for choice in np.unique(one.choice):
                 of_choice = np.flatnonzero(one.choice == choice)
-                assert len(of_choice) == sequences.readouts[choice]
-                assert part["target"][:used][of_choice].tolist() == sequences.targets(choice).tolist()
-                leaf = part["position"][of_choice[-1]]
+                assert len(of_choice) == sequences.predicted[choice]
+                assert one.target[of_choice].tolist() == sequences.targets(choice).tolist()
+                assert part["target"].reshape(-1)[one.entry[of_choice]].tolist() == one.target[of_choice].tolist()
+                node = part["position"][one.entry[of_choice] // TARGETS]
+                leaf = node[-1]
                 row_start = leaf // bucket.length * bucket.length
                 within = np.arange(row_start, leaf + 1)
                 path = within[end[within] > leaf - row_start]  # the keys visible to the leaf
                 assert token_ids[path].tolist() == sequences.inputs(choice).tolist()
                 assert depth[path].tolist() == list(range(len(path)))
-                assert part["position"][of_choice].tolist() == path[-len(of_choice) :].tolist()
+                assert node.tolist() == path[-len(of_choice) :].tolist()
                 seen[choice] += 1
         assert seen.tolist() == [1] * len(sequences)
 
@@ -72,7 +74,7 @@ def test_every_token_of_every_choice_is_once_on_its_path(sequences):
 @given(datasets())
 def test_mask_is_the_ancestor_relation(sequences):
     geometry = choose_geometry(int(sequences.input_lengths.max()), tokens_per_bucket=256, blocks=False, readout_chunk=4)
-    for _, bucket, part in staged_with_views(sequences, make_plan(sequences, geometry)):
+    for _, bucket, part in staged_with_views(make_plan(sequences, geometry)):
         for depth, end in zip(part["depth"], part["end"], strict=True):
             ancestors: list[set[int]] = []  # from the depths alone: the parent is the last node one level up
             last_at_depth: dict[int, int] = {}
@@ -89,7 +91,7 @@ def test_mask_is_the_ancestor_relation(sequences):
 @given(datasets())
 def test_tile_index_covers_what_is_visible_and_full_tiles_hide_nothing(sequences):
     geometry = choose_geometry(int(sequences.input_lengths.max()), tokens_per_bucket=640, blocks=True, readout_chunk=4)
-    for _, bucket, part in staged_with_views(sequences, make_plan(sequences, geometry)):
+    for _, bucket, part in staged_with_views(make_plan(sequences, geometry)):
         slot, tiles = np.arange(bucket.length), bucket.length // BLOCK
         visible = (slot[None, :] <= slot[:, None]) & (slot[:, None] < part["end"][0][None, :])
         tile = visible.reshape(tiles, BLOCK, tiles, BLOCK).transpose(0, 2, 1, 3).reshape(tiles, tiles, -1)
@@ -114,7 +116,7 @@ def test_counts_are_what_a_set_of_prefixes_says(sequences):
         assert plan.unshared_tokens == sequences.input_lengths.sum()
         assert len(prefixes) <= plan.useful_tokens <= plan.unshared_tokens
         assert plan.question_tree_tokens <= plan.unshared_tokens
-        assert plan.useful_tokens == sum(one.tokens for one in stage_all(sequences, plan))
+        assert plan.useful_tokens == sum(one.tokens for one in stage_all(plan))
         assert plan.slots >= plan.useful_tokens
         assert len(plan.buckets) <= MAX_BUCKETS
 
@@ -123,7 +125,7 @@ def test_counts_are_what_a_set_of_prefixes_says(sequences):
 @given(datasets())
 def test_plans_are_deterministic(sequences):
     for geometry in geometries(sequences):
-        first, second = (list(stage_all(sequences, make_plan(sequences, geometry))) for _ in range(2))
+        first, second = (list(stage_all(make_plan(sequences, geometry))) for _ in range(2))
         assert all((a.data == b.data).all() and a.bucket == b.bucket for a, b in zip(first, second, strict=True))
 
 
@@ -158,13 +160,30 @@ def test_a_question_larger_than_a_row_is_split_by_branches():
     many = Sequences(
         np.tile(sequences.token_ids, 50),
         np.concatenate([[0], np.cumsum(np.tile(np.diff(sequences.starts), 50))]),
-        np.tile(sequences.readouts, 50),
+        np.tile(sequences.predicted, 50),
         np.zeros(200, dtype=np.int32),
     )
     many.token_ids[:] = np.random.default_rng(0).integers(0, 1000, len(many.token_ids))
     plan = make_plan(many, Geometry(rows=4, length=128, readout_chunk=1, blocks=False))
-    assert all(row.tokens <= 128 for p in plan.passes for row in p.rows)
-    assert sorted(np.concatenate([r.members for p in plan.passes for r in p.rows]).tolist()) == list(range(200))
+    assert all(len(row.token_ids) <= 128 for p in plan.passes for row in p.rows)
+    members = [np.unique(row.choice) for p in plan.passes for row in p.rows]
+    assert sorted(np.concatenate(members).tolist()) == list(range(200))
+
+
+def test_siblings_are_read_out_together():
+    """Six one-token choices after one context: two readouts of its last node, not six."""
+    context, choices = [7, 8, 9], [1, 2, 3, 4, 5, 2]
+    sequences = Sequences(
+        np.array([t for c in choices for t in [*context, c]], dtype=np.int32),
+        np.arange(0, 25, 4),
+        np.ones(6, dtype=np.int32),
+        np.zeros(6, dtype=np.int32),
+    )
+    plan = make_plan(sequences, Geometry(rows=1, length=128, readout_chunk=1, blocks=False))
+    (row,) = plan.passes[0].rows
+    assert row.token_ids.tolist() == context
+    assert row.position.tolist() == [2, 2]
+    assert row.target.tolist() == [[1, 2, 3, 4], [5, 0, 0, 0]]
 
 
 def test_few_questions_use_a_small_bucket():

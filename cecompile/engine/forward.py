@@ -17,11 +17,12 @@ from cecompile.engine.cpu import compile_options
 from cecompile.engine.head import readout_of
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, data_size, empty_pass, views
+from cecompile.workload.tree import TARGETS
 
 
 @dataclass(frozen=True, slots=True)
 class Readouts:
-    """What a pass read out: per readout in use its target's log-probability (float32) and the argmax (int32)."""
+    """What a pass read out: per prediction its token's log-probability, and the token greedy decoding would take."""
 
     logprob: NDArray[np.float32]
     argmax: NDArray[np.int32]
@@ -83,8 +84,7 @@ class Engine:
             torch.cuda.synchronize(self._device)
         out = []
         for one, logprob, argmax in waiting:
-            used = len(one.choice)
-            out.append(Readouts(logprob.numpy()[:used], argmax.numpy()[:used]))
+            out.append(Readouts(logprob.numpy().reshape(-1)[one.entry], argmax.numpy()[one.entry // TARGETS]))
         return out
 
     def _forward(self, slot: "_Slot") -> None:
@@ -111,7 +111,7 @@ class _Slot:
         self._data = torch.from_numpy(empty_pass(bucket, blocks)).to(device)
         self.part: dict[str, Tensor] = views(self._data, bucket, blocks)
         self.masks = TreeMasks(self.part)
-        self.logprob = torch.zeros(bucket.readouts, dtype=torch.float32, device=device)
+        self.logprob = torch.zeros(bucket.readouts, TARGETS, dtype=torch.float32, device=device)
         self.argmax = torch.zeros(bucket.readouts, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
         size = data_size(bucket, blocks)

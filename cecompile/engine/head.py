@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -25,7 +24,7 @@ class _GivenHiddenStates(nn.Module):
 
 
 def readout_of(model: PreTrainedModel) -> Readout:
-    """A function from hidden states (n, width) and targets (n,) to each target's log-probability and the argmax.
+    """A function from hidden states (n, width) and targets (n, k) to their log-probabilities and the argmax (n,).
 
     The logits come from the causal model's own `forward`, with its decoder replaced by the given hidden states in a
     shallow copy, so biases, scales and soft caps of the head are its own code. Log-probabilities are float32, natural
@@ -37,7 +36,8 @@ def readout_of(model: PreTrainedModel) -> Readout:
 
     def readout(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(inputs_embeds=hidden[None], use_cache=False).logits[0].float()  # (n, vocabulary)
-        chosen = logits.gather(1, target[:, None].long())[:, 0]
-        return chosen - torch.logsumexp(logits, dim=1), logits.argmax(dim=1).int()
+        highest, argmax = logits.max(dim=1, keepdim=True)
+        normaliser = highest + (logits - highest).exp().sum(dim=1, keepdim=True).log()
+        return logits.gather(1, target.long()) - normaliser, argmax[:, 0].int()
 
     return readout

@@ -10,6 +10,7 @@ from cecompile.errors import UserError
 from cecompile.workload.plan import BLOCK, Geometry, make_plan
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import stage_all, views
+from cecompile.workload.tree import TARGETS
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the logits' standard deviation
 
@@ -63,7 +64,7 @@ def _small_tree(vocabulary: int) -> Sequences:
     return Sequences(
         token_ids=np.concatenate(parts).astype(np.int32),
         starts=np.cumsum([0] + [len(p) for p in parts]),
-        readouts=np.array([9, 10, 11], dtype=np.int32),
+        predicted=np.array([9, 10, 11], dtype=np.int32),
         questions=np.zeros(3, dtype=np.int32),
     )
 
@@ -71,12 +72,13 @@ def _small_tree(vocabulary: int) -> Sequences:
 @torch.inference_mode()
 def _tree_logits(model: PreTrainedModel, sequences: Sequences, blocks: bool) -> Tensor:
     plan = make_plan(sequences, Geometry(rows=1, length=BLOCK, readout_chunk=1, blocks=blocks))
-    (one,) = stage_all(sequences, plan)
+    (one,) = stage_all(plan)
     part = views(torch.from_numpy(one.data).to(model.device), plan.buckets[one.bucket], blocks)
     with TreeMasks(part).active():
         logits = model(input_ids=part["token_ids"].long(), position_ids=part["depth"].long(), use_cache=False).logits
     by_choice = np.argsort(one.choice, kind="stable")
-    return logits[0].index_select(0, part["position"])[torch.from_numpy(by_choice).to(model.device)].float()
+    node = part["position"][torch.from_numpy(one.entry[by_choice] // TARGETS).to(model.device)]
+    return logits[0].index_select(0, node).float()
 
 
 @torch.inference_mode()
@@ -84,5 +86,5 @@ def _stock_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     out = []
     for i in range(len(sequences)):
         input_ids = torch.from_numpy(sequences.inputs(i).astype(np.int64)).to(model.device)[None]
-        out.append(model(input_ids=input_ids, use_cache=False).logits[0, -int(sequences.readouts[i]) :].float())
+        out.append(model(input_ids=input_ids, use_cache=False).logits[0, -int(sequences.predicted[i]) :].float())
     return torch.cat(out)

@@ -46,7 +46,7 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_length: int) -> En
     whole_ids, alone_ids = iter(whole), iter(alone)
 
     flat: list[np.ndarray] = []
-    lengths, readouts, owners = [], [], []
+    lengths, predicted, owners = [], [], []
     truncated = 0
     for q, question in enumerate(questions):
         cut = False
@@ -66,13 +66,13 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_length: int) -> En
             cut |= len(head) + len(tail) > max_length + 1
             flat.append(np.array(tokens, dtype=np.int32))
             lengths.append(len(tokens))
-            readouts.append(len(tail))
+            predicted.append(len(tail))
             owners.append(q)
         truncated += cut
     sequences = Sequences(
         token_ids=np.concatenate(flat),
         starts=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
-        readouts=np.array(readouts, dtype=np.int32),
+        predicted=np.array(predicted, dtype=np.int32),
         questions=np.array(owners, dtype=np.int32),
     )
     return Encoded(sequences, truncated)

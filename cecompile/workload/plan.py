@@ -7,6 +7,7 @@ import numpy as np
 from cecompile.workload.order import Order, sort_sequences
 from cecompile.workload.pack import MIN_SHARED, fill_rows, split_items
 from cecompile.workload.sequences import Longs, Sequences, shared_prefixes
+from cecompile.workload.tree import Layout, lay_out
 
 BLOCK = 128  # tokens a side of FlexAttention's mask tiles; row lengths are multiples of it
 DENSE_ROW = (512, 1024)  # shortest and longest row of dense attention, where the sequences leave the choice
@@ -44,21 +45,11 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """Sequences of one row: `members` in order, and the nodes each takes over from the one before (0: a new tree)."""
-
-    members: Longs
-    shared: Longs
-    tokens: int
-    readouts: int
-
-
-@dataclass(frozen=True, slots=True)
 class Pass:
-    """One run of a bucket, `rows` of which are in use."""
+    """One run of a bucket, the first rows of which are in use."""
 
     bucket: int
-    rows: tuple[Row, ...]
+    rows: tuple[Layout, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +121,15 @@ def make_plan(sequences: Sequences, geometry: Geometry) -> Plan:
         geometry,
         buckets,
         passes,
-        useful_tokens=sum(r.tokens for r in rows),
+        useful_tokens=sum(len(r.token_ids) for r in rows),
         unshared_tokens=int(lengths.sum()),
         question_tree_tokens=int(lengths.sum() - order.shared[~new_question].sum()),
         prefix_tree_tokens=order.prefix_tree_tokens,
     )
 
 
-def _row(sequences: Sequences, order: Order, start: Longs, items: list[int]) -> Row:
+def _row(sequences: Sequences, order: Order, start: Longs, items: list[int]) -> Layout:
+    """The items' sequences as trees; items that share less than MIN_SHARED tokens stay apart."""
     places = np.concatenate([np.arange(start[i], start[i + 1]) for i in items])
     members = order.sequence[places]
     shared = order.shared[places].copy()
@@ -145,17 +137,16 @@ def _row(sequences: Sequences, order: Order, start: Longs, items: list[int]) -> 
     shared[heads[1:]] = shared_prefixes(sequences, members[heads[1:] - 1], members[heads[1:]])
     shared[0] = 0
     shared[heads] = np.where(shared[heads] < MIN_SHARED, 0, shared[heads])
-    tokens = int((sequences.input_lengths[members] - shared).sum())
-    return Row(members, shared, tokens, int(sequences.readouts[members].sum()))
+    return lay_out(sequences, members, shared)
 
 
-Shaped = list[tuple[tuple[int, int], tuple[Row, ...]]]  # ((rows, length), the rows in use) of each pass
+Shaped = list[tuple[tuple[int, int], tuple[Layout, ...]]]  # ((rows, length), the rows in use) of each pass
 
 
-def _cover(rows: list[Row], geometry: Geometry) -> Shaped:
+def _cover(rows: list[Layout], geometry: Geometry) -> Shaped:
     """Passes over all rows with the fewest shapes whose padding is small, else with the least padding."""
-    useful = sum(r.tokens for r in rows)
-    rows = sorted(rows, key=lambda r: -r.tokens)
+    useful = sum(len(r.token_ids) for r in rows)
+    rows = sorted(rows, key=lambda r: -len(r.token_ids))
     candidates = [_cover_with(rows, ladder) for ladder in _ladders(geometry)]
     slots = [sum(height * length for (height, length), _ in c) for c in candidates]
     good_enough = [c for c, s in zip(candidates, slots, strict=True) if s <= ENOUGH_FILL * useful]
@@ -176,7 +167,7 @@ def _ladders(geometry: Geometry) -> list[list[tuple[int, int]]]:
     return [ladder[: n + 1] for n in range(len(ladder))]
 
 
-def _cover_with(rows: list[Row], ladder: list[tuple[int, int]]) -> Shaped:
+def _cover_with(rows: list[Layout], ladder: list[tuple[int, int]]) -> Shaped:
     """The cover of least padding, then of fewest passes, by dynamic programming over rows sorted fullest first."""
     cost = [(0, 0)] * (len(rows) + 1)  # of rows[at:]: (slots, passes)
     choice = [ladder[0]] * len(rows)
@@ -185,7 +176,7 @@ def _cover_with(rows: list[Row], ladder: list[tuple[int, int]]) -> Shaped:
             ((height * length + cost[min(at + height, len(rows))][0], 1 + cost[min(at + height, len(rows))][1]), shape)
             for shape in ladder
             for height, length in (shape,)
-            if length >= rows[at].tokens
+            if length >= len(rows[at].token_ids)
         ]
         cost[at], choice[at] = min(options)
     out: Shaped = []
@@ -199,7 +190,7 @@ def _cover_with(rows: list[Row], ladder: list[tuple[int, int]]) -> Shaped:
 def _passes(shaped: Shaped, readout_chunk: int) -> tuple[tuple[Bucket, ...], tuple[Pass, ...]]:
     readouts: dict[tuple[int, int], int] = {}
     for shape, rows in shaped:
-        readouts[shape] = max(readouts.get(shape, 1), sum(r.readouts for r in rows))
+        readouts[shape] = max(readouts.get(shape, 1), sum(len(r.position) for r in rows))
     shapes = sorted(readouts, key=lambda s: (-s[0] * s[1], s))
     buckets = tuple(Bucket(*shape, -(-readouts[shape] // readout_chunk) * readout_chunk) for shape in shapes)
     index = {shape: i for i, shape in enumerate(shapes)}

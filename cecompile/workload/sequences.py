@@ -13,22 +13,22 @@ Longs = NDArray[np.int64]
 class Sequences:
     """n token sequences, each a context followed by a choice.
 
-    A model reads all tokens of a sequence but the last (its inputs), and predicts the last `readouts` tokens.
+    A model reads all tokens of a sequence but the last (its inputs), and predicts the last `predicted` tokens.
 
     Attributes:
         token_ids: (tokens,) all sequences one after another.
         starts: (n + 1,) where each sequence begins; the last entry is the number of tokens.
-        readouts: (n,) how many tokens at the end of each sequence are predicted; at least 1, less than its length.
+        predicted: (n,) how many tokens at the end of each sequence are predicted; at least 1, less than its length.
         questions: (n,) the question each sequence belongs to, ascending.
     """
 
     token_ids: Ints
     starts: Longs
-    readouts: Ints
+    predicted: Ints
     questions: Ints
 
     def __len__(self) -> int:
-        return len(self.readouts)
+        return len(self.predicted)
 
     @property
     def input_lengths(self) -> Longs:
@@ -41,7 +41,7 @@ class Sequences:
 
     def targets(self, i: int) -> Ints:
         """Tokens to predict of sequence i."""
-        return self.token_ids[self.starts[i + 1] - self.readouts[i] : self.starts[i + 1]]
+        return self.token_ids[self.starts[i + 1] - self.predicted[i] : self.starts[i + 1]]
 
 
 def shared_prefixes(sequences: Sequences, left: Longs, right: Longs) -> Longs:

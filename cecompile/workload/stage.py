@@ -7,27 +7,29 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cecompile.workload.plan import BLOCK, Bucket, Pass, Plan
-from cecompile.workload.sequences import Ints, Sequences
-from cecompile.workload.tree import Layout, lay_out
+from cecompile.workload.sequences import Ints
+from cecompile.workload.tree import TARGETS
 
 Array = TypeVar("Array", bound=Any)
 
 
 @dataclass(frozen=True, slots=True)
 class StagedPass:
-    """A pass's input and the choices its readouts belong to.
+    """A pass's input, and what its output means.
 
     Attributes:
         bucket: index into the plan's buckets.
         data: (n,) int32, the fields that `fields` names, one after another.
-        choice: (readouts in use,) the sequence each readout belongs to.
-        target: (readouts in use,) the token each readout predicts.
+        choice: (predictions,) the sequence of which a token is predicted.
+        entry: (predictions,) where that token stands among the readouts' targets, flattened.
+        target: (predictions,) the token.
         tokens: useful tokens.
     """
 
     bucket: int
     data: Ints
     choice: Ints
+    entry: Ints
     target: Ints
     tokens: int
 
@@ -36,12 +38,12 @@ def fields(bucket: Bucket, blocks: bool) -> dict[str, tuple[int, ...]]:
     """Name and shape of each part of a pass's data, in order.
 
     token_ids, depth, end: (rows, length), per slot; `end` counts from the row's first slot. A padded slot is its own
-    tree. position, target: (readouts,), `position` counting slots over all rows. With `blocks`, per row and tile of
-    queries the tiles of keys it must look at: `partial_*` those with hidden pairs, `full_*` those without.
+    tree. position: (readouts,), counting slots over all rows; target: (readouts, TARGETS). With `blocks`, per row and
+    tile of queries the tiles of keys it must look at: `partial_*` those with hidden pairs, `full_*` those without.
     """
     slots, tiles = (bucket.rows, bucket.length), bucket.length // BLOCK
     out: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "depth", "end"), slots)
-    out |= dict.fromkeys(("position", "target"), (bucket.readouts,))
+    out |= {"position": (bucket.readouts,), "target": (bucket.readouts, TARGETS)}
     if blocks:
         out |= {"partial_count": (bucket.rows, tiles), "partial_index": (bucket.rows, tiles, tiles)}
         out |= {"full_count": (bucket.rows, tiles), "full_index": (bucket.rows, tiles, tiles)}
@@ -64,29 +66,37 @@ def data_size(bucket: Bucket, blocks: bool) -> int:
     return sum(int(np.prod(shape)) for shape in fields(bucket, blocks).values())
 
 
-def stage_all(sequences: Sequences, plan: Plan) -> Iterator[StagedPass]:
+def stage_all(plan: Plan) -> Iterator[StagedPass]:
     """Every pass of the plan, in order."""
     for one in plan.passes:
-        yield stage(sequences, one, plan.buckets[one.bucket], plan.geometry.blocks)
+        yield stage(one, plan.buckets[one.bucket], plan.geometry.blocks)
 
 
-def stage(sequences: Sequences, one: Pass, bucket: Bucket, blocks: bool) -> StagedPass:
-    """Lays the pass's rows out and pads them to the bucket's shape."""
-    layouts = [lay_out(sequences, row.members, row.shared) for row in one.rows]
+def stage(one: Pass, bucket: Bucket, blocks: bool) -> StagedPass:
+    """Pads the pass's rows to the bucket's shape."""
     data = empty_pass(bucket, blocks)
     part = views(data, bucket, blocks)
-    for r, layout in enumerate(layouts):
+    for r, layout in enumerate(one.rows):
         used = len(layout.token_ids)
         part["token_ids"][r, :used] = layout.token_ids
         part["depth"][r, :used] = layout.depth
         part["end"][r, :used] = layout.end
-    position = np.concatenate([layout.position + r * bucket.length for r, layout in enumerate(layouts)])
-    target = np.concatenate([layout.target for layout in layouts])
+    position = np.concatenate([row.position + r * bucket.length for r, row in enumerate(one.rows)])
+    target = np.concatenate([row.target for row in one.rows])
+    first_readout = np.cumsum([0] + [len(row.position) for row in one.rows[:-1]])
+    entry = np.concatenate([row.entry + at * TARGETS for row, at in zip(one.rows, first_readout, strict=True)])
     part["position"][: len(position)] = position
     part["target"][: len(target)] = target
     if blocks:
         _index_tiles(part)
-    return StagedPass(one.bucket, data, _choices(layouts), target, sum(row.tokens for row in one.rows))
+    return StagedPass(
+        bucket=one.bucket,
+        data=data,
+        choice=np.concatenate([row.choice for row in one.rows]),
+        entry=entry.astype(np.int32),
+        target=target.reshape(-1)[entry],
+        tokens=sum(len(row.token_ids) for row in one.rows),
+    )
 
 
 def empty_pass(bucket: Bucket, blocks: bool) -> Ints:
@@ -97,10 +107,6 @@ def empty_pass(bucket: Bucket, blocks: bool) -> Ints:
     if blocks:
         _index_tiles(part)
     return data
-
-
-def _choices(layouts: list[Layout]) -> Ints:
-    return np.concatenate([layout.choice for layout in layouts])
 
 
 def _index_tiles(part: dict[str, Ints]) -> None:
