@@ -70,7 +70,11 @@ def evaluate(
         "latency_s": seconds,
         "headline": {"clock": headline, "seconds": seconds[headline]},
         "phases_s": phases,
-        "engine": {"name": scorer.engine, "attention": None if scorer.engine == "reference" else scorer.attention},
+        "engine": {
+            "name": scorer.engine,
+            "attention": None if scorer.engine == "reference" else scorer.attention,
+            "note": scorer.note,
+        },
         "plan": None if scores.workload.plan is None else plan_summary(scores.workload.plan),
         "model": _model(scorer),
         "memory": {"limit_bytes": None, "peak_bytes": _peak_bytes(scorer.device)},

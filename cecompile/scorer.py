@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
 from cecompile import demo
-from cecompile.engine.forward import Engine
+from cecompile.engine.forward import Engine, undo_compilation
 from cecompile.engine.model import (
     check_vocabulary,
     fingerprint,
@@ -22,7 +23,7 @@ from cecompile.engine.model import (
 )
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import score_one_by_one
-from cecompile.errors import CheckError, UserError
+from cecompile.errors import CheckError, UserError, printable
 from cecompile.report.clock import Clock
 from cecompile.tasks.question import Question
 from cecompile.workload.encode import encode, max_input_length
@@ -49,7 +50,7 @@ class Tuning:
     readout_chunk: int
 
 
-TUNING = {"cpu": Tuning(2048, 512), "cuda": Tuning(8192, 1024)}
+TUNING = {"cpu": Tuning(2048, 256), "cuda": Tuning(8192, 1024)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class Scorer:
         self.tokenizer = tokenizer
         self.device = device
         self.engine = engine
+        self.note: str | None = None  # what a reader of the result has to know of how it ran
         self.model: PreTrainedModel | None = None  # once loaded
         self.fingerprint: str | None = None  # once loaded
         tuning = TUNING[device.type]
@@ -196,14 +198,20 @@ class Scorer:
             self._probed = True
 
     def _warm_engine(self, model: PreTrainedModel, plan: Plan, progress: Progress) -> Engine:
-        engine = Engine(
-            model,
-            plan.buckets,
-            attention=self.attention,
-            compiled=self.engine == "compiled",
-            readout_chunk=self._tuning.readout_chunk,
-        )
-        engine.warm_up(_Counter("warmup", len(plan.buckets), progress))
+        """An engine with every bucket warm; the uncompiled one, with a note, where this machine cannot compile."""
+        warming = _Counter("warmup", len(plan.buckets), progress)
+        chunk = self._tuning.readout_chunk
+        if self.engine == "compiled":
+            try:
+                engine = Engine(model, plan.buckets, attention=self.attention, compiled=True, readout_chunk=chunk)
+                engine.warm_up(warming)
+                return engine
+            except TorchDynamoException as error:  # no C++ compiler, no Triton, or a layer that does not compile
+                undo_compilation(model)
+                self.engine = "eager"
+                self.note = f"ran uncompiled: {printable(_first_line(error), 200)}"
+        engine = Engine(model, plan.buckets, attention=self.attention, compiled=False, readout_chunk=chunk)
+        engine.warm_up(warming)
         return engine
 
     def _score_reference(
@@ -214,6 +222,10 @@ class Scorer:
         counter = _Counter("inference", len(workload.sequences), progress)
         loglikelihood, greedy = score_one_by_one(model, workload.sequences, counter)
         return _by_question(questions, workload, loglikelihood, greedy)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class _Counter:

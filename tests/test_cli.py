@@ -159,6 +159,19 @@ def test_loglikelihoods_that_are_not_numbers_fail_the_run(tiny_llama, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_machine_without_a_compiler_runs_uncompiled_and_says_so(tiny_llama, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl")
+    command = [sys.executable, "-m", "cecompile", "eval", "--model", str(tiny_llama), "--data", str(data)]
+    command += ["--device", "cpu", "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "PATH": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    engine = results(tmp_path / "out")["engine"]
+    assert engine["name"] == "eager"
+    assert engine["note"].startswith("ran uncompiled")
+    assert "ran uncompiled" in done.stdout
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"], ["eval", "--engine", "what"], ["what"]])
 def test_help_and_usage_errors_answer_at_once(arguments):
     best = min(_seconds([sys.executable, "-m", "cecompile", *arguments]) for _ in range(3))

@@ -1,14 +1,14 @@
 """The static pass: one fixed-shape forward per bucket, compiled, and captured in a CUDA graph where there is CUDA."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -151,10 +151,19 @@ class _Slot:
             forward()
 
 
+def undo_compilation(model: PreTrainedModel) -> None:
+    """Makes the decoder layers run as they are again."""
+    for layer in _layers(model):
+        layer._compiled_call_impl = None
+
+
 def _compile_layers(model: PreTrainedModel, options: dict[str, Any]) -> None:
     """Compiles each decoder layer in place; identical layers share one graph per bucket shape."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4096)
-    for module in model.base_model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.compile(fullgraph=True, dynamic=False, options=options)
+    for layer in _layers(model):
+        layer.compile(fullgraph=True, dynamic=False, options=options)
+
+
+def _layers(model: PreTrainedModel) -> Iterator[nn.Module]:
+    return (m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer))

@@ -36,6 +36,8 @@ def print_results(console: Console, results: dict[str, Any], output: Path) -> No
     _row(table, "model", "", f"{_short(model['name'])} ({model['architecture']}, {model['dtype']})")
     _row(table, "data", "", f"{_short(results['data']['name'])} ({results['task']}, {results['questions']} questions)")
     _row(table, "device", "", environment["device"])
+    if results["engine"]["note"]:
+        _row(table, "note", "", results["engine"]["note"])
     if results["truncated_questions"]:
         _row(table, "truncated", str(results["truncated_questions"]), "questions cut on the left to fit the model")
     table.add_section()
