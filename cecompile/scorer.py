@@ -12,7 +12,7 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
 from cecompile import demo
-from cecompile.engine.forward import Engine, undo_compilation
+from cecompile.engine.forward import Engine
 from cecompile.engine.model import (
     check_vocabulary,
     fingerprint,
@@ -207,7 +207,6 @@ class Scorer:
                 engine.warm_up(warming)
                 return engine
             except TorchDynamoException as error:  # no C++ compiler, no Triton, or a layer that does not compile
-                undo_compilation(model)
                 self.engine = "eager"
                 self.note = f"ran uncompiled: {printable(_first_line(error), 200)}"
         engine = Engine(model, plan.buckets, attention=self.attention, compiled=False, readout_chunk=chunk)

@@ -1,13 +1,24 @@
-"""How fast, against what people run today, side by side in one process.
+"""How fast, against what people run today and against what the hardware allows, side by side in one process.
 
+    python scripts/bench.py --shape llama-7b --tokenizer DIR --data hellaswag_val.jsonl --device cuda --dtype bfloat16
     python scripts/bench.py --shape tiny --tokenizer DIR --data hellaswag_val.jsonl --questions 200
 
-Makes a model of the shape with random weights (speed does not depend on their values), scores the first questions of
-the data with lm-evaluation-harness's own `hf` backend (its request loop is what is timed) and with this package's
-engine, and prints a table. Times are the best of --repeats, all taken in this one process.
+Makes a model of the shape with random weights on the device (speed does not depend on their values), scores the same
+questions in several ways, and prints a table:
+
+    lm_eval      lm-evaluation-harness's `hf` backend: its own request loop over tokenised requests, where it is
+                 installed; else the same algorithm (one padded sequence per choice, longest first, log-softmax over
+                 the whole vocabulary at every position)
+    cecompile    the static pass, compiled, and on CUDA captured; then without capture, and without compilation
+    GEMM floor   the model's linear layers on the useful tokens and its head on the readouts, and nothing else
+
+Each time is the best of --repeats.
 """
 
 import argparse
+import functools
+import gc
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +29,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cecompile.engine.forward import Engine
@@ -27,69 +39,125 @@ from cecompile.tasks.judge import judge, metrics
 from cecompile.tasks.question import Question
 from cecompile.tasks.read import read_questions
 from cecompile.workload.encode import encode
-from cecompile.workload.plan import choose_geometry, make_plan
+from cecompile.workload.plan import Plan, choose_geometry, make_plan
 from cecompile.workload.sequences import Sequences
-from cecompile.workload.stage import stage_all
+from cecompile.workload.stage import StagedPass, stage_all
 
+LLAMA = {"model_type": "llama", "vocab_size": 32_000, "max_position_embeddings": 4096}
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "llama-1b": {
+    "tiny": LLAMA | {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "llama-1b": LLAMA
+    | {
         "hidden_size": 2048,
         "intermediate_size": 5632,
         "num_hidden_layers": 22,
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
     },
-    "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-7b": LLAMA
+    | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "phi3-medium": {
+        "model_type": "phi3",
+        "vocab_size": 32_064,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "hidden_size": 5120,
+        "intermediate_size": 17_920,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 10,
+    },
+    "opt-1b": {
+        "model_type": "opt",
+        "vocab_size": 50_272,
+        "max_position_embeddings": 2048,
+        "hidden_size": 2048,
+        "word_embed_proj_dim": 2048,
+        "ffn_dim": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+    },
 }
-BATCH_SIZES = (8, 32)
+BATCH_SIZES = {"cpu": (8, 32), "cuda": (16, 64, 256)}
+VARIANTS = {
+    "cecompile": {"compiled": True},
+    "cecompile, not captured": {"compiled": True, "captured": False},
+    "cecompile, not compiled": {"compiled": False, "captured": False},
+}
 
 
 def main() -> None:
     options = _arguments()
     device = resolve_device(options.device)
+    if options.memory_limit and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.memory_limit * 1e9 / total, device)
     model = random_model(SHAPES[options.shape], device, DTYPES[options.dtype])
     tokenizer = load_tokenizer(options.tokenizer)
     questions = read_questions(options.data, limit=options.questions)
+    began = time.perf_counter()
     sequences = encode(questions, tokenizer, model.config.max_position_embeddings).sequences
+    encoded = time.perf_counter()
+    plan = _plan(sequences, options, device)
+    staged = list(stage_all(plan))
+    phases = {"encode": encoded - began, "plan": time.perf_counter() - encoded}
 
-    harness = {}
-    for size in options.batch_sizes:
-        harness[size] = time_harness(model, tokenizer, questions, size, options.repeats)
-    best = min(harness, key=lambda size: harness[size]["seconds"], default=None)
-    ours = time_engine(model, questions, sequences, options)
+    rows: dict[str, dict[str, Any]] = {}
+    for size in options.batch_sizes if options.batch_sizes is not None else BATCH_SIZES[device.type]:
+        rows[f"lm_eval hf, batch {size}"] = or_out_of_memory(
+            functools.partial(time_harness, model, tokenizer, questions, sequences, size, options.repeats)
+        )
+    for name, how in VARIANTS.items():
+        if device.type == "cuda" or "captured" not in how or not how["compiled"]:
+            rows[name] = or_out_of_memory(
+                functools.partial(time_engine, model, questions, plan, staged, options, how, len(sequences))
+            )
+    rows["GEMM floor"] = or_out_of_memory(lambda: time_gemms(model, plan, options.repeats))
     report = {
         "shape": options.shape,
         "dtype": options.dtype,
+        "attention": options.attention,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{torch.get_num_threads()} CPU threads",
+        "torch": torch.__version__,
         "questions": len(questions),
-        "lm_eval": {str(size): result for size, result in harness.items()},
-        "cecompile": ours,
-        "speedup": None if best is None else harness[best]["seconds"] / ours["seconds"],
+        "phases_s": phases,
+        "useful_tokens": plan.useful_tokens,
+        "slots": plan.slots,
+        "unshared_tokens": plan.unshared_tokens,
+        "rows": rows,
+        "peak_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
     }
-    _print(report, best)
+    print_report(report)
     if options.output:
         options.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def random_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A Llama of the shape, its weights drawn on the device; 32,000 tokens, 4,096 positions."""
+    """A model of the shape, its weights drawn on the device."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", vocab_size=32_000, max_position_embeddings=4096, **shape)
+    config = AutoConfig.for_model(**shape)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 
 def time_harness(
-    model: PreTrainedModel, tokenizer: Any, questions: Sequence[Question], batch_size: int, repeats: int
+    model: PreTrainedModel,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    sequences: Sequences,
+    batch_size: int,
+    repeats: int,
 ) -> dict[str, Any]:
     """Seconds of lm_eval's loop over tokenised requests, and its metrics."""
+    model.set_attn_implementation("sdpa")
+    if importlib.util.find_spec("lm_eval") is None:
+        seconds, values = best_of(repeats, lambda: score_padded(model, sequences, batch_size))
+        return {"seconds": seconds, "own_loop": True, "metrics": _metrics(questions, values)}
     from lm_eval.models.huggingface import HFLM
 
-    model.set_attn_implementation("sdpa")
     backend = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     pairs = [(q.context, q.delimiter + choice) for q in questions for choice in q.choices]
     requests = [(pair, *backend._encode_pair(*pair)) for pair in pairs]
@@ -98,37 +166,90 @@ def time_harness(
     return {"seconds": seconds, "metrics": _metrics(questions, np.array([value for value, _ in answers]))}
 
 
+@torch.inference_mode()
+def score_padded(model: PreTrainedModel, sequences: Sequences, batch_size: int) -> Any:
+    """What lm_eval's `hf` backend computes: (n,) loglikelihoods, from padded batches, longest sequences first."""
+    out = np.zeros(len(sequences))
+    order = np.argsort(-sequences.input_lengths, kind="stable").tolist()
+    for at in range(0, len(order), batch_size):
+        batch = order[at : at + batch_size]
+        padded = np.zeros((len(batch), len(sequences.inputs(batch[0]))), dtype=np.int64)
+        for row, i in enumerate(batch):
+            padded[row, : len(sequences.inputs(i))] = sequences.inputs(i)
+        logits = model(torch.from_numpy(padded).to(model.device), use_cache=False).logits
+        logprobs = torch.log_softmax(logits, dim=-1)
+        for row, i in enumerate(batch):
+            target = torch.from_numpy(sequences.targets(i).astype(np.int64)).to(model.device)
+            end = len(sequences.inputs(i))
+            chosen = logprobs[row, end - len(target) : end]
+            (chosen.argmax(dim=-1) == target).all().item()
+            out[i] = chosen.gather(1, target[:, None]).sum().item()
+    return out
+
+
 def time_engine(
-    model: PreTrainedModel, questions: Sequence[Question], sequences: Sequences, options: argparse.Namespace
+    model: PreTrainedModel,
+    questions: Sequence[Question],
+    plan: Plan,
+    staged: Sequence[StagedPass],
+    options: argparse.Namespace,
+    how: dict[str, bool],
+    count: int,
 ) -> dict[str, Any]:
-    """Seconds of planning, warm-up and inference, and the metrics."""
-    tuning = TUNING[model.device.type]
+    """Seconds of warm-up and of inference, and the metrics."""
+    chunk = TUNING[model.device.type].readout_chunk
     began = time.perf_counter()
-    geometry = choose_geometry(
-        int(sequences.input_lengths.max()),
-        tokens_per_bucket=options.tokens_per_bucket or tuning.tokens_per_bucket,
-        blocks=options.attention == "flex",
-        readout_chunk=tuning.readout_chunk,
-    )
-    plan = make_plan(sequences, geometry)
-    staged = list(stage_all(plan))
-    planned = time.perf_counter()
-    engine = Engine(model, plan.buckets, attention=options.attention, compiled=True, readout_chunk=tuning.readout_chunk)
+    engine = Engine(model, plan.buckets, attention=options.attention, readout_chunk=chunk, **how)
     engine.warm_up()
-    warm = time.perf_counter()
+    _wait(model.device)
+    warm = time.perf_counter() - began
     seconds, readouts = best_of(options.repeats, lambda: engine.run(staged))
-    loglikelihood = np.zeros(len(sequences))
+    loglikelihood = np.zeros(count)
     for one, out in zip(staged, readouts, strict=True):
         np.add.at(loglikelihood, one.choice, out.logprob)
-    return {
-        "seconds": seconds,
-        "plan_seconds": planned - began,
-        "warmup_seconds": warm - planned,
-        "useful_tokens": plan.useful_tokens,
-        "slots": plan.slots,
-        "unshared_tokens": plan.unshared_tokens,
-        "metrics": _metrics(questions, loglikelihood),
-    }
+    return {"seconds": seconds, "warmup_seconds": warm, "metrics": _metrics(questions, loglikelihood)}
+
+
+@torch.inference_mode()
+def time_gemms(model: PreTrainedModel, plan: Plan, repeats: int) -> dict[str, Any]:
+    """Seconds of the linear layers alone: all but the head on the useful tokens, the head on the readouts.
+
+    Runs the plan's largest bucket as often as its slots go into the useful tokens, fractions counted; on CUDA as one
+    graph.
+    """
+    bucket, device = plan.buckets[0], model.device
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    widths = {m.in_features for m in [*layers, head]}
+    inputs = {k: torch.randn(bucket.slots, k, device=device, dtype=model.dtype) for k in widths}
+    readouts = sum(len(row.position) for one in plan.passes for row in one.rows)
+    chunk = TUNING[device.type].readout_chunk
+    passes = plan.useful_tokens / bucket.slots
+    chunks = max(1, round(readouts / passes / chunk))
+
+    def linears() -> None:
+        for layer in layers:
+            nn.functional.linear(inputs[layer.in_features], layer.weight)
+        for _ in range(chunks):
+            nn.functional.linear(inputs[head.in_features][:chunk], head.weight)
+
+    run = linears
+    if device.type == "cuda":
+        linears()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            linears()
+        run = graph.replay
+    times = max(1, round(passes))
+    run()
+
+    def all_passes() -> None:
+        for _ in range(times):
+            run()
+        _wait(device)
+
+    seconds, _ = best_of(repeats, all_passes)
+    return {"seconds": seconds / times * passes}
 
 
 def best_of(repeats: int, run: Callable[[], Any]) -> tuple[float, Any]:
@@ -141,6 +262,33 @@ def best_of(repeats: int, run: Callable[[], Any]) -> tuple[float, Any]:
     return best, out
 
 
+def or_out_of_memory(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The measurement, or what stopped it: a batch size that does not fit is a result too."""
+    try:
+        return measure()
+    except torch.OutOfMemoryError:
+        return {"seconds": None, "failed": "out of memory"}
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _plan(sequences: Sequences, options: argparse.Namespace, device: torch.device) -> Plan:
+    tuning = TUNING[device.type]
+    geometry = choose_geometry(
+        int(sequences.input_lengths.max()),
+        tokens_per_bucket=options.tokens_per_bucket or tuning.tokens_per_bucket,
+        blocks=options.attention == "flex",
+        readout_chunk=tuning.readout_chunk,
+    )
+    return make_plan(sequences, geometry)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _metrics(questions: Sequence[Question], loglikelihood: Any) -> dict[str, float | None]:
     samples, at = [], 0
     for question in questions:
@@ -150,30 +298,37 @@ def _metrics(questions: Sequence[Question], loglikelihood: Any) -> dict[str, flo
     return metrics(samples)
 
 
-def _print(report: dict[str, Any], best: int | None) -> None:
-    table = Table(title=f"{report['shape']}, {report['dtype']}, {report['questions']} questions, {report['device']}")
-    for column, side in (("", "left"), ("seconds", "right"), ("questions/s", "right"), ("acc", "right"),
-                         ("acc_norm", "right"), ("speedup", "right")):  # fmt: skip
-        table.add_column(column, justify=side)  # type: ignore[arg-type]
-    against = report["cecompile" if best is None else "lm_eval"]
-    against = (against if best is None else against[str(best)])["seconds"]
-    rows = [(f"lm_eval hf, batch {size}", result) for size, result in report["lm_eval"].items()]
-    for name, result in [*rows, ("cecompile, inference", report["cecompile"])]:
-        seconds, scores = result["seconds"], result["metrics"]
+def print_report(report: dict[str, Any]) -> None:
+    """The table: every row's speed, and its ratio to the best lm_eval row and to the floor."""
+    rows = report["rows"]
+    harness = [r["seconds"] for name, r in rows.items() if name.startswith("lm_eval") and r["seconds"]]
+    floor = rows["GEMM floor"]["seconds"]
+    table = Table(title=f"{report['shape']} {report['dtype']}, {report['questions']} questions, {report['device']}")
+    table.add_column("")
+    for column in ("seconds", "questions/s", "useful tokens/s", "acc", "acc_norm", "x lm_eval", "x floor"):
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        seconds, scores = row["seconds"], row.get("metrics")
+        if seconds is None:
+            table.add_row(name, row["failed"])
+            continue
         table.add_row(
-            name,
+            name + (" (own loop)" if row.get("own_loop") else ""),
             f"{seconds:.2f}",
             f"{report['questions'] / seconds:.1f}",
-            f"{scores['acc']:.4f}",
-            f"{scores['acc_norm']:.4f}",
-            f"{against / seconds:.2f}",
+            f"{report['useful_tokens'] / seconds:,.0f}",
+            f"{scores['acc']:.4f}" if scores else "",
+            f"{scores['acc_norm']:.4f}" if scores else "",
+            f"{min(harness) / seconds:.2f}" if harness else "",
+            f"{seconds / floor:.2f}" if floor else "",
         )
-    Console().print(table)
-    ours = report["cecompile"]
+    Console(width=120).print(table)
+    warm = rows["cecompile"].get("warmup_seconds")
     print(
-        f"planning {ours['plan_seconds']:.2f} s, warm-up {ours['warmup_seconds']:.2f} s; "
-        f"{ours['useful_tokens']:,} useful tokens in {ours['slots']:,} slots, "
-        f"{ours['unshared_tokens']:,} with one sequence per choice"
+        f"encoding {report['phases_s']['encode']:.2f} s, planning {report['phases_s']['plan']:.2f} s"
+        + (f", warm-up {warm:.2f} s" if warm else "")
+        + f"; {report['useful_tokens']:,} useful tokens in {report['slots']:,} slots, "
+        f"{report['unshared_tokens']:,} with one sequence per choice"
     )
 
 
@@ -182,15 +337,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--tokenizer", required=True, help="model directory or hub id with the tokenizer")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--questions", type=int, help="the first N; default all")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--attention", choices=("sdpa", "flex"), default="sdpa")
     parser.add_argument("--tokens-per-bucket", type=int)
-    parser.add_argument(
-        "--batch-sizes", type=int, nargs="*", default=BATCH_SIZES, help="of lm_eval; none leaves it out"
-    )
+    parser.add_argument("--batch-sizes", type=int, nargs="*", help="of lm_eval; none leaves it out")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory-limit", type=float, help="GB, on CUDA")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     return parser.parse_args()
 

@@ -35,20 +35,29 @@ class Engine:
         model: a stock causal model in evaluation mode, on its device. Its attention implementation is set to ours.
         buckets: the shapes, largest first.
         attention: "flex" or "sdpa".
-        compiled: compile each decoder layer and the head, and on CUDA capture each bucket. Otherwise the same pass
-            runs as it is.
+        compiled: compile each decoder layer and the head. Otherwise the same pass runs as it is.
+        captured: on CUDA, capture each bucket in a graph; None does so if it is compiled.
         readout_chunk: readouts whose logits are held at once; divides every bucket's readouts.
     """
 
     def __init__(
-        self, model: PreTrainedModel, buckets: Sequence[Bucket], *, attention: str, compiled: bool, readout_chunk: int
+        self,
+        model: PreTrainedModel,
+        buckets: Sequence[Bucket],
+        *,
+        attention: str,
+        compiled: bool,
+        readout_chunk: int,
+        captured: bool | None = None,
     ) -> None:
         model.set_attn_implementation(NAMES[attention])
         self._body = model.base_model
         self._readout = readout_of(model)
         self._chunk = readout_chunk
         self._device = model.device
-        self._capture = compiled and self._device.type == "cuda"
+        self._capture = self._device.type == "cuda" and (compiled if captured is None else captured)
+        for layer in _layers(model):
+            layer._compiled_call_impl = None  # whatever another engine has set
         if compiled:
             options = compile_options(model)
             _compile_layers(model, options)
@@ -149,12 +158,6 @@ class _Slot:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
             forward()
-
-
-def undo_compilation(model: PreTrainedModel) -> None:
-    """Makes the decoder layers run as they are again."""
-    for layer in _layers(model):
-        layer._compiled_call_impl = None
 
 
 def _compile_layers(model: PreTrainedModel, options: dict[str, Any]) -> None:
