@@ -1,0 +1,143 @@
+"""Speed, as regression runs.
+
+    pytest tests/benchmarks --benchmark-autosave                 keep this machine's times
+    pytest tests/benchmarks --benchmark-compare                  compare with the last kept ones
+
+Absolute times on shared machines lie, so what is asserted are ratios of times taken alternately in one test.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cecompile import Scorer, demo, read_questions
+from cecompile.engine.forward import Engine
+from cecompile.engine.reference import score_one_by_one
+from cecompile.workload.encode import encode, max_input_length
+from cecompile.workload.plan import Geometry, make_plan
+from cecompile.workload.sequences import Sequences
+from cecompile.workload.stage import stage_all
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ATTENTION = "flex" if DEVICE == "cuda" else "sdpa"
+CHUNK = 256
+GEOMETRY = Geometry(rows=4, length=512, readout_chunk=CHUNK, blocks=ATTENTION == "flex")
+
+
+@pytest.fixture(scope="module")
+def sequences() -> Sequences:
+    """120 questions of HellaSwag's proportions, random tokens."""
+    random = np.random.default_rng(0)
+    parts, predicted = [], []
+    for _ in range(120):
+        trunk = random.integers(3, 8000, random.integers(10, 80))
+        for _ in range(4):
+            n = int(random.integers(8, 36))
+            parts.append(np.concatenate([trunk, random.integers(3, 8000, n)]))
+            predicted.append(n)
+    return Sequences(
+        np.concatenate(parts).astype(np.int32),
+        np.cumsum([0] + [len(p) for p in parts]).astype(np.int64),
+        np.array(predicted, dtype=np.int32),
+        np.repeat(np.arange(120), 4).astype(np.int32),
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4, vocab_size=8000
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False).to(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def plan(sequences):
+    return make_plan(sequences, GEOMETRY)
+
+
+def warm_engine(model, plan, compiled: bool) -> Engine:
+    engine = Engine(model, plan.buckets, attention=ATTENTION, compiled=compiled, readout_chunk=CHUNK)
+    engine.warm_up()
+    return engine
+
+
+def best_of_both(first: Callable[[], object], second: Callable[[], object], rounds: int = 4) -> tuple[float, float]:
+    """Shortest seconds of each, run alternately."""
+    best = [float("inf")] * 2
+    for _ in range(rounds):
+        for i, run in enumerate((first, second)):
+            began = time.perf_counter()
+            run()
+            best[i] = min(best[i], time.perf_counter() - began)
+    return best[0], best[1]
+
+
+def test_planning(benchmark, sequences):
+    plan = benchmark(make_plan, sequences, GEOMETRY)
+    assert plan.slots <= 1.1 * plan.useful_tokens
+
+
+def test_staging(benchmark, plan):
+    assert len(benchmark(lambda: list(stage_all(plan)))) == len(plan.passes)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+def test_one_pass(benchmark, model, plan, compiled):
+    engine = warm_engine(model, plan, compiled)
+    one = next(stage_all(plan))
+    assert len(benchmark(engine.run, [one])) == 1
+
+
+def test_head(benchmark, model):
+    from cecompile.engine.head import readout_of
+
+    readout = readout_of(model)
+    hidden = torch.randn(CHUNK, model.config.hidden_size, device=DEVICE)
+    target = torch.zeros(CHUNK, 4, dtype=torch.int32, device=DEVICE)
+    with torch.inference_mode():
+        logprob, _ = benchmark(readout, hidden, target)
+    assert logprob.shape == (CHUNK, 4)
+
+
+def test_demo_from_questions_to_scores(benchmark):
+    questions = read_questions(demo.HELLASWAG, limit=100)
+    scorer = Scorer.from_pretrained(device=DEVICE, engine="eager")
+    scorer.score(questions)
+    assert len(benchmark.pedantic(scorer.score, (questions,), rounds=3).loglikelihoods) == 100
+
+
+def test_demo_is_encoded_and_planned_in_a_second(benchmark):
+    questions = read_questions(demo.HELLASWAG)
+    scorer = Scorer.from_pretrained(device="cpu")
+    longest = max_input_length(scorer.config, scorer.tokenizer)
+
+    def prepare():
+        return make_plan(encode(questions, scorer.tokenizer, longest).sequences, GEOMETRY)
+
+    benchmark.pedantic(prepare, rounds=3, warmup_rounds=1)
+    assert benchmark.stats.stats.min < 1.0
+
+
+def test_compiling_pays(model, plan):
+    staged = list(stage_all(plan))
+    compiled = warm_engine(model, plan, True)
+    eager = warm_engine(copy.deepcopy(model), plan, False)
+    fast, slow = best_of_both(lambda: compiled.run(staged), lambda: eager.run(staged))
+    assert fast < 1.1 * slow
+
+
+def test_packing_pays(model, plan, sequences):
+    """One static pass per bucket against one sequence per choice, both uncompiled."""
+    staged = list(stage_all(plan))
+    engine = warm_engine(model, plan, False)
+    stock = copy.deepcopy(model)
+    stock.set_attn_implementation("sdpa")
+    packed, one_by_one = best_of_both(lambda: engine.run(staged), lambda: score_one_by_one(stock, sequences))
+    assert packed < one_by_one / 2
