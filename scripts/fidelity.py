@@ -1,0 +1,79 @@
+"""Is half precision as good through trees as through the stock model?
+
+    python scripts/fidelity.py [--model DIR --data FILE] [--dtype bfloat16 float16] [--device cuda]
+
+Scores the same questions three times: the stock model in float32, one choice at a time (taken as exact); the stock
+model in half precision, likewise; and the compiled trees in half precision. Prints the root mean square error of each
+half-precision loglikelihood, their ratio, and how many predictions agree with the exact ones. Default: the embedded
+demo, a model whose logits mean something.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from cecompile import Question, Scorer, demo, read_questions
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Every loglikelihood in one array, and each question's prediction."""
+
+    loglikelihoods: NDArray[np.float64]
+    predictions: NDArray[np.int64]
+
+    def error(self, exact: "Outcome") -> float:
+        """Root mean square of the differences, natural logarithm."""
+        return float(np.sqrt(np.mean((self.loglikelihoods - exact.loglikelihoods) ** 2)))
+
+    def agreement(self, exact: "Outcome") -> float:
+        """Share of equal predictions."""
+        return float(np.mean(self.predictions == exact.predictions))
+
+
+def main() -> None:
+    options = _arguments()
+    questions = read_questions(options.data, limit=options.questions)
+    exact = outcome(questions, options, "reference", "float32")
+    table = Table(title=f"{len(questions)} questions, errors against the stock model in float32")
+    for column in ("dtype", "stock error", "trees error", "ratio", "stock agrees", "trees agree"):
+        table.add_column(column, justify="right")
+    for dtype in options.dtype:
+        stock = outcome(questions, options, "reference", dtype)
+        trees = outcome(questions, options, "compiled", dtype)
+        errors = stock.error(exact), trees.error(exact)
+        table.add_row(
+            dtype,
+            *(f"{e:.4f}" for e in errors),
+            f"{errors[1] / errors[0]:.3f}",
+            *(f"{100 * o.agreement(exact):.2f} %" for o in (stock, trees)),
+        )
+    Console(width=100).print(table)
+
+
+def outcome(questions: list[Question], options: argparse.Namespace, engine: str, dtype: str) -> Outcome:
+    """Scores the questions with one engine and dtype."""
+    scorer = Scorer.from_pretrained(
+        options.model, device=options.device, dtype=dtype, engine=engine, attention=options.attention
+    )
+    scores = scorer.score(questions).loglikelihoods
+    return Outcome(np.concatenate(scores), np.array([int(np.argmax(s)) for s in scores]))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(demo.MODEL))
+    parser.add_argument("--data", default=str(demo.HELLASWAG))
+    parser.add_argument("--questions", type=int)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--attention", choices=("auto", "flex", "sdpa"), default="auto")
+    parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float16"), default=["bfloat16", "float16"])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
