@@ -12,8 +12,7 @@ import click
 from cecompile import demo
 from cecompile.errors import CheckError, UserError
 from cecompile.report.clock import CLOCKS, Clock, process_start
-
-TASKS = ("auto", "hellaswag", "choices")
+from cecompile.tasks.formats import TASKS
 
 
 class OneLineErrors(click.Group):
@@ -34,7 +33,7 @@ def cli() -> None:
 
 
 def _limit(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    if value is not None and (not value > 0 or (value >= 1 and value != int(value))):
+    if value is not None and not (0 < value < 1 or (value >= 1 and value.is_integer())):
         raise click.BadParameter("a count of questions, or a fraction between 0 and 1")
     return value
 
@@ -44,7 +43,9 @@ def selection(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--model", metavar="DIR|HUB_ID", help="The checkpoint. Default: the embedded demo model."),
         click.option("--data", metavar="FILE|HUB_ID[:SPLIT]", help="The questions. Default: the embedded demo's."),
-        click.option("--task", type=click.Choice(TASKS), default="auto", help="Row format; auto tells by the fields."),
+        click.option(
+            "--task", type=click.Choice(("auto", *TASKS)), default="auto", help="Row format; auto tells by the fields."
+        ),
         click.option("--limit", type=float, callback=_limit, help="First N questions, or a fraction below 1."),
         click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
         click.option(

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 
 from cecompile import demo
-from cecompile.engine.forward import Engine
+from cecompile.engine.forward import Engine, Readouts
 from cecompile.engine.model import (
+    DTYPES,
     check_vocabulary,
     fingerprint,
     load_config,
@@ -21,7 +22,7 @@ from cecompile.engine.model import (
     load_tokenizer,
     resolve_device,
 )
-from cecompile.engine.probe import choose_attention
+from cecompile.engine.probe import choose_attention, rope_type
 from cecompile.engine.reference import score_one_by_one
 from cecompile.errors import CheckError, UserError, printable
 from cecompile.report.clock import Clock
@@ -91,6 +92,7 @@ class Scorer:
         self._tuning = tuning
         self._tokens_per_bucket = tokens_per_bucket or tuning.tokens_per_bucket
         self._probed = False
+        self._engine: Engine | None = None
         self._wanted_attention = attention
         self.attention = attention if attention != "auto" else ("flex" if device.type == "cuda" else "sdpa")
 
@@ -118,7 +120,12 @@ class Scorer:
         Raises:
             UserError: there is no such model, device or option.
         """
-        for value, known, option in ((engine, ENGINES, "engine"), (attention, ATTENTIONS, "attention")):
+        checks = (
+            (engine, ENGINES, "engine"),
+            (attention, ATTENTIONS, "attention"),
+            (dtype, ("auto", *DTYPES), "dtype"),
+        )
+        for value, known, option in checks:
             if value not in known:
                 raise UserError(f"{option} '{value}': one of {', '.join(known)}")
         if tokens_per_bucket is not None and tokens_per_bucket < 128:
@@ -135,6 +142,9 @@ class Scorer:
             UserError: a question cannot be encoded for this model.
         """
         encoded = encode(questions, self.tokenizer, max_input_length(self.config, self.tokenizer))
+        longest = int(encoded.sequences.input_lengths.max())
+        if self.engine != "reference":
+            self._check_rope(longest)
         check_vocabulary(self.name, self.tokenizer, self.config, int(encoded.sequences.token_ids.max()))
         plan = None
         if self.engine != "reference":
@@ -175,8 +185,18 @@ class Scorer:
         clock.enter("inference")
         counter = _Counter("inference", len(staged), progress)
         readouts = engine.run(staged, counter)
-        loglikelihood, greedy = _collect(len(workload.sequences), staged, readouts)
+        loglikelihood, greedy = collect(len(workload.sequences), staged, readouts)
         return _by_question(questions, workload, loglikelihood, greedy)
+
+    def _check_rope(self, longest: int) -> None:
+        """longrope picks one factor for a whole batch, by its longest sequence: trees on both sides do not mix."""
+        config = self.config.get_text_config()
+        original = getattr(config, "original_max_position_embeddings", None)
+        if rope_type(config) == "longrope" and original is not None and longest > original:
+            raise UserError(
+                f"{self.name}: sequences of up to {longest} tokens, where its longrope changes at {original}: "
+                "cannot be scored as trees; --engine reference scores them"
+            )
 
     def _geometry(self, sequences: Sequences) -> Geometry:
         return choose_geometry(
@@ -194,11 +214,24 @@ class Scorer:
 
     def _probe(self, model: PreTrainedModel) -> None:
         if not self._probed:
-            self.attention = choose_attention(model, self._wanted_attention)
+            self.attention, reason = choose_attention(model, self._wanted_attention)
+            self.note = reason and f"attention {self.attention}, because {printable(reason, 200)}"
             self._probed = True
 
     def _warm_engine(self, model: PreTrainedModel, plan: Plan, progress: Progress) -> Engine:
-        """An engine with every bucket warm; the uncompiled one, with a note, where this machine cannot compile."""
+        """An engine with every bucket warm, the last one if it fits; uncompiled, with a note, if nothing compiles."""
+        if self._engine is None or self._engine.buckets != plan.buckets:
+            self._engine = None  # frees its buffers first
+            try:
+                self._engine = self._new_engine(model, plan, progress)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"{self.name}: out of memory on {self.device} with buckets of {plan.buckets[0].slots} tokens; "
+                    "try a smaller --tokens-per-bucket"
+                ) from None
+        return self._engine
+
+    def _new_engine(self, model: PreTrainedModel, plan: Plan, progress: Progress) -> Engine:
         warming = _Counter("warmup", len(plan.buckets), progress)
         chunk = self._tuning.readout_chunk
         if self.engine == "compiled":
@@ -206,7 +239,8 @@ class Scorer:
                 engine = Engine(model, plan.buckets, attention=self.attention, compiled=True, readout_chunk=chunk)
                 engine.warm_up(warming)
                 return engine
-            except TorchDynamoException as error:  # no C++ compiler, no Triton, or a layer that does not compile
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                # no C++ compiler, no Triton, or a layer that does not compile
                 self.engine = "eager"
                 self.note = f"ran uncompiled: {printable(_first_line(error), 200)}"
         engine = Engine(model, plan.buckets, attention=self.attention, compiled=False, readout_chunk=chunk)
@@ -240,8 +274,8 @@ class _Counter:
         self._progress(self._phase, self._done, self._total)
 
 
-def _collect(
-    count: int, staged: Sequence[StagedPass], readouts: Sequence[Any]
+def collect(
+    count: int, staged: Sequence[StagedPass], readouts: Sequence[Readouts]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Sums readouts by sequence, in float64: (count,) loglikelihoods and whether every argmax was the target."""
     loglikelihood = np.zeros(count)

@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cecompile.engine.forward import Engine
 from cecompile.engine.model import DTYPES, load_tokenizer, resolve_device
-from cecompile.scorer import TUNING
+from cecompile.scorer import TUNING, collect
 from cecompile.tasks.judge import judge, metrics
 from cecompile.tasks.question import Question
 from cecompile.tasks.read import read_questions
@@ -204,9 +204,7 @@ def time_engine(
     _wait(model.device)
     warm = time.perf_counter() - began
     seconds, readouts = best_of(options.repeats, lambda: engine.run(staged))
-    loglikelihood = np.zeros(count)
-    for one, out in zip(staged, readouts, strict=True):
-        np.add.at(loglikelihood, one.choice, out.logprob)
+    loglikelihood, _ = collect(count, staged, readouts)
     return {"seconds": seconds, "warmup_seconds": warm, "metrics": _metrics(questions, loglikelihood)}
 
 

@@ -1,5 +1,6 @@
 # Sourced by the scripts beside it: makes .venv with the package and the extras named in "$1", and leaves $python set.
-# A machine that already has torch (a Jetson container, say) keeps its own; elsewhere a tested version is pinned.
+# A machine that already has torch (a Jetson container, say) keeps its own, and the numpy it was built with; elsewhere
+# a tested version is pinned.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 extras="$1"
@@ -7,28 +8,46 @@ venv="$root/.venv"
 python="$venv/bin/python"
 stamp="$venv/.installed-${extras//,/-}"
 
-if [ ! -x "$python" ]; then
+stop() {
+    echo "$1" >&2
+    exit 2
+}
+
+torch_version() {
+    "$1" -c 'import torch; print(torch.__version__)' 2>/dev/null || true
+}
+
+make_venv() {
+    rm -rf "$venv"
+    "$base" -m venv "$@" "$venv" || { rm -rf "$venv"; stop "$base cannot make a virtual environment (on Debian and Ubuntu: apt-get install python3-venv)"; }
+}
+
+if ! "$python" -m pip --version >/dev/null 2>&1; then
     base="${PYTHON:-python3}"
-    if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        echo "cecompile needs Python 3.10 or newer; name one with PYTHON=... (found: $("$base" --version 2>&1))" >&2
-        exit 2
-    fi
-    if "$base" -c 'import torch' 2>/dev/null; then
-        "$base" -m venv --system-site-packages "$venv"
-        "$python" -c 'import torch; print(f"torch=={torch.__version__}")' >"$venv/kept-torch.txt"
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        stop "cecompile needs Python 3.10 or newer; name one with PYTHON=... (found: $("$base" --version 2>&1))"
+    kept="$(torch_version "$base")"
+    if [ -n "$kept" ]; then
+        make_venv --system-site-packages
+        if [ "$(torch_version "$python")" = "$kept" ]; then
+            echo "torch==$kept" >"$venv/kept-torch.txt"
+        else # torch lives in a virtual environment of its own, which another one does not see
+            make_venv
+        fi
     else
-        "$base" -m venv "$venv"
+        make_venv
     fi
 fi
 if [ ! -e "$stamp" ] || [ "$root/pyproject.toml" -nt "$stamp" ] || [ "$root/scripts/constraints.txt" -nt "$stamp" ]; then
     echo "Setting up $venv (once, some minutes) ..." >&2
     constraints="$root/scripts/constraints.txt"
     if [ -e "$venv/kept-torch.txt" ]; then
-        { grep -v '^torch==' "$constraints"; cat "$venv/kept-torch.txt"; } >"$venv/constraints.txt"
+        { grep -vE '^(torch|numpy)==' "$constraints"; cat "$venv/kept-torch.txt"; } >"$venv/constraints.txt"
         constraints="$venv/constraints.txt"
     fi
     pip=("$python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints")
-    "${pip[@]}" torch
+    "${pip[@]}" 'torch>=2.8.0a0' ||
+        stop "cecompile needs torch 2.8 or newer; this machine keeps $(cat "$venv/kept-torch.txt" 2>/dev/null || echo none)"
     "${pip[@]}" --editable "$root[$extras]"
     touch "$stamp"
 fi

@@ -169,6 +169,31 @@ def test_models_that_are_not(tmp_path, tiny_llama):
     assert "safetensors" in refuse(tmp_path, "--model", config_only)
 
 
+def test_weights_of_another_shape(tmp_path, tiny_llama):
+    for file in tiny_llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
+    assert "weights" in refuse(tmp_path, "--model", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    assert "config.json" in refuse(tmp_path, "--model", tmp_path)
+
+
+def test_longrope_on_both_sides_of_its_boundary(tmp_path, tiny_llama):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 10000.0}
+    config = json.loads((tiny_llama / "config.json").read_text())
+    config |= {
+        "rope_parameters": rope | {"original_max_position_embeddings": 16},
+        "original_max_position_embeddings": 16,
+    }
+    for file in tiny_llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(line(GOOD, query="a question of many words " * 4))
+    assert "longrope" in refuse(tmp_path, "--model", tmp_path, "--data", path)
+
+
 def test_encoder_decoder_models(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     assert "encoder-decoder" in refuse(tmp_path, "--model", tmp_path)
@@ -216,7 +241,17 @@ def test_output_directories(tmp_path):
     assert "cannot be written" in result.output
 
 
-@pytest.mark.parametrize("arguments", [["--limit", "0"], ["--limit", "1.5"], ["--tokens-per-bucket", "12"], ["--what"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--limit", "0"],
+        ["--limit", "1.5"],
+        ["--limit", "inf"],
+        ["--limit", "nan"],
+        ["--tokens-per-bucket", "12"],
+        ["--what"],
+    ],
+)
 def test_usage(arguments):
     result = CliRunner().invoke(cli, ["eval", *arguments])
     assert result.exit_code == 2

@@ -5,10 +5,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cecompile import Question, Scorer
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import score_one_by_one
 from cecompile.errors import UserError
+from cecompile.scorer import collect
 from cecompile.workload.plan import choose_geometry, make_plan
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import stage_all
@@ -52,15 +54,17 @@ def tiny_model(kind: str, **changes):
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
 
 
-def random_sequences(seed: int = 0, questions: int = 12) -> Sequences:
+def random_sequences(seed: int = 0, questions: int = 12, trunk: int = 0) -> Sequences:
+    """Questions of four choices, every other one with a shared start; contexts `trunk` tokens longer."""
     random = np.random.default_rng(seed)
     parts, readouts, owners = [], [], []
     shared = random.integers(3, VOCABULARY, 12)
     for q in range(questions):
-        trunk = np.concatenate([shared[: 12 * (q % 2)], random.integers(3, VOCABULARY, random.integers(1, 40))])
+        own = random.integers(3, VOCABULARY, trunk + random.integers(1, 40))
+        context = np.concatenate([shared[: 12 * (q % 2)], own])
         for _ in range(4):
             choice = random.integers(3, VOCABULARY, random.integers(1, 20))
-            parts.append(np.concatenate([trunk, choice]))
+            parts.append(np.concatenate([context, choice]))
             readouts.append(len(choice))
             owners.append(q)
     return Sequences(
@@ -82,22 +86,37 @@ def score(model, sequences, attention, *, compiled=False, tokens=512):
     engine = Engine(model, plan.buckets, attention=attention, compiled=compiled, readout_chunk=64)
     engine.warm_up()
     staged = list(stage_all(plan))
-    loglikelihood = np.zeros(len(sequences))
-    greedy = np.ones(len(sequences), dtype=bool)
-    for one, out in zip(staged, engine.run(staged), strict=True):
-        np.add.at(loglikelihood, one.choice, out.logprob)
-        greedy[one.choice[out.argmax != one.target]] = False
-    return loglikelihood, greedy
+    return collect(len(sequences), staged, engine.run(staged))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_trees_score_as_the_stock_model_does(kind):
     model, sequences = tiny_model(kind), random_sequences()
     expected, expected_greedy = score_one_by_one(model, sequences)
-    assert choose_attention(model, "auto") == "sdpa"
+    assert choose_attention(model, "auto") == ("sdpa", None)
     got, greedy = score(model, sequences, "sdpa")
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
     assert (greedy == expected_greedy).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi", "opt"])
+def test_compiled_layers_and_head(kind):
+    """With and without biases, through the CPU's own linear layers."""
+    model, sequences = tiny_model(kind), random_sequences(2)
+    expected, expected_greedy = score_one_by_one(model, sequences)
+    got, greedy = score(model, sequences, "sdpa", compiled=True)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    assert (greedy == expected_greedy).all()
+
+
+@pytest.mark.parametrize("attention", ["flex", "sdpa"])
+def test_windows_shorter_than_a_context_of_several_tiles(attention):
+    """A trunk of 400 tokens has tiles without a branch in them; the window hides most of those pairs."""
+    model = tiny_model("mistral", head_dim=16, sliding_window=64, max_position_embeddings=512)
+    sequences = random_sequences(3, questions=2, trunk=400)
+    expected, _ = score_one_by_one(model, sequences)
+    got, _ = score(model, sequences, attention, tokens=1024)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma2"])
@@ -115,6 +134,15 @@ def test_result_does_not_depend_on_the_bucket():
     np.testing.assert_allclose(small, large, rtol=0, atol=1e-4)
 
 
+def test_scoring_again_gives_the_same_and_builds_nothing_new(tiny_llama):
+    scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
+    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
+    first = scorer.score(questions)
+    engine = scorer._engine
+    assert scorer.score(questions).loglikelihoods == first.loglikelihoods
+    assert scorer._engine is engine
+
+
 def test_weights_are_not_touched():
     model = tiny_model("llama")
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -130,6 +158,7 @@ def test_weights_are_not_touched():
         ("bloom", {"n_layer": 2, "n_head": 4}),
         ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}),
         ("mamba", {"state_size": 8}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}),
     ],
 )
 def test_what_cannot_be_exact_is_refused(kind, changes):

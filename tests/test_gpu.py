@@ -5,9 +5,11 @@ import pytest
 import torch
 from test_engine import random_sequences, tiny_model
 
+from cecompile import Question, Scorer
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import score_one_by_one
+from cecompile.scorer import collect
 from cecompile.workload.plan import choose_geometry, make_plan
 from cecompile.workload.stage import stage_all
 
@@ -26,13 +28,6 @@ def prepared(model, sequences, attention, *, compiled=True, tokens=512):
     return engine, list(stage_all(plan))
 
 
-def loglikelihoods(sequences, staged, readouts):
-    out = np.zeros(len(sequences))
-    for one, got in zip(staged, readouts, strict=True):
-        np.add.at(out, one.choice, got.logprob)
-    return out
-
-
 def on_gpu(kind, dtype=torch.float32, **changes):
     return tiny_model(kind, head_dim=16, hidden_size=64, **changes).to("cuda", dtype)
 
@@ -45,12 +40,39 @@ def test_trees_score_as_the_stock_model_does(kind, compiled, attention):
     expected, _ = score_one_by_one(model, sequences)
     engine, staged = prepared(model, sequences, attention, compiled=compiled)
     engine.warm_up()
-    got = loglikelihoods(sequences, staged, engine.run(staged))
+    got = collect(len(sequences), staged, engine.run(staged))[0]
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
 
 
 def test_auto_takes_flex_where_it_compiles():
-    assert choose_attention(on_gpu("llama"), "auto") == "flex"
+    assert choose_attention(on_gpu("llama"), "auto") == ("flex", None)
+
+
+@pytest.mark.parametrize("attention", ["flex", "sdpa"])
+def test_windows_shorter_than_a_context_of_several_tiles(attention):
+    model = on_gpu("mistral", sliding_window=64, max_position_embeddings=512)
+    sequences = random_sequences(3, questions=4, trunk=400)
+    expected, _ = score_one_by_one(model, sequences)
+    engine, staged = prepared(model, sequences, attention, tokens=1024)
+    engine.warm_up()
+    got = collect(len(sequences), staged, engine.run(staged))[0]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_probe_accepts_a_deep_model_in_half_precision(dtype):
+    model = on_gpu("llama", dtype, num_hidden_layers=40, initializer_range=0.1)
+    assert choose_attention(model, "auto") == ("flex", None)
+
+
+def test_scorer_from_end_to_end(tiny_llama):
+    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(50)]
+    expected = Scorer.from_pretrained(tiny_llama, device="cuda", engine="reference").score(questions)
+    scorer = Scorer.from_pretrained(tiny_llama, device="cuda")
+    got = scorer.score(questions)
+    assert (scorer.engine, scorer.attention, scorer.note) == ("compiled", "flex", None)
+    np.testing.assert_allclose(got.loglikelihoods, expected.loglikelihoods, rtol=0, atol=1e-3)
+    assert got.greedy == expected.greedy
 
 
 @pytest.mark.parametrize("attention", ["flex", "sdpa"])
@@ -60,8 +82,8 @@ def test_nothing_is_allocated_after_warm_up(attention):
     engine.warm_up()
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()
-    first = loglikelihoods(sequences, staged, engine.run(staged))
-    again = loglikelihoods(sequences, staged, engine.run(staged))
+    first = collect(len(sequences), staged, engine.run(staged))[0]
+    again = collect(len(sequences), staged, engine.run(staged))[0]
     after = torch.cuda.memory_stats()
     for name in ("allocation.all.allocated", "segment.all.allocated", "allocated_bytes.all.peak"):
         assert after[name] == before[name], name
@@ -76,7 +98,7 @@ def test_half_precision_is_as_good_as_the_stock_models(dtype):
     stock, _ = score_one_by_one(model, sequences)
     engine, staged = prepared(model, sequences, "flex")
     engine.warm_up()
-    ours = loglikelihoods(sequences, staged, engine.run(staged))
+    ours = collect(len(sequences), staged, engine.run(staged))[0]
 
     def error(values):
         return float(np.sqrt(np.mean((values - exact) ** 2)))

@@ -84,9 +84,7 @@ def test_equals_lm_eval(which, kind, tiny_llama, rows_file, wikihow_file):
     expected, results = harness(model, data, hellaswag=kind == "wikihow")
 
     questions = cecompile.read_questions(data)
-    scorer = cecompile.Scorer.from_pretrained(
-        model, device="cpu", dtype="float32", engine="eager", tokens_per_bucket=512
-    )
+    scorer = cecompile.Scorer.from_pretrained(model, device="cpu", dtype="float32", tokens_per_bucket=512)
     got = cecompile.evaluate(scorer, questions)
 
     assert len(got.samples) == len(expected)

@@ -90,10 +90,17 @@ def test_every_file_type_gives_the_same_questions(tmp_path):
         assert digest(read_questions(tmp_path / name)) == digest(expected)
 
 
-def test_byte_order_mark_is_skipped(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"query": "q", "choices": ["a", "b"]}).encode())
+@pytest.mark.parametrize("content", [{"query": "q", "choices": ["a", "b"]}, [{"query": "q", "choices": ["a", "b"]}]])
+def test_byte_order_mark_is_skipped(tmp_path, content):
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
     assert len(read_questions(path)) == 1
+
+
+def test_csv_keeps_empty_texts_and_texts_that_look_missing(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('activity_label,ctx_a,ctx_b,endings,label\nl,a,,"[""None"", ""NA""]",1\n')
+    assert read_questions(path) == [Question("0", "l: a", ("None", "NA"), 1)]
 
 
 def test_task_option_settles_what_is_ambiguous(tmp_path):

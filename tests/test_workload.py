@@ -116,7 +116,7 @@ def test_counts_are_what_a_set_of_prefixes_says(sequences):
         assert plan.unshared_tokens == sequences.input_lengths.sum()
         assert len(prefixes) <= plan.useful_tokens <= plan.unshared_tokens
         assert plan.question_tree_tokens <= plan.unshared_tokens
-        assert plan.useful_tokens == sum(one.tokens for one in stage_all(plan))
+        assert plan.useful_tokens == sum(len(row.token_ids) for one in plan.passes for row in one.rows)
         assert plan.slots >= plan.useful_tokens
         assert len(plan.buckets) <= MAX_BUCKETS
 

@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-MODEL = Path("/tmp/demo2/model")
+MODEL = Path(__file__).parent / "model"
 HELLASWAG = Path(__file__).parent / "hellaswag.jsonl"
 CHAT = Path(__file__).parent / "chat.jsonl"

@@ -73,11 +73,10 @@ class TreeMasks:
         def path_within_window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (k <= q) & (q < end[b, k]) & (depth[b, q] - depth[b, k] < span)
 
+        # In full tiles nothing is asked of the mask function, so a window, which hides more, has none.
+        kinds = ("partial", "full") if window is None else ("any",)
         return BlockMask.from_kv_blocks(
-            self._part["partial_count"][:, None],
-            self._part["partial_index"][:, None],
-            self._part["full_count"][:, None],
-            self._part["full_index"][:, None],
+            *(self._part[f"{kind}_{what}"][:, None] for kind in kinds for what in ("count", "index")),  # type: ignore
             BLOCK_SIZE=BLOCK,
             mask_mod=path if window is None else path_within_window,
             seq_lengths=(end.shape[1], end.shape[1]),
@@ -118,6 +117,9 @@ def _flex(
 
 # The uncompiled operator computes every score of the dense matrix; the kernel exists compiled only.
 _compiled_flex = torch.compile(flex_attention, dynamic=False)
+# All layers and all buckets share a code object: each shape and mask is one more graph of it.
+torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4096)
 
 
 def _softcapping(limit: float) -> Any:

@@ -31,7 +31,7 @@ def compile_options(model: Any) -> dict[str, Any]:
     """Inductor options for compiling `model`'s layers and head."""
     on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
     if on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return {"post_grad_custom_pre_pass": LinearThroughOneDnn()}
+        return {"post_grad_custom_pre_pass": _LINEAR_THROUGH_ONEDNN}
     return {}
 
 
@@ -58,6 +58,9 @@ class LinearThroughOneDnn(CustomGraphPass):
     def uuid(self) -> str:
         """Identifies the pass in Inductor's caches."""
         return "cecompile.LinearThroughOneDnn.1"
+
+
+_LINEAR_THROUGH_ONEDNN = LinearThroughOneDnn()  # one object: Dynamo takes options apart by identity
 
 
 def _untransposed(node: Node) -> Any:

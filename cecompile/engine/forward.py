@@ -51,6 +51,7 @@ class Engine:
         captured: bool | None = None,
     ) -> None:
         model.set_attn_implementation(NAMES[attention])
+        self.buckets = tuple(buckets)
         self._body = model.base_model
         self._readout = readout_of(model)
         self._chunk = readout_chunk
@@ -74,27 +75,40 @@ class Engine:
                 slot.capture(functools.partial(self._forward, slot), self._pool)
             else:
                 self._forward(slot)
+            self._wait()
             done(slot.bucket)
 
     @torch.inference_mode()
     def run(self, passes: Iterable[StagedPass], done: Callable[[StagedPass], None] = lambda _: None) -> list[Readouts]:
-        """Runs the passes in order. `done` is called after each; on CUDA that is when it was queued."""
-        waiting: list[tuple[StagedPass, Tensor, Tensor]] = []
+        """Runs the passes in order. `done` is called after each.
+
+        On CUDA the host collects a pass while the device runs the next.
+        """
+        out: list[Readouts] = []
+        queued: tuple[StagedPass, _Slot, int] | None = None
+
+        def collect() -> None:
+            if queued is not None:
+                one, slot, turn = queued
+                out.append(slot.collect(one, turn))
+                done(one)
+
         for one in passes:
             slot = self._slots[one.bucket]
-            slot.load(one)
+            turn = slot.load(one)
             if slot.graph is not None:
                 slot.graph.replay()
             else:
                 self._forward(slot)
-            waiting.append((one, *slot.unload()))
-            done(one)
+            slot.unload(turn)
+            collect()
+            queued = one, slot, turn
+        collect()
+        return out
+
+    def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        out = []
-        for one, logprob, argmax in waiting:
-            out.append(Readouts(logprob.numpy().reshape(-1)[one.entry], argmax.numpy()[one.entry // TARGETS]))
-        return out
 
     def _forward(self, slot: "_Slot") -> None:
         part = slot.part
@@ -122,30 +136,34 @@ class _Slot:
         self.masks = TreeMasks(self.part)
         self.logprob = torch.zeros(bucket.readouts, TARGETS, dtype=torch.float32, device=device)
         self.argmax = torch.zeros(bucket.readouts, dtype=torch.int32, device=device)
-        pinned = device.type == "cuda"
-        size = data_size(bucket, blocks)
-        self._host = [torch.empty(size, dtype=torch.int32, pin_memory=pinned) for _ in range(2 if pinned else 1)]
-        self._copied = [torch.cuda.Event() for _ in self._host] if pinned else []
+        self._turns = [_HostBuffers(data_size(bucket, blocks), bucket.readouts, device) for _ in range(2)]
         self._turn = 0
 
-    def load(self, one: StagedPass) -> None:
-        """Queues the copy of a pass's data into the static buffer."""
-        turn = self._turn = (self._turn + 1) % len(self._host)
-        if self._copied:
-            self._copied[turn].synchronize()  # the copy before last has left this host buffer
-        self._host[turn].numpy()[:] = one.data
-        self._data.copy_(self._host[turn], non_blocking=True)
-        if self._copied:
-            self._copied[turn].record()
+    def load(self, one: StagedPass) -> int:
+        """Queues the copy of a pass's data into the static buffer; returns which host buffers it uses.
 
-    def unload(self) -> tuple[Tensor, Tensor]:
-        """Queues the copy of the outputs to host memory of their own."""
-        pinned = self._data.is_cuda
-        out = []
-        for device_side in (self.logprob, self.argmax):
-            host = torch.empty(device_side.shape, dtype=device_side.dtype, pin_memory=pinned)
-            out.append(host.copy_(device_side, non_blocking=True))
-        return out[0], out[1]
+        They were last used by the pass before last, which has been collected.
+        """
+        self._turn ^= 1
+        host = self._turns[self._turn]
+        host.data.numpy()[:] = one.data
+        self._data.copy_(host.data, non_blocking=True)
+        return self._turn
+
+    def unload(self, turn: int) -> None:
+        """Queues the copy of the outputs to the host."""
+        host = self._turns[turn]
+        host.logprob.copy_(self.logprob, non_blocking=True)
+        host.argmax.copy_(self.argmax, non_blocking=True)
+        if host.filled is not None:
+            host.filled.record()
+
+    def collect(self, one: StagedPass, turn: int) -> Readouts:
+        """Waits for the outputs of a pass and picks those in use."""
+        host = self._turns[turn]
+        if host.filled is not None:
+            host.filled.synchronize()
+        return Readouts(host.logprob.numpy().reshape(-1)[one.entry], host.argmax.numpy()[one.entry // TARGETS])
 
     def capture(self, forward: Callable[[], None], pool: Any) -> None:
         """Runs `forward` until it is compiled and settled, then captures it in a graph on the shared pool."""
@@ -160,10 +178,19 @@ class _Slot:
             forward()
 
 
+class _HostBuffers:
+    """Host sides of a slot's copies, pinned where there is CUDA, and the event that says the outputs are there."""
+
+    def __init__(self, size: int, readouts: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.data = torch.empty(size, dtype=torch.int32, pin_memory=pinned)
+        self.logprob = torch.empty(readouts, TARGETS, dtype=torch.float32, pin_memory=pinned)
+        self.argmax = torch.empty(readouts, dtype=torch.int32, pin_memory=pinned)
+        self.filled = torch.cuda.Event() if pinned else None
+
+
 def _compile_layers(model: PreTrainedModel, options: dict[str, Any]) -> None:
     """Compiles each decoder layer in place; identical layers share one graph per bucket shape."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4096)
     for layer in _layers(model):
         layer.compile(fullgraph=True, dynamic=False, options=options)
 

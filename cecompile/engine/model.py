@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -21,7 +22,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first CUDA device where there is one, else the CPU.
+    """The device of that name, made torch's current one; "auto" is the first CUDA device, else the CPU.
 
     Raises:
         UserError: no such device.
@@ -39,6 +40,7 @@ def resolve_device(name: str) -> torch.device:
         if not torch.cuda.is_available() or (device.index or 0) >= count:
             raise UserError(f"--device {name}: this machine's torch {torch.__version__} sees {count} CUDA devices")
         device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
     return device
 
 
@@ -48,10 +50,14 @@ def load_config(model: str) -> Any:
     Raises:
         UserError: none can be loaded, or it is not of a decoder-only language model.
     """
-    path = Path(model)
-    if path.is_dir() and not (path / "config.json").is_file():
+    try:
+        path = Path(model)
+        there, no_config = path.exists(), path.is_dir() and not (path / "config.json").is_file()
+    except OSError as error:
+        raise UserError(f"{model}: cannot be read: {error.strerror}") from None
+    if no_config:
         raise UserError(f"{model}: no config.json in this directory")
-    if not path.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+    if not there and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise UserError(f"{model}: no such directory")
     config = _loading(model, "config.json", lambda: AutoConfig.from_pretrained(model, trust_remote_code=False))
     if getattr(config, "is_encoder_decoder", False):
@@ -162,6 +168,8 @@ def _checkpoint_files(model: str) -> list[Path]:
 def _loading(model: str, what: str, load: Any) -> Any:
     try:
         return load()
-    except (OSError, ValueError, KeyError, SafetensorError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError, StrictDataclassError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{model}: {what}: {reason}") from None

@@ -1,5 +1,7 @@
 """A check before any score is trusted: does this model, on this device, compute trees exactly?"""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,11 +14,16 @@ from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import stage_all, views
 from cecompile.workload.tree import TARGETS
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the logits' standard deviation
+# Root mean square of the logits' differences, in standard deviations of the logits. Rounding alone gave at most 0.007
+# in bfloat16 and 0.003 in float16 over 40 random layers; a wrong mask gives about 1.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 
-def choose_attention(model: PreTrainedModel, wanted: str) -> str:
+def choose_attention(model: PreTrainedModel, wanted: str) -> tuple[str, str | None]:
     """The attention implementation to use, after checking that it computes what the stock model computes.
+
+    Returns:
+        "flex" or "sdpa", and why it is not the one that comes first, if so.
 
     Args:
         model: on its device, as loaded.
@@ -26,11 +33,11 @@ def choose_attention(model: PreTrainedModel, wanted: str) -> str:
         UserError: what is wanted does not compute this model exactly.
     """
     candidates = [wanted] if wanted != "auto" else (["flex", "sdpa"] if model.device.type == "cuda" else ["sdpa"])
-    reasons = []
+    reasons: list[str] = []
     for attention in candidates:
         problem = _problem(model, attention)
         if problem is None:
-            return attention
+            return attention, "; ".join(reasons) or None
         reasons.append(f"{attention}: {problem}")
     raise UserError(
         f"{type(model).__name__}: cannot be scored as trees ({'; '.join(reasons)}); --engine reference scores it"
@@ -41,19 +48,32 @@ def _problem(model: PreTrainedModel, attention: str) -> str | None:
     """Why a small tree's logits differ from the stock model's, or None if they do not."""
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
+    config = model.config.get_text_config()
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return "its attention is chunked by position"
+    if rope_type(config) == "dynamic":
+        return "its rotary embedding depends on the longest sequence of a batch"
     sequences = _small_tree(model.config.get_text_config().vocab_size)
     stock = model.config._attn_implementation
     try:
         model.set_attn_implementation(NAMES[attention])
         got = _tree_logits(model, sequences, blocks=attention == "flex")
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a probe: whatever a compiler, driver or model raises means no
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     finally:
         model.set_attn_implementation(stock)
     expected = _stock_logits(model, sequences)
-    difference = ((got - expected).abs().max() / expected.std()).item()
+    difference = ((got - expected).square().mean().sqrt() / expected.std()).item()
     tolerance = TOLERANCE[model.dtype]
     return None if difference <= tolerance else f"logits differ by {difference:.2g} of their standard deviation"
+
+
+def rope_type(config: Any) -> str | None:
+    """The kind of scaling of a configuration's rotary embedding."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return rope.get("rope_type", rope.get("type"))
 
 
 def _small_tree(vocabulary: int) -> Sequences:

@@ -1,5 +1,6 @@
 """Result files: results.json and samples.jsonl in the output directory, written whole or not at all."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -57,13 +58,17 @@ def prepare_output(directory: Path, overwrite: bool) -> None:
     Raises:
         UserError: it is a file, holds something else, holds results and `overwrite` is not set, or is not writable.
     """
-    if directory.exists() and not directory.is_dir():
+    try:
+        is_file = directory.exists() and not directory.is_dir()
+        held = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be read: {error.strerror}") from None
+    if is_file:
         raise UserError(f"{directory}: is a file; --output names a directory")
-    if directory.is_dir():
-        held = {p.name for p in directory.iterdir()}
-        if held and RESULTS not in held:
+    if held:
+        if not held & {RESULTS, SAMPLES}:
             raise UserError(f"{directory}: not empty and not a result directory; choose another --output")
-        if held and not overwrite:
+        if not overwrite:
             raise UserError(f"{directory}: holds results already; --overwrite replaces them")
     parent = directory
     while not parent.exists():
@@ -76,7 +81,13 @@ def prepare_output(directory: Path, overwrite: bool) -> None:
 
 
 def write_samples(directory: Path, samples: Sequence[Sample]) -> None:
-    """Writes samples.jsonl, a line per sample. Raises UserError where the file system refuses."""
+    """Writes samples.jsonl, a line per sample, and removes an earlier run's results.json first.
+
+    Raises:
+        UserError: the file system refuses.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        (directory / RESULTS).unlink()
     _write(directory / SAMPLES, (json.dumps(dataclasses.asdict(s)) + "\n" for s in samples))
 
 

@@ -1,5 +1,6 @@
 """Reading datasets: local JSONL, JSON, Parquet and CSV files, and hub ids."""
 
+import codecs
 import itertools
 import json
 import math
@@ -87,11 +88,9 @@ def _rows(data: str | Path) -> Iterator[tuple[str, Any]]:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with _open(path) as file:
-        head = file.read(1)
-        while head.isspace():
-            head = file.read(1)
+        start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
         file.seek(0)
-        if head == b"[":
+        if start.startswith(b"["):
             yield from _json_array(path, file.read())
             return
         for number, line in enumerate(file, 1):
@@ -135,7 +134,8 @@ def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
     with _open(path):
         pass
     try:
-        table = load_dataset(kind, data_files=str(path), split="train")
+        options = {"keep_default_na": False} if kind == "csv" else {}  # an empty text is a text, and so is "None"
+        table = load_dataset(kind, data_files=str(path), split="train", **options)
     except (DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         raise UserError(f"{path}: not readable as {kind}: {cause}") from None

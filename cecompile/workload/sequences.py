@@ -48,9 +48,8 @@ def shared_prefixes(sequences: Sequences, left: Longs, right: Longs) -> Longs:
     """Length of the common prefix of the inputs of `left[k]` and `right[k]`, for every k. Shape (len(left),)."""
     lengths = np.minimum(sequences.input_lengths[left], sequences.input_lengths[right])
     out = np.empty(len(left), dtype=np.int64)
-    step = 1 << 16  # bounds the size of the index arrays below
-    for at in range(0, len(left), step):
-        part = slice(at, at + step)
+    batch = np.cumsum(lengths) // (1 << 21)  # of about two million tokens, which bounds the index arrays below
+    for part in np.split(np.arange(len(left)), np.flatnonzero(np.diff(batch)) + 1):
         out[part] = _common(
             sequences.token_ids, sequences.starts[left[part]], sequences.starts[right[part]], lengths[part]
         )

@@ -23,7 +23,6 @@ class StagedPass:
         choice: (predictions,) the sequence of which a token is predicted.
         entry: (predictions,) where that token stands among the readouts' targets, flattened.
         target: (predictions,) the token.
-        tokens: useful tokens.
     """
 
     bucket: int
@@ -31,7 +30,6 @@ class StagedPass:
     choice: Ints
     entry: Ints
     target: Ints
-    tokens: int
 
 
 def fields(bucket: Bucket, blocks: bool) -> dict[str, tuple[int, ...]]:
@@ -39,14 +37,15 @@ def fields(bucket: Bucket, blocks: bool) -> dict[str, tuple[int, ...]]:
 
     token_ids, depth, end: (rows, length), per slot; `end` counts from the row's first slot. A padded slot is its own
     tree. position: (readouts,), counting slots over all rows; target: (readouts, TARGETS). With `blocks`, per row and
-    tile of queries the tiles of keys it must look at: `partial_*` those with hidden pairs, `full_*` those without.
+    tile of queries the tiles of keys it must look at: `full_*` those without hidden pairs, `partial_*` the others, and
+    `any_*` all of them, for masks that hide more.
     """
     slots, tiles = (bucket.rows, bucket.length), bucket.length // BLOCK
     out: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "depth", "end"), slots)
     out |= {"position": (bucket.readouts,), "target": (bucket.readouts, TARGETS)}
     if blocks:
-        out |= {"partial_count": (bucket.rows, tiles), "partial_index": (bucket.rows, tiles, tiles)}
-        out |= {"full_count": (bucket.rows, tiles), "full_index": (bucket.rows, tiles, tiles)}
+        for kind in ("partial", "full", "any"):
+            out |= {f"{kind}_count": (bucket.rows, tiles), f"{kind}_index": (bucket.rows, tiles, tiles)}
     return out
 
 
@@ -95,7 +94,6 @@ def stage(one: Pass, bucket: Bucket, blocks: bool) -> StagedPass:
         choice=np.concatenate([row.choice for row in one.rows]),
         entry=entry.astype(np.int32),
         target=target.reshape(-1)[entry],
-        tokens=sum(len(row.token_ids) for row in one.rows),
     )
 
 
@@ -122,6 +120,6 @@ def _index_tiles(part: dict[str, Ints]) -> None:
     before = np.tri(tiles, dtype=bool)  # [query tile, key tile]: the key tile is not after the query tile
     some = before & (farthest[:, None, :] > first[None, :, None])
     full = np.tri(tiles, k=-1, dtype=bool) & (nearest[:, None, :] >= first[None, :, None] + BLOCK)
-    for name, chosen in (("partial", some & ~full), ("full", full)):
+    for name, chosen in (("partial", some & ~full), ("full", full), ("any", some)):
         part[f"{name}_count"][:] = chosen.sum(axis=2)
         part[f"{name}_index"][:] = np.argsort(~chosen, axis=2, kind="stable")
