@@ -7,7 +7,7 @@ latencies and everything that results.json holds.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cecompile.evaluate import Evaluation, evaluate
+    from cecompile.evaluation import Evaluation, evaluate
     from cecompile.scorer import Scorer, Scores
     from cecompile.tasks.question import Question
     from cecompile.tasks.read import read_questions
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "Question", "Scorer", "Scores", "evaluate", "read_questions"]
 
 _HOMES = {
-    "Evaluation": "cecompile.evaluate",
-    "evaluate": "cecompile.evaluate",
+    "Evaluation": "cecompile.evaluation",
+    "evaluate": "cecompile.evaluation",
     "Question": "cecompile.tasks.question",
     "Scorer": "cecompile.scorer",
     "Scores": "cecompile.scorer",

@@ -90,7 +90,7 @@ def eval_command(
     clock.enter("load_model")
     from rich.console import Console
 
-    from cecompile.evaluate import evaluate
+    from cecompile.evaluation import evaluate
     from cecompile.report.table import print_results, progress_bars
 
     scorer = _scorer(how)

@@ -219,3 +219,14 @@ def test_embedded_demo_scores_well(tmp_path):
     assert r["metrics"]["acc"] >= 0.85
     size = sum(f.stat().st_size for f in Path(demo.__file__).parent.rglob("*") if f.is_file())
     assert size < 4 * 2**20
+
+
+def test_public_names_survive_the_import_of_every_module():
+    """A module must not be named as a function of the package is: importing it would hide the function."""
+    code = (
+        "import importlib, pkgutil, cecompile\n"
+        "for m in pkgutil.walk_packages(cecompile.__path__, 'cecompile.'):\n"
+        "    if m.name != 'cecompile.__main__': importlib.import_module(m.name)\n"
+        "assert all(callable(getattr(cecompile, name)) for name in cecompile.__all__)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
