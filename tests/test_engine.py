@@ -75,7 +75,8 @@ def random_sequences(seed: int = 0, questions: int = 12, trunk: int = 0) -> Sequ
     )
 
 
-def score(model, sequences, attention, *, compiled=False, tokens=512):
+def prepared(model, sequences, attention, *, compiled, tokens=512):
+    """A warm engine and the staged passes."""
     geometry = choose_geometry(
         int(sequences.input_lengths.max()),
         tokens_per_bucket=tokens,
@@ -85,7 +86,12 @@ def score(model, sequences, attention, *, compiled=False, tokens=512):
     plan = make_plan(sequences, geometry)
     engine = Engine(model, plan.buckets, attention=attention, compiled=compiled, readout_chunk=64)
     engine.warm_up()
-    staged = list(stage_all(plan))
+    return engine, list(stage_all(plan))
+
+
+def score(model, sequences, attention, *, compiled=False, tokens=512):
+    """Loglikelihoods and greedy flags of the sequences."""
+    engine, staged = prepared(model, sequences, attention, compiled=compiled, tokens=tokens)
     return collect(len(sequences), staged, engine.run(staged))
 
 

@@ -3,29 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from test_engine import random_sequences, tiny_model
+from test_engine import prepared, random_sequences, score, tiny_model
 
 from cecompile import Question, Scorer
-from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import score_one_by_one
 from cecompile.scorer import collect
-from cecompile.workload.plan import choose_geometry, make_plan
-from cecompile.workload.stage import stage_all
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-
-
-def prepared(model, sequences, attention, *, compiled=True, tokens=512):
-    geometry = choose_geometry(
-        int(sequences.input_lengths.max()),
-        tokens_per_bucket=tokens,
-        blocks=attention == "flex",
-        readout_chunk=64,
-    )
-    plan = make_plan(sequences, geometry)
-    engine = Engine(model, plan.buckets, attention=attention, compiled=compiled, readout_chunk=64)
-    return engine, list(stage_all(plan))
 
 
 def on_gpu(kind, dtype=torch.float32, **changes):
@@ -38,9 +23,7 @@ def on_gpu(kind, dtype=torch.float32, **changes):
 def test_trees_score_as_the_stock_model_does(kind, compiled, attention):
     model, sequences = on_gpu(kind), random_sequences(questions=60)
     expected, _ = score_one_by_one(model, sequences)
-    engine, staged = prepared(model, sequences, attention, compiled=compiled)
-    engine.warm_up()
-    got = collect(len(sequences), staged, engine.run(staged))[0]
+    got, _ = score(model, sequences, attention, compiled=compiled)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
 
 
@@ -53,9 +36,7 @@ def test_windows_shorter_than_a_context_of_several_tiles(attention):
     model = on_gpu("mistral", sliding_window=64, max_position_embeddings=512)
     sequences = random_sequences(3, questions=4, trunk=400)
     expected, _ = score_one_by_one(model, sequences)
-    engine, staged = prepared(model, sequences, attention, tokens=1024)
-    engine.warm_up()
-    got = collect(len(sequences), staged, engine.run(staged))[0]
+    got, _ = score(model, sequences, attention, compiled=True, tokens=1024)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
 
 
@@ -78,8 +59,7 @@ def test_scorer_from_end_to_end(tiny_llama):
 @pytest.mark.parametrize("attention", ["flex", "sdpa"])
 def test_nothing_is_allocated_after_warm_up(attention):
     model, sequences = on_gpu("llama"), random_sequences(questions=200)
-    engine, staged = prepared(model, sequences, attention)
-    engine.warm_up()
+    engine, staged = prepared(model, sequences, attention, compiled=True)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()
     first = collect(len(sequences), staged, engine.run(staged))[0]
@@ -96,9 +76,7 @@ def test_half_precision_is_as_good_as_the_stock_models(dtype):
     exact, _ = score_one_by_one(on_gpu("llama"), sequences)
     model = on_gpu("llama", dtype)
     stock, _ = score_one_by_one(model, sequences)
-    engine, staged = prepared(model, sequences, "flex")
-    engine.warm_up()
-    ours = collect(len(sequences), staged, engine.run(staged))[0]
+    ours, _ = score(model, sequences, "flex", compiled=True)
 
     def error(values):
         return float(np.sqrt(np.mean((values - exact) ** 2)))
