@@ -15,6 +15,11 @@ class CheckError(Exception):
         super().__init__(printable(message))
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def printable(text: str, limit: int = 600) -> str:
     """`text` on one line of visible characters: control characters are escaped; a long text loses its middle."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -24,7 +24,7 @@ from cecompile.engine.model import (
 )
 from cecompile.engine.probe import choose_attention, rope_type
 from cecompile.engine.reference import score_one_by_one
-from cecompile.errors import CheckError, UserError, printable
+from cecompile.errors import CheckError, UserError, first_line, printable
 from cecompile.report.clock import Clock
 from cecompile.tasks.question import Question
 from cecompile.workload.encode import encode, max_input_length
@@ -242,7 +242,7 @@ class Scorer:
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 # no C++ compiler, no Triton, or a layer that does not compile
                 self.engine = "eager"
-                self.note = f"ran uncompiled: {printable(_first_line(error), 200)}"
+                self.note = f"ran uncompiled: {printable(first_line(error), 200)}"
         engine = Engine(model, plan.buckets, attention=self.attention, compiled=False, readout_chunk=chunk)
         engine.warm_up(warming)
         return engine
@@ -255,10 +255,6 @@ class Scorer:
         counter = _Counter("inference", len(workload.sequences), progress)
         loglikelihood, greedy = score_one_by_one(model, workload.sequences, counter)
         return _by_question(questions, workload, loglikelihood, greedy)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class _Counter:

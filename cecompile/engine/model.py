@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from cecompile.errors import UserError
+from cecompile.errors import UserError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -171,5 +171,4 @@ def _loading(model: str, what: str, load: Any) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError, StrictDataclassError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{model}: {what}: {reason}") from None
+        raise UserError(f"{model}: {what}: {first_line(error)}") from None

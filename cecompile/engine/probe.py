@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cecompile.engine.attention import NAMES, TreeMasks
-from cecompile.errors import UserError
+from cecompile.errors import UserError, first_line
 from cecompile.workload.plan import BLOCK, Geometry, make_plan
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import stage_all, views
@@ -53,7 +53,7 @@ def _problem(model: PreTrainedModel, attention: str) -> str | None:
         return "its attention is chunked by position"
     if rope_type(config) == "dynamic":
         return "its rotary embedding depends on the longest sequence of a batch"
-    sequences = _small_tree(model.config.get_text_config().vocab_size)
+    sequences = _small_tree(config.vocab_size)
     stock = model.config._attn_implementation
     try:
         model.set_attn_implementation(NAMES[attention])
@@ -61,7 +61,7 @@ def _problem(model: PreTrainedModel, attention: str) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a probe: whatever a compiler, driver or model raises means no
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        return f"{type(error).__name__}: {first_line(error)}"
     finally:
         model.set_attn_implementation(stock)
     expected = _stock_logits(model, sequences)

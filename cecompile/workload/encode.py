@@ -50,7 +50,7 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_length: int) -> En
     truncated = 0
     for q, question in enumerate(questions):
         cut = False
-        for number, _ in enumerate(choices[q]):
+        for number in range(len(choices[q])):
             if contexts[q]:
                 head = context_ids[q]
                 tail = next(whole_ids)[len(head) :]
