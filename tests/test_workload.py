@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cecompile.workload.order import sort_sequences
-from cecompile.workload.plan import BLOCK, MAX_BUCKETS, Geometry, choose_geometry, make_plan
+from cecompile.workload.plan import MAX_BUCKETS, Geometry, choose_geometry, make_plan
 from cecompile.workload.sequences import Sequences
-from cecompile.workload.stage import stage_all, views
+from cecompile.workload.stage import TILE, stage_all, views
 from cecompile.workload.tree import TARGETS
 
 token = st.integers(0, 3)  # few token kinds, so that prefixes collide
@@ -92,9 +92,9 @@ def test_mask_is_the_ancestor_relation(sequences):
 def test_tile_index_covers_what_is_visible_and_full_tiles_hide_nothing(sequences):
     geometry = choose_geometry(int(sequences.input_lengths.max()), tokens_per_bucket=640, blocks=True, readout_chunk=4)
     for _, bucket, part in staged_with_views(make_plan(sequences, geometry)):
-        slot, tiles = np.arange(bucket.length), bucket.length // BLOCK
+        slot, tiles = np.arange(bucket.length), bucket.length // TILE
         visible = (slot[None, :] <= slot[:, None]) & (slot[:, None] < part["end"][0][None, :])
-        tile = visible.reshape(tiles, BLOCK, tiles, BLOCK).transpose(0, 2, 1, 3).reshape(tiles, tiles, -1)
+        tile = visible.reshape(tiles, TILE, tiles, TILE).transpose(0, 2, 1, 3).reshape(tiles, tiles, -1)
         for q in range(tiles):
             partial, full = (
                 set(part[f"{n}_index"][0, q, : part[f"{n}_count"][0, q]].tolist()) for n in ("partial", "full")

@@ -12,11 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from cecompile.workload.plan import BLOCK
+from cecompile.workload.stage import TILE
 
 NAMES = {"flex": "cecompile_tiles", "sdpa": "cecompile_dense"}  # "sdpa" in a name has its own rules in transformers
+
+
+def install(model: PreTrainedModel, attention: str) -> None:
+    """Makes `model` use our attention: "flex" or "sdpa"."""
+    global _shared_memory
+    if model.device.type == "cuda":
+        _shared_memory = torch.cuda.get_device_properties(model.device).shared_memory_per_multiprocessor
+    model.set_attn_implementation(NAMES[attention])
 
 
 class TreeMasks:
@@ -77,7 +85,7 @@ class TreeMasks:
         kinds = ("partial", "full") if window is None else ("any",)
         return BlockMask.from_kv_blocks(
             *(self._part[f"{kind}_{what}"][:, None] for kind in kinds for what in ("count", "index")),  # type: ignore
-            BLOCK_SIZE=BLOCK,
+            BLOCK_SIZE=TILE,
             mask_mod=path if window is None else path_within_window,
             seq_lengths=(end.shape[1], end.shape[1]),
         )
@@ -103,6 +111,8 @@ def _flex(
 ) -> tuple[Tensor, None]:
     _refuse_unknown(module, kwargs)
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex
+    # The result is laid out as the query is: this way its heads lie side by side, as the next product reads them.
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
     out = attend(
         query,
         key,
@@ -111,8 +121,23 @@ def _flex(
         block_mask=attention_mask,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=_kernel_options(query, value),
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+_shared_memory = 0  # bytes of a multiprocessor of the device, of which one block of threads may have all but 1 KiB
+
+
+def _kernel_options(query: Tensor, value: Tensor) -> Any:
+    """FlexAttention's tiles: the largest within ours, with as many stages of keys and values as fit the device."""
+    widths, size = (query.shape[-1], query.shape[-1] + value.shape[-1]), query.element_size()
+    for queries, keys, stages in ((64, 64, 3), (64, 64, 2), (64, 32, 2), (32, 32, 1), (16, 16, 1)):
+        if size == 4 and keys == 64:  # float32 is computed without matrix units, and short of registers
+            continue
+        if size * (queries * widths[0] + stages * keys * widths[1]) <= 0.9 * _shared_memory:
+            return {"BLOCK_M": queries, "BLOCK_N": keys, "num_stages": stages, "num_warps": 4}
+    return None
 
 
 # The uncompiled operator computes every score of the dense matrix; the kernel exists compiled only.

@@ -1,7 +1,7 @@
 """The static pass: one fixed-shape forward per bucket, compiled, and captured in a CUDA graph where there is CUDA."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cecompile.engine.attention import NAMES, TreeMasks
-from cecompile.engine.cpu import compile_options
+from cecompile.engine import cpu, cuda
+from cecompile.engine.attention import TreeMasks, install
 from cecompile.engine.head import readout_of
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, data_size, empty_pass, views
@@ -50,7 +50,7 @@ class Engine:
         readout_chunk: int,
         captured: bool | None = None,
     ) -> None:
-        model.set_attn_implementation(NAMES[attention])
+        install(model, attention)
         self.buckets = tuple(buckets)
         self._body = model.base_model
         self._readout = readout_of(model)
@@ -60,7 +60,7 @@ class Engine:
         for layer in _layers(model):
             layer._compiled_call_impl = None  # whatever another engine has set
         if compiled:
-            options = compile_options(model)
+            options = (cuda if self._device.type == "cuda" else cpu).compile_options(model)
             _compile_layers(model, options)
             self._readout = torch.compile(self._readout, fullgraph=True, dynamic=False, options=options)
         with torch.inference_mode():
@@ -195,5 +195,9 @@ def _compile_layers(model: PreTrainedModel, options: dict[str, Any]) -> None:
         layer.compile(fullgraph=True, dynamic=False, options=options)
 
 
-def _layers(model: PreTrainedModel) -> Iterator[nn.Module]:
-    return (m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer))
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    """What is compiled: the decoder layers, and norms beside them that are not one operator of torch already."""
+    layers = [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    inside = {m for layer in layers for m in layer.modules()}
+    beside = [m for m in model.base_model.modules() if m not in inside and not type(m).__module__.startswith("torch.")]
+    return layers + [m for m in beside if any(p.dim() == 1 for p in m.parameters(recurse=False))]

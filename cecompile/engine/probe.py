@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cecompile.engine.attention import NAMES, TreeMasks
+from cecompile.engine.attention import TreeMasks, install
 from cecompile.errors import UserError, first_line
 from cecompile.workload.plan import BLOCK, Geometry, make_plan
 from cecompile.workload.sequences import Sequences
@@ -56,7 +56,7 @@ def _problem(model: PreTrainedModel, attention: str) -> str | None:
     sequences = _small_tree(config.vocab_size)
     stock = model.config._attn_implementation
     try:
-        model.set_attn_implementation(NAMES[attention])
+        install(model, attention)
         got = _tree_logits(model, sequences, blocks=attention == "flex")
     except torch.OutOfMemoryError:
         raise

@@ -9,7 +9,7 @@ from cecompile.workload.pack import MIN_SHARED, fill_rows, split_items
 from cecompile.workload.sequences import Longs, Sequences, shared_prefixes
 from cecompile.workload.tree import Layout, lay_out
 
-BLOCK = 128  # tokens a side of FlexAttention's mask tiles; row lengths are multiples of it
+BLOCK = 128  # row lengths are multiples of it
 DENSE_ROW = (512, 1024)  # shortest and longest row of dense attention, where the sequences leave the choice
 MAX_BUCKETS = 4
 ENOUGH_FILL = 1.03  # slots per useful token below which a further bucket shape is not worth its compilation

@@ -6,9 +6,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cecompile.workload.plan import BLOCK, Bucket, Pass, Plan
+from cecompile.workload.plan import Bucket, Pass, Plan
 from cecompile.workload.sequences import Ints
 from cecompile.workload.tree import TARGETS
+
+TILE = 64  # tokens a side of a block-sparse mask's tiles: small, because question trees are
 
 Array = TypeVar("Array", bound=Any)
 
@@ -40,7 +42,7 @@ def fields(bucket: Bucket, blocks: bool) -> dict[str, tuple[int, ...]]:
     tile of queries the tiles of keys it must look at: `full_*` those without hidden pairs, `partial_*` the others, and
     `any_*` all of them, for masks that hide more.
     """
-    slots, tiles = (bucket.rows, bucket.length), bucket.length // BLOCK
+    slots, tiles = (bucket.rows, bucket.length), bucket.length // TILE
     out: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "depth", "end"), slots)
     out |= {"position": (bucket.readouts,), "target": (bucket.readouts, TARGETS)}
     if blocks:
@@ -113,13 +115,13 @@ def _index_tiles(part: dict[str, Ints]) -> None:
     A key tile matters to a query tile at or after it iff one of its keys' subtrees reaches into that tile, and it is
     wholly visible iff all its keys' subtrees reach past the tile's last query.
     """
-    end = part["end"].reshape(part["end"].shape[0], -1, BLOCK)  # (rows, tiles, BLOCK)
+    end = part["end"].reshape(part["end"].shape[0], -1, TILE)  # (rows, tiles, TILE)
     tiles = end.shape[1]
-    first = np.arange(tiles) * BLOCK
+    first = np.arange(tiles) * TILE
     farthest, nearest = end.max(axis=2), end.min(axis=2)
     before = np.tri(tiles, dtype=bool)  # [query tile, key tile]: the key tile is not after the query tile
     some = before & (farthest[:, None, :] > first[None, :, None])
-    full = np.tri(tiles, k=-1, dtype=bool) & (nearest[:, None, :] >= first[None, :, None] + BLOCK)
+    full = np.tri(tiles, k=-1, dtype=bool) & (nearest[:, None, :] >= first[None, :, None] + TILE)
     for name, chosen in (("partial", some & ~full), ("full", full), ("any", some)):
         part[f"{name}_count"][:] = chosen.sum(axis=2)
         part[f"{name}_index"][:] = np.argsort(~chosen, axis=2, kind="stable")
