@@ -24,11 +24,12 @@ from cecompile.engine.model import (
 )
 from cecompile.engine.probe import choose_attention, rope_type
 from cecompile.engine.reference import score_one_by_one
+from cecompile.engine.verify import disagreement
 from cecompile.errors import CheckError, UserError, first_line, printable
 from cecompile.report.clock import Clock
 from cecompile.tasks.question import Question
 from cecompile.workload.encode import encode, max_input_length
-from cecompile.workload.plan import Geometry, Plan, choose_geometry, make_plan
+from cecompile.workload.plan import Bucket, Geometry, Plan, choose_geometry, make_plan
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import StagedPass, stage_all
 
@@ -91,6 +92,7 @@ class Scorer:
         self._dtype = dtype
         self._tuning = tuning
         self._tokens_per_bucket = tokens_per_bucket or tuning.tokens_per_bucket
+        self._stock_attention = "eager"  # what it is, once loaded
         self._probed = False
         self._engine: Engine | None = None
         self._wanted_attention = attention
@@ -181,7 +183,7 @@ class Scorer:
         assert workload.plan is not None
         staged = list(stage_all(workload.plan))
         clock.enter("warmup")
-        engine = self._warm_engine(model, workload.plan, progress)
+        engine = self._warm_engine(model, workload, staged, progress)
         clock.enter("inference")
         counter = _Counter("inference", len(staged), progress)
         readouts = engine.run(staged, counter)
@@ -209,6 +211,7 @@ class Scorer:
     def _load(self) -> PreTrainedModel:
         if self.model is None:
             self.model = load_model(self.name, self.config, self._dtype, self.device)
+            self._stock_attention = self.model.config._attn_implementation
             self.fingerprint = fingerprint(self.name)
         return self.model
 
@@ -218,34 +221,55 @@ class Scorer:
             self.note = reason and f"attention {self.attention}, because {printable(reason, 200)}"
             self._probed = True
 
-    def _warm_engine(self, model: PreTrainedModel, plan: Plan, progress: Progress) -> Engine:
-        """An engine with every bucket warm, the last one if it fits; uncompiled, with a note, if nothing compiles."""
-        if self._engine is None or self._engine.buckets != plan.buckets:
-            self._engine = None  # frees its buffers first
-            try:
-                self._engine = self._new_engine(model, plan, progress)
-            except torch.OutOfMemoryError:
-                raise UserError(
-                    f"{self.name}: out of memory on {self.device} with buckets of {plan.buckets[0].slots} tokens; "
-                    "try a smaller --tokens-per-bucket"
-                ) from None
+    def _warm_engine(
+        self, model: PreTrainedModel, workload: Workload, staged: Sequence[StagedPass], progress: Progress
+    ) -> Engine:
+        """An engine with every bucket warm and checked: the last one if it fits, else a new one.
+
+        It is uncompiled, with a note, if nothing compiles or what compiles is wrong.
+        """
+        assert workload.plan is not None
+        buckets = workload.plan.buckets
+        if self._engine is not None and self._engine.buckets == buckets:
+            return self._engine
+        self._engine = None  # frees its buffers first
+        try:
+            if self.engine == "compiled":
+                self._engine = self._checked_engine(model, buckets, workload.sequences, staged, progress)
+            if self._engine is None:
+                self.engine = "eager"
+                self._engine = self._checked_engine(model, buckets, workload.sequences, staged, progress)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{self.name}: out of memory on {self.device} with buckets of {buckets[0].slots} tokens; "
+                "try a smaller --tokens-per-bucket"
+            ) from None
+        if self._engine is None:
+            raise CheckError(f"{self.name}: {self.note}; nothing was written")
         return self._engine
 
-    def _new_engine(self, model: PreTrainedModel, plan: Plan, progress: Progress) -> Engine:
-        warming = _Counter("warmup", len(plan.buckets), progress)
+    def _checked_engine(
+        self, model: PreTrainedModel, buckets: Sequence[Bucket], sequences: Sequences,
+        staged: Sequence[StagedPass], progress: Progress,
+    ) -> Engine | None:  # fmt: skip
+        """A warm engine that agrees with the stock model, or None and a note."""
+        compiled = self.engine == "compiled"
         chunk = self._tuning.readout_chunk
-        if self.engine == "compiled":
-            try:
-                engine = Engine(model, plan.buckets, attention=self.attention, compiled=True, readout_chunk=chunk)
-                engine.warm_up(warming)
-                return engine
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-                # no C++ compiler, no Triton, or a layer that does not compile
-                self.engine = "eager"
-                self.note = f"ran uncompiled: {printable(first_line(error), 200)}"
-        engine = Engine(model, plan.buckets, attention=self.attention, compiled=False, readout_chunk=chunk)
-        engine.warm_up(warming)
-        return engine
+        try:
+            engine = Engine(model, buckets, attention=self.attention, compiled=compiled, readout_chunk=chunk)
+            engine.warm_up(_Counter("warmup", len(buckets), progress))
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            # no C++ compiler, no Triton, or a layer that does not compile
+            if not compiled:
+                raise
+            self.note = f"ran uncompiled: {printable(first_line(error), 200)}"
+            return None
+        off = disagreement(engine, model, self._stock_attention, sequences, staged)
+        if off <= 1:
+            return engine
+        wrong = f"the {self.engine} pass is {off:.2g} times as far from the stock model as rounding explains"
+        self.note = f"ran uncompiled: {wrong}" if compiled else wrong
+        return None
 
     def _score_reference(
         self, model: PreTrainedModel, questions: Sequence[Question], workload: Workload, clock: Clock,

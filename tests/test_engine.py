@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cecompile import Question, Scorer
+from cecompile.engine import forward
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import score_one_by_one
@@ -105,9 +107,9 @@ def test_trees_score_as_the_stock_model_does(kind):
     assert (greedy == expected_greedy).all()
 
 
-@pytest.mark.parametrize("kind", ["llama", "phi", "opt"])
+@pytest.mark.parametrize("kind", ["llama", "phi", "opt", "phi3"])
 def test_compiled_layers_and_head(kind):
-    """With and without biases, through the CPU's own linear layers."""
+    """With and without biases, with fused projections, through the CPU's own linear layers."""
     model, sequences = tiny_model(kind), random_sequences(2)
     expected, expected_greedy = score_one_by_one(model, sequences)
     got, greedy = score(model, sequences, "sdpa", compiled=True)
@@ -184,3 +186,27 @@ def test_a_wrong_mask_is_noticed(monkeypatch):
     monkeypatch.setattr(TreeMasks, "_dense_mask", causal)
     with pytest.raises(UserError, match="logits differ"):
         choose_attention(tiny_model("llama"), "sdpa")
+
+
+class LosesAResidual(CustomGraphPass):
+    """A miscompilation: the layer's last addition gives its first operand."""
+
+    def __call__(self, graph) -> None:
+        additions = [n for n in graph.nodes if n.target is torch.ops.aten.add.Tensor]
+        residuals = [n for n in additions if n.meta["val"].dim() == 3]
+        if residuals:
+            residuals[-1].replace_all_uses_with(residuals[-1].args[0])
+
+    def uuid(self) -> None:
+        """None: never taken from a cache, nor put into one."""
+
+
+def test_a_wrong_compilation_is_found_out_and_not_used(tiny_llama, monkeypatch):
+    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
+    expected = Scorer.from_pretrained(tiny_llama, device="cpu", engine="reference").score(questions)
+    monkeypatch.setattr(forward, "_compile_options", lambda model: {"post_grad_custom_pre_pass": LosesAResidual()})
+    scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
+    got = scorer.score(questions)
+    assert scorer.engine == "eager"
+    assert scorer.note.startswith("ran uncompiled: the compiled pass is ")
+    np.testing.assert_allclose(got.loglikelihoods, expected.loglikelihoods, rtol=0, atol=1e-3)

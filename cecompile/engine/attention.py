@@ -111,8 +111,8 @@ def _flex(
 ) -> tuple[Tensor, None]:
     _refuse_unknown(module, kwargs)
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex
-    # The result is laid out as the query is: this way its heads lie side by side, as the next product reads them.
-    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    if query.device.type == "cpu":  # where the kernel forgets a view's offset (seen in torch 2.13, fused projections)
+        query, key, value = (t.clone(memory_format=torch.contiguous_format) for t in (query, key, value))
     out = attend(
         query,
         key,

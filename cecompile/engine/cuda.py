@@ -1,9 +1,12 @@
-"""Compiling for CUDA: a matrix product that ends in a residual addition adds in its own epilogue.
+"""Compiling for CUDA: passes over memory that Inductor's code for a decoder layer makes and need not.
 
-`x + down(...)` as Inductor compiles it writes the product to memory, and a kernel of its own reads it and the residual
-back and writes the sum. cuBLAS can add to what the output buffer holds already, before it rounds; so where the
-residual is a buffer of this graph that nothing reads any more, the product is accumulated into it. That leaves out a
-pass over memory per layer, and one rounding.
+- `x + down(...)` writes the product to memory, and another kernel reads it and x back and writes the sum. cuBLAS can
+  add to what its output buffer holds, before it rounds; so a product is accumulated into the residual wherever nothing
+  else reads that any more.
+- FlexAttention's result is laid out as its query is, and Inductor lays the query out head by head, so that the output
+  projection needs a transposed copy. With the query laid out token by token, as the model computes it, it does not.
+
+Both leave the arithmetic as it is, but for one rounding less per residual.
 """
 
 from typing import Any
@@ -18,48 +21,99 @@ _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _FRESH = (aten.add.Tensor, aten.mm.default, aten.addmm.default)  # their results are buffers of the graph's own
 
 
-def compile_options(model: Any) -> dict[str, Any]:
-    """Inductor options for compiling `model`'s layers and head."""
-    return {"post_grad_custom_post_pass": _ACCUMULATE}
+def compile_options(inputs_are_free: bool) -> dict[str, Any]:
+    """Inductor options for compiling layers and head.
+
+    Args:
+        inputs_are_free: whether a layer may overwrite the hidden states it is given (`layers.inputs_are_free`).
+    """
+    return {"post_grad_custom_post_pass": _PASSES[inputs_are_free]}
 
 
-class AccumulateIntoResidual(CustomGraphPass):
-    """Exchanges residual + a @ b for an in-place product into the residual, where that changes nobody's input."""
+class FewerMemoryPasses(CustomGraphPass):
+    """The pass over a graph being compiled that does what this module says."""
+
+    def __init__(self, inputs_are_free: bool) -> None:
+        self._inputs_are_free = inputs_are_free
 
     def __call__(self, graph: Graph) -> None:
         for node in list(graph.nodes):
-            if node.target is not aten.add.Tensor or node.kwargs or not all(isinstance(a, Node) for a in node.args):
-                continue
-            for residual, added in (node.args, node.args[::-1]):
-                product = _behind_views(added)
-                if _is_product(added) and _may_overwrite(residual, product, node):
-                    _accumulate(graph, node, residual, product)
-                    break
-        graph.eliminate_dead_code()
+            if node.target is torch.ops.higher_order.flex_attention:
+                _lay_out_by_token(graph, node)
+        _Accumulation(graph, self._inputs_are_free).apply()
 
     def uuid(self) -> str:
         """Identifies the pass in Inductor's caches."""
-        return "cecompile.AccumulateIntoResidual.1"
+        return f"cecompile.FewerMemoryPasses.1.{self._inputs_are_free}"
 
 
-_ACCUMULATE = AccumulateIntoResidual()  # one object: Dynamo takes options apart by identity
+_PASSES = {free: FewerMemoryPasses(free) for free in (True, False)}  # Dynamo takes options apart by identity
 
 
-def _accumulate(graph: Graph, node: Node, residual: Node, product: Node) -> None:
-    """Puts the in-place product before `node`, whose users read the residual's buffer instead."""
-    with graph.inserting_before(node):
-        rows = graph.call_function(aten.reshape.default, (residual, list(product.meta["val"].shape)))
-        rows.meta["val"] = product.meta["val"]
-        into = graph.call_function(aten.addmm_.default, (rows, *product.args))
-        into.meta.update(product.meta)
-    node.replace_all_uses_with(residual)
-    graph.erase_node(node)
+def _lay_out_by_token(graph: Graph, attention: Node) -> None:
+    query: Any = attention.args[0]
+    value = query.meta["val"]  # (rows, heads, length, head size)
+    _, heads, length, size = value.shape
+    strides = (length * heads * size, size, heads * size, 1)
+    with graph.inserting_before(attention):
+        by_token = graph.call_function(torch.ops.prims.inductor_force_stride_order.default, (query, strides))
+    by_token.meta["val"] = value.new_empty_strided(value.shape, strides)
+    attention.args = (by_token, *attention.args[1:])
 
 
-def _behind_views(node: Node) -> Node:
-    while node.target in _VIEWS:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
+class _Accumulation:
+    """Exchanges residual + a @ b for an in-place product into the residual, where that changes what nobody reads."""
+
+    def __init__(self, graph: Graph, inputs_are_free: bool) -> None:
+        self._graph = graph
+        self._inputs_are_free = inputs_are_free
+        self._place = {node: i for i, node in enumerate(graph.nodes)}
+        self._writers: dict[Node, list[Node]] = {}  # the in-place products into a buffer
+
+    def apply(self) -> None:
+        for node in list(self._graph.nodes):
+            if node.target is not aten.add.Tensor or node.kwargs or not all(isinstance(a, Node) for a in node.args):
+                continue
+            for residual, added in (node.args, node.args[::-1]):
+                if _is_product(added) and self._may_overwrite(residual, _behind_views(added), node):
+                    self._accumulate(node, residual, _behind_views(added))
+                    break
+        self._graph.eliminate_dead_code()
+
+    def _accumulate(self, node: Node, residual: Node, product: Node) -> None:
+        """Puts the in-place product before `node`, whose users read the residual's buffer instead."""
+        with self._graph.inserting_before(node):
+            rows = self._graph.call_function(aten.reshape.default, (residual, list(product.meta["val"].shape)))
+            rows.meta["val"] = product.meta["val"]
+            into = self._graph.call_function(aten.addmm_.default, (rows, *product.args))
+            into.meta.update(product.meta)
+        self._place[rows] = self._place[into] = self._place[node]
+        self._writers.setdefault(_behind_views(residual), []).append(into)
+        node.replace_all_uses_with(residual)
+        self._graph.erase_node(node)
+
+    def _may_overwrite(self, residual: Node, product: Node, addition: Node) -> bool:
+        """Whether all who read the residual's buffer have done so before `product`, and it is free to be written."""
+        base, value, added = _behind_views(residual), residual.meta["val"], product.meta["val"]
+        free = base.target in _FRESH or (self._inputs_are_free and base.op == "placeholder" and value.dim() == 3)
+        same_rows = value.dtype == added.dtype and value.is_contiguous() and value.shape[-1] == added.shape[-1]
+        if not free or not same_rows or value.shape != addition.meta["val"].shape:
+            return False
+        before = self._ancestors(product)
+        return all(reader is addition or reader in before for reader in _readers(base))
+
+    def _ancestors(self, node: Node) -> set[Node]:
+        """What has run when `node` runs: its inputs, theirs, and what wrote into those buffers until then."""
+        seen: set[Node] = set()
+        to_visit = [node]
+        while to_visit:
+            one = to_visit.pop()
+            written = [w for p in one.all_input_nodes for w in self._writers.get(_behind_views(p), ())]
+            for parent in [*one.all_input_nodes, *(w for w in written if self._place[w] <= self._place[one])]:
+                if parent not in seen:
+                    seen.add(parent)
+                    to_visit.append(parent)
+        return seen
 
 
 def _is_product(node: Node) -> bool:
@@ -69,16 +123,10 @@ def _is_product(node: Node) -> bool:
     return len(node.users) == 1 and node.target is aten.mm.default
 
 
-def _may_overwrite(residual: Node, product: Node, addition: Node) -> bool:
-    """Whether `product` may be added to `residual` in place: same layout, a buffer of the graph, and read before."""
-    base = _behind_views(residual)
-    value, added = residual.meta["val"], product.meta["val"]
-    if base.target not in _FRESH or value.dtype != added.dtype or value.numel() != added.numel():
-        return False
-    if not value.is_contiguous() or value.shape[-1] != added.shape[-1] or value.shape != addition.meta["val"].shape:
-        return False
-    before = _ancestors(product)
-    return all(user is addition or user in before for user in _readers(base))
+def _behind_views(node: Node) -> Node:
+    while node.target in _VIEWS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _readers(base: Node) -> set[Node]:
@@ -87,14 +135,3 @@ def _readers(base: Node) -> set[Node]:
     for user in base.users:
         out |= _readers(user) if user.target in _VIEWS else {user}
     return out
-
-
-def _ancestors(node: Node) -> set[Node]:
-    seen: set[Node] = set()
-    open_nodes = [node]
-    while open_nodes:
-        for parent in open_nodes.pop().all_input_nodes:
-            if parent not in seen:
-                seen.add(parent)
-                open_nodes.append(parent)
-    return seen

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cecompile.engine import cpu, cuda
 from cecompile.engine.attention import TreeMasks, install
 from cecompile.engine.head import readout_of
+from cecompile.engine.layers import decoder_layers, inputs_are_free, norms_beside
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, data_size, empty_pass, views
 from cecompile.workload.tree import TARGETS
@@ -50,6 +50,9 @@ class Engine:
         readout_chunk: int,
         captured: bool | None = None,
     ) -> None:
+        for module in (*decoder_layers(model), *norms_beside(model)):
+            module._compiled_call_impl = None  # whatever another engine has set
+        options = _compile_options(model) if compiled else {}
         install(model, attention)
         self.buckets = tuple(buckets)
         self._body = model.base_model
@@ -57,11 +60,9 @@ class Engine:
         self._chunk = readout_chunk
         self._device = model.device
         self._capture = self._device.type == "cuda" and (compiled if captured is None else captured)
-        for layer in _layers(model):
-            layer._compiled_call_impl = None  # whatever another engine has set
         if compiled:
-            options = (cuda if self._device.type == "cuda" else cpu).compile_options(model)
-            _compile_layers(model, options)
+            for module in (*decoder_layers(model), *norms_beside(model)):  # identical ones share a graph per shape
+                module.compile(fullgraph=True, dynamic=False, options=options)
             self._readout = torch.compile(self._readout, fullgraph=True, dynamic=False, options=options)
         with torch.inference_mode():
             self._slots = [_Slot(bucket, attention == "flex", self._device) for bucket in buckets]
@@ -189,15 +190,8 @@ class _HostBuffers:
         self.filled = torch.cuda.Event() if pinned else None
 
 
-def _compile_layers(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Compiles each decoder layer in place; identical layers share one graph per bucket shape."""
-    for layer in _layers(model):
-        layer.compile(fullgraph=True, dynamic=False, options=options)
-
-
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    """What is compiled: the decoder layers, and norms beside them that are not one operator of torch already."""
-    layers = [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    inside = {m for layer in layers for m in layer.modules()}
-    beside = [m for m in model.base_model.modules() if m not in inside and not type(m).__module__.startswith("torch.")]
-    return layers + [m for m in beside if any(p.dim() == 1 for p in m.parameters(recurse=False))]
+def _compile_options(model: PreTrainedModel) -> dict[str, Any]:
+    """Inductor options for compiling the model's parts on its device."""
+    if model.device.type == "cuda":
+        return cuda.compile_options(inputs_are_free(model))
+    return cpu.compile_options(model)

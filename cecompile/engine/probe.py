@@ -1,4 +1,4 @@
-"""A check before any score is trusted: does this model, on this device, compute trees exactly?"""
+"""A check before anything is compiled: does this model, on this device, compute trees exactly?"""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cecompile.engine.attention import TreeMasks, install
+from cecompile.engine.reference import stock_logits
 from cecompile.errors import UserError, first_line
 from cecompile.workload.plan import BLOCK, Geometry, make_plan
 from cecompile.workload.sequences import Sequences
@@ -45,7 +46,7 @@ def choose_attention(model: PreTrainedModel, wanted: str) -> tuple[str, str | No
 
 
 def _problem(model: PreTrainedModel, attention: str) -> str | None:
-    """Why a small tree's logits differ from the stock model's, or None if they do not."""
+    """Why a small tree's logits are not the stock model's, or None if they are."""
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
     config = model.config.get_text_config()
@@ -64,10 +65,11 @@ def _problem(model: PreTrainedModel, attention: str) -> str | None:
         return f"{type(error).__name__}: {first_line(error)}"
     finally:
         model.set_attn_implementation(stock)
-    expected = _stock_logits(model, sequences)
+    expected = torch.cat([stock_logits(model, sequences, i) for i in range(len(sequences))])
     difference = ((got - expected).square().mean().sqrt() / expected.std()).item()
-    tolerance = TOLERANCE[model.dtype]
-    return None if difference <= tolerance else f"logits differ by {difference:.2g} of their standard deviation"
+    if difference <= TOLERANCE[model.dtype]:
+        return None
+    return f"logits differ by {difference:.2g} of their standard deviation"
 
 
 def rope_type(config: Any) -> str | None:
@@ -99,12 +101,3 @@ def _tree_logits(model: PreTrainedModel, sequences: Sequences, blocks: bool) -> 
     by_choice = np.argsort(one.choice, kind="stable")
     node = part["position"][torch.from_numpy(one.entry[by_choice] // TARGETS).to(model.device)]
     return logits[0].index_select(0, node).float()
-
-
-@torch.inference_mode()
-def _stock_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    out = []
-    for i in range(len(sequences)):
-        input_ids = torch.from_numpy(sequences.inputs(i).astype(np.int64)).to(model.device)[None]
-        out.append(model(input_ids=input_ids, use_cache=False).logits[0, -int(sequences.predicted[i]) :].float())
-    return torch.cat(out)

@@ -8,9 +8,17 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cecompile.workload.sequences import Sequences
+
+
+@torch.inference_mode()
+def stock_logits(model: PreTrainedModel, sequences: Sequences, i: int) -> Tensor:
+    """The stock model's logits where sequence `i` predicts its tokens: (predicted, vocabulary), float32."""
+    input_ids = torch.from_numpy(sequences.inputs(i).astype(np.int64)).to(model.device)
+    return model(input_ids=input_ids[None], use_cache=False).logits[0, -int(sequences.predicted[i]) :].float()
 
 
 @torch.inference_mode()
@@ -31,9 +39,8 @@ def score_one_by_one(
     greedy = np.zeros(len(sequences), dtype=bool)
     for i in range(len(sequences)):
         target = torch.from_numpy(sequences.targets(i).astype(np.int64)).to(model.device)
-        input_ids = torch.from_numpy(sequences.inputs(i).astype(np.int64)).to(model.device)
-        logits = model(input_ids=input_ids[None], use_cache=False).logits[0, -len(target) :]
-        logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        logits = stock_logits(model, sequences, i)
+        logprobs = torch.log_softmax(logits, dim=-1)
         loglikelihood[i] = logprobs.gather(1, target[:, None]).double().sum().item()
         greedy[i] = bool((logits.argmax(dim=-1) == target).all())
         done(i)

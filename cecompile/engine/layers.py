@@ -1,0 +1,50 @@
+"""The parts of a model that are compiled, and what may be done to what they are given."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's decoder layers, in order."""
+    return [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def norms_beside(model: PreTrainedModel) -> list[nn.Module]:
+    """Norms outside the decoder layers, but for those that are one operator of torch already."""
+    inside = {m for layer in decoder_layers(model) for m in layer.modules()}
+    beside = [m for m in model.base_model.modules() if m not in inside and not type(m).__module__.startswith("torch.")]
+    return [m for m in beside if any(p.dim() == 1 for p in m.parameters(recurse=False))]
+
+
+@torch.inference_mode()
+def inputs_are_free(model: PreTrainedModel) -> bool:
+    """Whether nobody reads the hidden states given to a decoder layer after it, so that it may overwrite them.
+
+    Found out on a few tokens: each layer's input is filled with NaN once the layer is done, and the model's output
+    stays finite all the same.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    poisoned = 0
+
+    def poison(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal poisoned
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if hidden.untyped_storage().data_ptr() not in weights:
+            hidden.fill_(torch.nan)
+            poisoned += 1
+
+    layers, attention = decoder_layers(model), model.config._attn_implementation
+    hooks = [layer.register_forward_hook(poison, with_kwargs=True) for layer in layers]
+    model.set_attn_implementation("eager")
+    try:
+        input_ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
+        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    finally:
+        model.set_attn_implementation(attention)
+        for hook in hooks:
+            hook.remove()
+    return poisoned == len(layers) and bool(hidden.isfinite().all())

@@ -1,0 +1,67 @@
+"""What compiling for CUDA does to a graph, checked on the CPU: the graph passes do not depend on the device."""
+
+import numpy as np
+import pytest
+import torch
+from test_engine import ARCHITECTURES, random_sequences, score, tiny_model
+
+from cecompile.engine import cuda, forward
+from cecompile.engine.layers import decoder_layers, inputs_are_free
+from cecompile.engine.reference import score_one_by_one
+
+IN_PLACE = torch.ops.aten.addmm_.default
+
+
+class Counting(cuda.FewerMemoryPasses):
+    """The pass, and how many in-place products it left in each graph."""
+
+    def __init__(self, free: bool) -> None:
+        super().__init__(free)
+        self.counts: list[int] = []
+
+    def __call__(self, graph) -> None:
+        super().__call__(graph)
+        self.counts.append(sum(node.target is IN_PLACE for node in graph.nodes))
+
+    def uuid(self) -> None:
+        """None: graphs are compiled anew, not taken from a cache."""
+
+
+@pytest.fixture(params=[True, False], ids=["free", "kept"])
+def counting(request, monkeypatch):
+    one = Counting(request.param)
+    monkeypatch.setattr(forward, "_compile_options", lambda model: {"post_grad_custom_post_pass": one})
+    torch._dynamo.reset()
+    return one
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gemma2", "opt", "gpt_neox"])
+def test_scores_stay(counting, kind):
+    model, sequences = tiny_model(kind), random_sequences()
+    expected, _ = score_one_by_one(model, sequences)
+    got, _ = score(model, sequences, "flex", compiled=True)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+
+
+def test_products_are_added_to_the_residual_in_place(counting):
+    """Both of a Llama layer where its input may be overwritten, else the second, whose residual is its own."""
+    score(tiny_model("llama"), random_sequences(), "flex", compiled=True)
+    assert max(counting.counts) == (2 if counting._inputs_are_free else 1)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_stock_models_read_a_layers_input_in_that_layer_only(kind):
+    model = tiny_model(kind)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert inputs_are_free(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert model.config._attn_implementation == "eager"
+
+
+def test_an_input_read_later_is_found_out():
+    model = tiny_model("llama")
+    first, last = decoder_layers(model)
+    kept = []
+    first.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    last.register_forward_hook(lambda module, args, output: output + kept.pop())
+    assert not inputs_are_free(model)
