@@ -12,7 +12,8 @@ questions in several ways, and prints a table:
     cecompile    the static pass, compiled, and on CUDA captured; then without capture, and without compilation
     GEMM floor   the model's linear layers on the useful tokens and its head on the readouts, and nothing else
 
-Each time is the best of --repeats.
+Each time is the best of --repeats. With --sample N all but the fastest batch size, cecompile and the floor are measured
+on N questions only, evenly spaced, and compared by their rates.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +81,24 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 BATCH_SIZES = {"cpu": (8, 32), "cuda": (16, 64, 256)}
+PROFILED = 24  # passes
+MAIN = "cecompile"
 VARIANTS = {
-    "cecompile": {"compiled": True},
+    MAIN: {"compiled": True},
     "cecompile, not captured": {"compiled": True, "captured": False},
     "cecompile, not compiled": {"compiled": False, "captured": False},
 }
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is scored: questions, tokenised, planned and staged, with the seconds these took."""
+
+    questions: Sequence[Question]
+    sequences: Sequences
+    plan: Plan
+    staged: Sequence[StagedPass]
+    phases: dict[str, float]
 
 
 def main() -> None:
@@ -95,24 +110,35 @@ def main() -> None:
     model = random_model(SHAPES[options.shape], device, DTYPES[options.dtype])
     tokenizer = load_tokenizer(options.tokenizer)
     questions = read_questions(options.data, limit=options.questions)
-    began = time.perf_counter()
-    sequences = encode(questions, tokenizer, model.config.max_position_embeddings).sequences
-    encoded = time.perf_counter()
-    plan = _plan(sequences, options, device)
-    staged = list(stage_all(plan))
-    phases = {"encode": encoded - began, "plan": time.perf_counter() - encoded}
+    full = prepare(questions, tokenizer, model, options)
+    sample = full
+    if options.sample and options.sample < len(questions):
+        evenly = np.linspace(0, len(questions) - 1, options.sample).astype(int)
+        sample = prepare([questions[i] for i in evenly], tokenizer, model, options)
 
     rows: dict[str, dict[str, Any]] = {}
-    for size in options.batch_sizes if options.batch_sizes is not None else BATCH_SIZES[device.type]:
-        rows[f"lm_eval hf, batch {size}"] = or_out_of_memory(
-            functools.partial(time_harness, model, tokenizer, questions, sequences, size, options.repeats)
+
+    def measure(name: str, work: Work, run: Callable[[], dict[str, Any]]) -> None:
+        rows[name] = {"questions": len(work.questions), "useful_tokens": work.plan.useful_tokens} | or_out_of_memory(
+            run
         )
+        print(name, rows[name].get("seconds"), flush=True)
+
+    def harness(work: Work, size: int) -> None:
+        name = f"lm_eval hf, batch {size}" + ("" if work is full else f", {len(work.questions)} questions")
+        measure(name, work, lambda: time_harness(model, tokenizer, work, size, options.repeats))
+
+    sizes = options.batch_sizes if options.batch_sizes is not None else BATCH_SIZES[device.type]
+    for size in sizes:
+        harness(sample, size)
+    best = max(zip(map(rate, rows.values()), sizes, strict=True), default=(0.0, 0))
+    if sample is not full and best[0]:
+        harness(full, best[1])
     for name, how in VARIANTS.items():
         if device.type == "cuda" or "captured" not in how or not how["compiled"]:
-            rows[name] = or_out_of_memory(
-                functools.partial(time_engine, model, questions, plan, staged, options, how, len(sequences))
-            )
-    rows["GEMM floor"] = or_out_of_memory(lambda: time_gemms(model, plan, options.repeats))
+            work = full if name == MAIN else sample
+            measure(name, work, functools.partial(time_engine, model, work, options, how))
+    measure("GEMM floor", full, lambda: time_gemms(model, full.plan, options.repeats))
     report = {
         "shape": options.shape,
         "dtype": options.dtype,
@@ -122,16 +148,32 @@ def main() -> None:
         else f"{torch.get_num_threads()} CPU threads",
         "torch": torch.__version__,
         "questions": len(questions),
-        "phases_s": phases,
-        "useful_tokens": plan.useful_tokens,
-        "slots": plan.slots,
-        "unshared_tokens": plan.unshared_tokens,
+        "phases_s": full.phases,
+        "useful_tokens": full.plan.useful_tokens,
+        "slots": full.plan.slots,
+        "unshared_tokens": full.plan.unshared_tokens,
         "rows": rows,
-        "peak_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+        "memory_limit": options.memory_limit,
     }
     print_report(report)
     if options.output:
         options.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def prepare(questions: Sequence[Question], tokenizer: Any, model: PreTrainedModel, options: argparse.Namespace) -> Work:
+    """Tokenises, plans and stages."""
+    began = time.perf_counter()
+    sequences = encode(questions, tokenizer, model.config.max_position_embeddings).sequences
+    encoded = time.perf_counter()
+    plan = _plan(sequences, options, model.device)
+    staged = list(stage_all(plan))
+    phases = {"encode": encoded - began, "plan": time.perf_counter() - encoded}
+    return Work(questions, sequences, plan, staged, phases)
+
+
+def rate(row: dict[str, Any]) -> float:
+    """Questions a second; 0 for what failed."""
+    return row["questions"] / row["seconds"] if row.get("seconds") else 0.0
 
 
 def random_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -143,27 +185,20 @@ def random_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype
     return model.eval().requires_grad_(False)
 
 
-def time_harness(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    questions: Sequence[Question],
-    sequences: Sequences,
-    batch_size: int,
-    repeats: int,
-) -> dict[str, Any]:
+def time_harness(model: PreTrainedModel, tokenizer: Any, work: Work, batch_size: int, repeats: int) -> dict[str, Any]:
     """Seconds of lm_eval's loop over tokenised requests, and its metrics."""
     model.set_attn_implementation("sdpa")
     if importlib.util.find_spec("lm_eval") is None:
-        seconds, values = best_of(repeats, lambda: score_padded(model, sequences, batch_size))
-        return {"seconds": seconds, "own_loop": True, "metrics": _metrics(questions, values)}
+        seconds, values = best_of(repeats, lambda: score_padded(model, work.sequences, batch_size))
+        return {"seconds": seconds, "own_loop": True, "metrics": _metrics(work.questions, values)}
     from lm_eval.models.huggingface import HFLM
 
     backend = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    pairs = [(q.context, q.delimiter + choice) for q in questions for choice in q.choices]
+    pairs = [(q.context, q.delimiter + choice) for q in work.questions for choice in q.choices]
     requests = [(pair, *backend._encode_pair(*pair)) for pair in pairs]
     backend._loglikelihood_tokens(requests[: 2 * batch_size], disable_tqdm=True)  # settles allocators and caches
     seconds, answers = best_of(repeats, lambda: backend._loglikelihood_tokens(requests, disable_tqdm=True))
-    return {"seconds": seconds, "metrics": _metrics(questions, np.array([value for value, _ in answers]))}
+    return {"seconds": seconds, "metrics": _metrics(work.questions, np.array([value for value, _ in answers]))}
 
 
 @torch.inference_mode()
@@ -188,24 +223,37 @@ def score_padded(model: PreTrainedModel, sequences: Sequences, batch_size: int) 
 
 
 def time_engine(
-    model: PreTrainedModel,
-    questions: Sequence[Question],
-    plan: Plan,
-    staged: Sequence[StagedPass],
-    options: argparse.Namespace,
-    how: dict[str, bool],
-    count: int,
+    model: PreTrainedModel, work: Work, options: argparse.Namespace, how: dict[str, bool]
 ) -> dict[str, Any]:
-    """Seconds of warm-up and of inference, and the metrics."""
-    chunk = TUNING[model.device.type].readout_chunk
+    """Seconds of warm-up and of inference, and the metrics; on CUDA also how busy the device is, and its memory."""
+    chunk, on_cuda = TUNING[model.device.type].readout_chunk, model.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(model.device)
     began = time.perf_counter()
-    engine = Engine(model, plan.buckets, attention=options.attention, readout_chunk=chunk, **how)
+    engine = Engine(model, work.plan.buckets, attention=options.attention, readout_chunk=chunk, **how)
     engine.warm_up()
     _wait(model.device)
     warm = time.perf_counter() - began
-    seconds, readouts = best_of(options.repeats, lambda: engine.run(staged))
-    loglikelihood, _ = collect(count, staged, readouts)
-    return {"seconds": seconds, "warmup_seconds": warm, "metrics": _metrics(questions, loglikelihood)}
+    seconds, readouts = best_of(options.repeats, lambda: engine.run(work.staged))
+    loglikelihood, _ = collect(len(work.sequences), work.staged, readouts)
+    row = {"seconds": seconds, "warmup_seconds": warm, "metrics": _metrics(work.questions, loglikelihood)}
+    if on_cuda:
+        row["peak_bytes"] = torch.cuda.max_memory_reserved(model.device)
+        row["busy"] = busy_share(lambda: engine.run(work.staged[:PROFILED]))
+    return row
+
+
+def busy_share(run: Callable[[], Any]) -> float:
+    """The share of the time from the first to the last thing the CUDA device does in which it does something."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+    on_device = [e.time_range for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((span.start, span.end) for span in on_device)
+    busy, until = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return busy / (until - spans[0][0])
 
 
 @torch.inference_mode()
@@ -299,8 +347,10 @@ def _metrics(questions: Sequence[Question], loglikelihood: Any) -> dict[str, flo
 def print_report(report: dict[str, Any]) -> None:
     """The table: every row's speed, and its ratio to the best lm_eval row and to the floor."""
     rows = report["rows"]
-    harness = [r["seconds"] for name, r in rows.items() if name.startswith("lm_eval") and r["seconds"]]
-    floor = rows["GEMM floor"]["seconds"]
+    harness = max((rate(r) for n, r in rows.items() if n.startswith("lm_eval")), default=0.0)
+    whole = [rate(r) for n, r in rows.items() if n.startswith("lm_eval") and r["questions"] == report["questions"]]
+    harness = max(whole, default=harness)
+    floor = rate(rows["GEMM floor"])
     table = Table(title=f"{report['shape']} {report['dtype']}, {report['questions']} questions, {report['device']}")
     table.add_column("")
     for column in ("seconds", "questions/s", "useful tokens/s", "acc", "acc_norm", "x lm_eval", "x floor"):
@@ -313,20 +363,21 @@ def print_report(report: dict[str, Any]) -> None:
         table.add_row(
             name + (" (own loop)" if row.get("own_loop") else ""),
             f"{seconds:.2f}",
-            f"{report['questions'] / seconds:.1f}",
-            f"{report['useful_tokens'] / seconds:,.0f}",
+            f"{rate(row):.1f}",
+            f"{row['useful_tokens'] / seconds:,.0f}",
             f"{scores['acc']:.4f}" if scores else "",
             f"{scores['acc_norm']:.4f}" if scores else "",
-            f"{min(harness) / seconds:.2f}" if harness else "",
-            f"{seconds / floor:.2f}" if floor else "",
+            f"{rate(row) / harness:.2f}" if harness else "",
+            f"{floor / rate(row):.3f}" if floor else "",
         )
     Console(width=120).print(table)
-    warm = rows["cecompile"].get("warmup_seconds")
+    ours = rows[MAIN]
     print(
         f"encoding {report['phases_s']['encode']:.2f} s, planning {report['phases_s']['plan']:.2f} s"
-        + (f", warm-up {warm:.2f} s" if warm else "")
+        + (f", warm-up {ours['warmup_seconds']:.2f} s" if ours["seconds"] else "")
         + f"; {report['useful_tokens']:,} useful tokens in {report['slots']:,} slots, "
         f"{report['unshared_tokens']:,} with one sequence per choice"
+        + (f"; device busy {ours['busy']:.2%}, peak {ours['peak_bytes'] / 1e9:.1f} GB" if "busy" in ours else "")
     )
 
 
@@ -341,6 +392,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--attention", choices=("sdpa", "flex"), default="sdpa")
     parser.add_argument("--tokens-per-bucket", type=int)
     parser.add_argument("--batch-sizes", type=int, nargs="*", help="of lm_eval; none leaves it out")
+    parser.add_argument("--sample", type=int, help="questions for the rows that only compare; default all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory-limit", type=float, help="GB, on CUDA")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")

@@ -19,7 +19,7 @@ def on_gpu(kind, dtype=torch.float32, **changes):
 
 @pytest.mark.parametrize("attention", ["flex", "sdpa"])
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "phi3", "opt"])
 def test_trees_score_as_the_stock_model_does(kind, compiled, attention):
     model, sequences = on_gpu(kind), random_sequences(questions=60)
     expected, _ = score_one_by_one(model, sequences)
@@ -70,13 +70,23 @@ def test_nothing_is_allocated_after_warm_up(attention):
     assert (first == again).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_good_as_the_stock_models(dtype):
+@pytest.mark.parametrize("attention", ["flex", "sdpa"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("llama", torch.bfloat16),
+        ("llama", torch.float16),
+        ("opt", torch.float16),
+        ("phi3", torch.bfloat16),
+    ],
+)
+def test_half_precision_is_as_good_as_the_stock_models(kind, dtype, attention):
+    """Also in small buckets, with biases in float16, and with grouped key-value heads."""
     sequences = random_sequences(questions=200)
-    exact, _ = score_one_by_one(on_gpu("llama"), sequences)
-    model = on_gpu("llama", dtype)
+    exact, _ = score_one_by_one(on_gpu(kind), sequences)
+    model = on_gpu(kind, dtype)
     stock, _ = score_one_by_one(model, sequences)
-    ours, _ = score(model, sequences, "flex", compiled=True)
+    ours, _ = score(model, sequences, attention, compiled=True, tokens=1024)
 
     def error(values):
         return float(np.sqrt(np.mean((values - exact) ** 2)))
