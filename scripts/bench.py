@@ -132,7 +132,7 @@ def main() -> None:
     for size in sizes:
         harness(sample, size)
     best = max(zip(map(rate, rows.values()), sizes, strict=True), default=(0.0, 0))
-    if sample is not full and best[0]:
+    if sample is not full and best[0] and not options.harness_on_sample:
         harness(full, best[1])
     for name, how in VARIANTS.items():
         if device.type == "cuda" or "captured" not in how or not how["compiled"]:
@@ -393,6 +393,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens-per-bucket", type=int)
     parser.add_argument("--batch-sizes", type=int, nargs="*", help="of lm_eval; none leaves it out")
     parser.add_argument("--sample", type=int, help="questions for the rows that only compare; default all")
+    parser.add_argument("--harness-on-sample", action="store_true", help="do not run lm_eval on all questions")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory-limit", type=float, help="GB, on CUDA")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")

@@ -1,20 +1,25 @@
 """Is half precision as good through trees as through the stock model?
 
-    python scripts/fidelity.py [--model DIR --data FILE] [--dtype bfloat16 float16] [--device cuda]
+    python scripts/fidelity.py [--model DIR | --random] [--data FILE] [--dtype bfloat16 float16] [--device cuda]
 
 Scores the same questions three times: the stock model in float32, one choice at a time (taken as exact); the stock
 model in half precision, likewise; and the compiled trees in half precision. Prints the root mean square error of each
 half-precision loglikelihood, their ratio, and how many predictions agree with the exact ones. Default: the embedded
-demo, a model whose logits mean something.
+demo, a model whose logits mean something. With --random: a Llama of 16 layers and 1024 wide with the demo's tokenizer
+and random weights, scaled so that its logits vary as those of a trained model do.
 """
 
 import argparse
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cecompile import Question, Scorer, demo, read_questions
 
@@ -37,6 +42,35 @@ class Outcome:
 
 def main() -> None:
     options = _arguments()
+    with tempfile.TemporaryDirectory() as directory:
+        if options.random:
+            options.model = directory
+            write_random_model(Path(directory))
+        compare(options)
+
+
+def write_random_model(directory: Path) -> None:
+    """A checkpoint with random weights whose logits have a standard deviation of about 3."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=len(tokenizer),
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        initializer_range=1024**-0.5,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.get_output_embeddings().weight.data.mul_(3)  # final hidden states have unit variance
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Prints the table."""
     questions = read_questions(options.data, limit=options.questions)
     exact = outcome(questions, options, "reference", "float32")
     table = Table(title=f"{len(questions)} questions, errors against the stock model in float32")
@@ -67,6 +101,7 @@ def outcome(questions: list[Question], options: argparse.Namespace, engine: str,
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(demo.MODEL))
+    parser.add_argument("--random", action="store_true", help="a random model instead of --model")
     parser.add_argument("--data", default=str(demo.HELLASWAG))
     parser.add_argument("--questions", type=int)
     parser.add_argument("--device", default="auto")

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -137,34 +137,26 @@ class _Slot:
         self.masks = TreeMasks(self.part)
         self.logprob = torch.zeros(bucket.readouts, TARGETS, dtype=torch.float32, device=device)
         self.argmax = torch.zeros(bucket.readouts, dtype=torch.int32, device=device)
-        self._turns = [_HostBuffers(data_size(bucket, blocks), bucket.readouts, device) for _ in range(2)]
+        self._turns = [_Transfer(data_size(bucket, blocks), bucket.readouts, device) for _ in range(2)]
         self._turn = 0
 
     def load(self, one: StagedPass) -> int:
-        """Queues the copy of a pass's data into the static buffer; returns which host buffers it uses.
+        """Queues the copy of a pass's data into the static buffer; returns which transfer it uses.
 
-        They were last used by the pass before last, which has been collected.
+        That was last used by the pass before last, which has been collected.
         """
         self._turn ^= 1
-        host = self._turns[self._turn]
-        host.data.numpy()[:] = one.data
-        self._data.copy_(host.data, non_blocking=True)
+        self._turns[self._turn].send(one.data, self._data)
         return self._turn
 
     def unload(self, turn: int) -> None:
         """Queues the copy of the outputs to the host."""
-        host = self._turns[turn]
-        host.logprob.copy_(self.logprob, non_blocking=True)
-        host.argmax.copy_(self.argmax, non_blocking=True)
-        if host.filled is not None:
-            host.filled.record()
+        self._turns[turn].fetch(self.logprob, self.argmax)
 
     def collect(self, one: StagedPass, turn: int) -> Readouts:
         """Waits for the outputs of a pass and picks those in use."""
-        host = self._turns[turn]
-        if host.filled is not None:
-            host.filled.synchronize()
-        return Readouts(host.logprob.numpy().reshape(-1)[one.entry], host.argmax.numpy()[one.entry // TARGETS])
+        logprob, argmax = self._turns[turn].fetched()
+        return Readouts(logprob.numpy().reshape(-1)[one.entry], argmax.numpy()[one.entry // TARGETS])
 
     def capture(self, forward: Callable[[], None], pool: Any) -> None:
         """Runs `forward` until it is compiled and settled, then captures it in a graph on the shared pool."""
@@ -179,15 +171,51 @@ class _Slot:
             forward()
 
 
-class _HostBuffers:
-    """Host sides of a slot's copies, pinned where there is CUDA, and the event that says the outputs are there."""
+class _Transfer:
+    """Host buffers of one pass under way. With CUDA they are pinned, and nothing waits for a copy but who needs it.
+
+    Data crosses to the device on a stream of its own, into a buffer of its own, while the pass before still runs.
+    """
 
     def __init__(self, size: int, readouts: int, device: torch.device) -> None:
-        pinned = device.type == "cuda"
-        self.data = torch.empty(size, dtype=torch.int32, pin_memory=pinned)
-        self.logprob = torch.empty(readouts, TARGETS, dtype=torch.float32, pin_memory=pinned)
-        self.argmax = torch.empty(readouts, dtype=torch.int32, pin_memory=pinned)
-        self.filled = torch.cuda.Event() if pinned else None
+        on_cuda = device.type == "cuda"
+        self._data = torch.empty(size, dtype=torch.int32, pin_memory=on_cuda)
+        self._logprob = torch.empty(readouts, TARGETS, dtype=torch.float32, pin_memory=on_cuda)
+        self._argmax = torch.empty(readouts, dtype=torch.int32, pin_memory=on_cuda)
+        self._cuda = _CudaSide(torch.empty(size, dtype=torch.int32, device=device)) if on_cuda else None
+
+    def send(self, data: NDArray[np.int32], static: Tensor) -> None:
+        self._data.numpy()[:] = data
+        if self._cuda is None:
+            static.copy_(self._data)
+            return
+        with torch.cuda.stream(self._cuda.stream):
+            self._cuda.arrival.copy_(self._data, non_blocking=True)
+            self._cuda.arrived.record()
+        self._cuda.arrived.wait()
+        static.copy_(self._cuda.arrival)
+
+    def fetch(self, logprob: Tensor, argmax: Tensor) -> None:
+        self._logprob.copy_(logprob, non_blocking=True)
+        self._argmax.copy_(argmax, non_blocking=True)
+        if self._cuda is not None:
+            self._cuda.filled.record()
+
+    def fetched(self) -> tuple[Tensor, Tensor]:
+        """The outputs: (readouts, TARGETS) and (readouts,), valid until the next fetch."""
+        if self._cuda is not None:
+            self._cuda.filled.synchronize()
+        return self._logprob, self._argmax
+
+
+@dataclass(frozen=True)
+class _CudaSide:
+    """Where data arrives, the stream it comes on, and the events that say what has been copied."""
+
+    arrival: Tensor
+    stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)
+    arrived: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    filled: torch.cuda.Event = field(default_factory=torch.cuda.Event)
 
 
 def _compile_options(model: PreTrainedModel) -> dict[str, Any]:
