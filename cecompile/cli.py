@@ -1,6 +1,9 @@
 """The command line: argument handling only. Heavy imports wait inside the commands."""
 
+import contextlib
+import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +13,7 @@ from typing import Any
 import click
 
 from cecompile import demo
+from cecompile.engine.profiles import PROFILES
 from cecompile.errors import CheckError, UserError
 from cecompile.report.clock import CLOCKS, Clock, process_start
 from cecompile.tasks.formats import TASKS
@@ -55,6 +59,14 @@ def selection(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--engine", type=click.Choice(("compiled", "eager", "reference")), default="compiled"),
         click.option("--attention", type=click.Choice(("auto", "flex", "sdpa")), default="auto"),
         click.option("--tokens-per-bucket", metavar="auto|N", default="auto", callback=_tokens, help="Slots a pass."),
+        click.option(
+            "--memory-limit", metavar="SIZE", callback=_size,
+            help="What a run may take, such as 28GB or 26GiB. Default: what the device has.",
+        ),
+        click.option(
+            "--cache-dir", type=click.Path(path_type=Path),
+            help="Compiled code. Default: CECOMPILE_CACHE, else the user's cache directory.",
+        ),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -69,14 +81,28 @@ def _tokens(ctx: click.Context, param: click.Parameter, value: str) -> int | Non
     return int(value)
 
 
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    from cecompile.engine.memory import parse_size
+
+    try:
+        return parse_size(value)
+    except ValueError:
+        raise click.BadParameter("a number of bytes, with a unit such as MB, GB or GiB") from None
+
+
 @cli.command("eval")
 @selection
+@click.option("--require-warm", is_flag=True, help="Fail (exit 1) if something would have to be compiled.")
+@click.option("--repeat", type=click.IntRange(1), default=1, help="Run the inference phase this many times.")
 @click.option("--clock", "headline", type=click.Choice(CLOCKS), default="strict", help="Which latency is the headline.")
 @click.option("--output", type=click.Path(path_type=Path), help="Result directory. Default: results/DATA-TIME.")
 @click.option("--overwrite", is_flag=True, help="Replace the results in --output.")
 def eval_command(
-    data: str | None, task: str, limit: float | None, headline: str, output: Path | None, overwrite: bool, **how: Any
-) -> None:
+    data: str | None, task: str, limit: float | None, headline: str, output: Path | None, overwrite: bool,
+    repeat: int, **how: Any,
+) -> None:  # fmt: skip
     """Score a dataset and write results.json and samples.jsonl."""
     from cecompile.report.results import prepare_output
     from cecompile.tasks.read import read_dataset
@@ -90,12 +116,17 @@ def eval_command(
     clock.enter("load_model")
     from rich.console import Console
 
+    from cecompile.engine.cache import remove_workspaces
     from cecompile.evaluation import evaluate
     from cecompile.report.table import print_results, progress_bars
 
+    def report(results: dict[str, Any]) -> None:
+        print_results(Console(), results, output)
+        remove_workspaces()
+
     scorer = _scorer(how)
     with progress_bars(Console(stderr=True)) as progress:
-        evaluation = evaluate(
+        evaluate(
             scorer,
             dataset.questions,
             task=dataset.task,
@@ -103,33 +134,98 @@ def eval_command(
             headline=headline,
             clock=clock,
             progress=progress,
+            repeat=repeat,
             output=output,
+            report=report,
         )
-    print_results(Console(), evaluation.results, output)
 
 
 @cli.command("plan")
 @selection
+@click.option("--profile", type=click.Choice(tuple(PROFILES)), help="Estimate the time of each phase on this device.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
-def plan_command(data: str | None, task: str, limit: float | None, as_json: bool, **how: Any) -> None:
-    """Show buckets, fill and the tokens that sharing saves. Loads no weights."""
+def plan_command(
+    data: str | None, task: str, limit: float | None, profile: str | None, as_json: bool, **how: Any
+) -> None:
+    """Show buckets, fill and the tokens that sharing saves. Loads no weights.
+
+    With --profile the plan is the one for that device, whatever --device is.
+    """
     from cecompile.tasks.read import read_questions
 
     questions = read_questions(data or str(demo.HELLASWAG), task, limit)
     from rich.console import Console
 
+    from cecompile.engine.estimate import as_planned_on, estimate
     from cecompile.report.results import plan_summary
     from cecompile.report.table import print_plan
 
     if how["engine"] == "reference":
         raise UserError("--engine reference: runs without a plan")
-    workload = _scorer(how).prepare(questions)
+    scorer = _scorer(as_planned_on(profile, how) if profile else how)
+    workload = scorer.prepare(questions, fit=how["memory_limit"] is not None)
     assert workload.plan is not None
-    summary = plan_summary(workload.plan)
+    budget = scorer.budget(workload.plan, "cuda" if profile else None)
+    summary = plan_summary(workload.plan) | {"memory": dataclasses.asdict(budget)}
+    estimated = estimate(profile, scorer.config, workload.plan, len(workload.sequences)) if profile else None
     if as_json:
-        click.echo(json.dumps(summary))
+        click.echo(json.dumps(summary | ({"estimate": estimated} if estimated else {})))
     else:
-        print_plan(Console(), summary)
+        print_plan(Console(), summary, estimated)
+
+
+@cli.command("warm")
+@selection
+@click.option("--max-depth", type=click.IntRange(1), help="Longest sequence, in tokens, of data not yet seen.")
+@click.option("--tune", is_flag=True, help="Measure bucket sizes on the data and record the fastest.")
+@click.option("--list", "list_", is_flag=True, help="Show what the cache holds.")
+@click.option("--prune", is_flag=True, help="Remove what can no longer be used.")
+def warm_command(
+    data: str | None, task: str, limit: float | None, max_depth: int | None, tune: bool, list_: bool, prune: bool,
+    **how: Any,
+) -> None:  # fmt: skip
+    """Compile and capture every bucket, and keep the result for later runs."""
+    from rich.console import Console
+
+    from cecompile.report.table import print_cache, print_warmup, progress_bars
+
+    if list_ or prune:
+        from cecompile.engine.cache import CompileCache, default_directory
+        from cecompile.engine.warm import is_outdated
+
+        cache = CompileCache(how["cache_dir"] or default_directory())
+        if prune:
+            freed = cache.remove(e.key for e in cache.entries() if e.problem or is_outdated(e.facts))
+            click.echo(f"freed {freed / 1e6:.1f} MB")
+        if list_:
+            print_cache(Console(), cache.directory, cache.entries())
+        return
+    if max_depth is not None and (data is not None or tune):
+        raise UserError("--max-depth: stands for data not yet seen; it goes with neither --data nor --tune")
+    from cecompile.tasks.read import read_questions
+
+    questions = None if max_depth is not None else read_questions(data or str(demo.HELLASWAG), task, limit)
+    scorer = _scorer(how)
+    with progress_bars(Console(stderr=True)) as progress:
+        built = scorer.warm(questions, max_depth=max_depth, tune=tune, progress=progress)
+    print_warmup(Console(), scorer, built)
+
+
+@cli.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print the facts and findings as one JSON object.")
+def doctor_command(as_json: bool) -> None:
+    """Show the machine, the versions, and what will go wrong or be slow here."""
+    from rich.console import Console
+
+    from cecompile.report.doctor import as_json_object, judge, print_doctor
+    from cecompile.report.machine import gather
+
+    facts = gather()
+    findings = judge(facts)
+    if as_json:
+        click.echo(json.dumps(as_json_object(facts, findings)))
+    else:
+        print_doctor(Console(), facts, findings)
 
 
 def _scorer(how: dict[str, Any]) -> Any:
@@ -142,12 +238,30 @@ def _scorer(how: dict[str, Any]) -> Any:
         engine=how["engine"],
         attention=how["attention"],
         tokens_per_bucket=how["tokens_per_bucket"],
+        memory_limit=how["memory_limit"],
+        cache_dir=how["cache_dir"],
+        require_warm=how.get("require_warm", False),
     )
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script.
+
+    Once all is written the process ends at once: taking an interpreter with torch apart takes about a second, which
+    would be on no phase of the clock.
+    """
+    status: Any = 1
     try:
         cli(prog_name="cecompile")
     except BrokenPipeError:
-        sys.exit(1)
+        pass
+    except SystemExit as error:
+        status = error.code
+    if not isinstance(status, int):
+        sys.exit(status)
+    if "cecompile.engine.cache" in sys.modules:
+        sys.modules["cecompile.engine.cache"].remove_workspaces()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)

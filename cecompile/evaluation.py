@@ -2,14 +2,14 @@
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cecompile.report.clock import Clock, latencies
+from cecompile.report.clock import Clock, latencies, spread
 from cecompile.report.results import SCHEMA, environment, plan_summary, write_results, write_samples
 from cecompile.scorer import Progress, Scorer
 from cecompile.tasks.judge import Sample, judge, metrics
@@ -33,7 +33,9 @@ def evaluate(
     headline: str = "strict",
     clock: Clock | None = None,
     progress: Progress = lambda *_: None,
+    repeat: int = 1,
     output: Path | None = None,
+    report: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Evaluation:
     """Scores and judges.
 
@@ -44,13 +46,15 @@ def evaluate(
         headline: which latency the run is known by: "strict", "section3" or "inference".
         clock: already running where reading is to be counted; left in the phase `score`.
         progress: see `Scorer.score`.
+        repeat: times the inference phase runs; the latencies then count its median.
         output: directory for results.json and samples.jsonl; None writes nothing.
+        report: called with the results before they are written, as the last thing that the clock sees.
 
     Raises:
         UserError, CheckError: see `Scorer.score`.
     """
     clock = clock or Clock()
-    scores = scorer.score(questions, clock=clock, progress=progress)
+    scores = scorer.score(questions, clock=clock, progress=progress, repeat=repeat)
     clock.enter("score")
     samples = [
         judge(question, values, greedy)
@@ -59,8 +63,8 @@ def evaluate(
     if output is not None:
         write_samples(output, samples)
     phases = clock.phases()
-    seconds = latencies(phases)
-    results = {
+    seconds = latencies(phases, scores.inference_s)
+    results: dict[str, Any] = {
         "schema": SCHEMA,
         "task": task,
         "questions": len(questions),
@@ -70,6 +74,7 @@ def evaluate(
         "latency_s": seconds,
         "headline": {"clock": headline, "seconds": seconds[headline]},
         "phases_s": phases,
+        "inference_s": spread(scores.inference_s),
         "engine": {
             "name": scorer.engine,
             "attention": None if scorer.engine == "reference" else scorer.attention,
@@ -77,10 +82,21 @@ def evaluate(
         },
         "plan": None if scores.workload.plan is None else plan_summary(scores.workload.plan),
         "model": _model(scorer),
-        "memory": {"limit_bytes": None, "peak_bytes": _peak_bytes(scorer.device)},
+        "cache": None
+        if scorer.cache_state is None
+        else {"state": scorer.cache_state[0], "reason": scorer.cache_state[1]},
+        "memory": {
+            "limit_bytes": scorer.memory_limit,
+            "predicted_bytes": scorer.predicted_bytes,
+            "peak_bytes": _peak_bytes(scorer.device),
+        },
         "data": {"name": data, "digest": digest(questions)},
         "environment": environment(_device_name(scorer.device)),
     }
+    report(results)
+    results["phases_s"] = clock.phases()
+    results["latency_s"] = latencies(results["phases_s"], scores.inference_s)
+    results["headline"]["seconds"] = results["latency_s"][headline]
     if output is not None:
         write_results(output, results)
     return Evaluation(results, samples)

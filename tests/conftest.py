@@ -1,16 +1,21 @@
 """Tiny models with random weights, tokenizers trained on the spot, and the real inputs where they are at hand."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CECOMPILE_CACHE"] = tempfile.mkdtemp(prefix="cecompile-tests-")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 
 from cecompile import demo
 
+atexit.register(shutil.rmtree, os.environ["CECOMPILE_CACHE"], ignore_errors=True)
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

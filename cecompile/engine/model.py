@@ -1,20 +1,20 @@
 """Loading a checkpoint unchanged, and its fingerprint."""
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
+from cecompile.engine.load import Loaded, NotPlain, load_plainly
+from cecompile.engine.stream import digest_of, read_header, stream
 from cecompile.errors import UserError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,7 +75,12 @@ def load_tokenizer(model: str) -> Any:
 
 
 def load_model(model: str, config: Any, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The stock model with the checkpoint's weights, on `device`, for inference.
+    """What `load_checkpoint` loads, without the fingerprint."""
+    return load_checkpoint(model, config, dtype, device).model
+
+
+def load_checkpoint(model: str, config: Any, dtype: str, device: torch.device) -> Loaded:
+    """The stock model with the checkpoint's weights, on `device`, for inference, and the checkpoint's fingerprint.
 
     Args:
         model: a directory or a hub id with safetensors files.
@@ -85,11 +90,40 @@ def load_model(model: str, config: Any, dtype: str, device: torch.device) -> Pre
 
     Raises:
         UserError: files are missing or damaged, or weights are missing from them.
+        torch.OutOfMemoryError: the weights do not fit on the device.
     """
+    try:
+        files = _loading(model, "weights", lambda: _plain_files(model))
+        with _quiet_transformers():
+            loaded = load_plainly(model, config, DTYPES.get(dtype), device, files)
+            _loading(model, "generation config", lambda: _set_generation_config(loaded.model, model))
+        return loaded
+    except NotPlain as error:
+        reason = str(error)
+    # out of the handler, so that nothing of the attempt is held
+    return Loaded(_load_by_transformers(model, config, dtype, device), fingerprint(model), reason)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Its report of missing weights is ours to make."""
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its report of missing weights is ours to make
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _set_generation_config(loaded: PreTrainedModel, model: str) -> None:
+    if loaded.can_generate():
+        with suppress(OSError):  # there is none: the model has made its own
+            loaded.generation_config = GenerationConfig.from_pretrained(model)
+
+
+def _load_by_transformers(model: str, config: Any, dtype: str, device: torch.device) -> PreTrainedModel:
+    with _quiet_transformers():
         loaded, info = _loading(
             model,
             "weights",
@@ -102,8 +136,6 @@ def load_model(model: str, config: Any, dtype: str, device: torch.device) -> Pre
                 output_loading_info=True,
             ),
         )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
             example = sorted(map(str, info[kind]))[0]
@@ -129,40 +161,60 @@ def check_vocabulary(model: str, tokenizer: Any, config: Any, used: int) -> None
 
 
 def fingerprint(model: str) -> str:
-    """SHA-256 (hex) over the names, dtypes, shapes and bytes of all tensors in the checkpoint's safetensors files."""
+    """SHA-256 (hex) over the names, dtypes, shapes and bytes of all tensors in the checkpoint's safetensors files.
+
+    Raises:
+        UserError: there are no such files, or they cannot be read.
+    """
     files = _checkpoint_files(model)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        lines = sorted(pool.map(lambda named: _tensor_line(*named), _tensors(files)))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    if not files:
+        raise UserError(f"{model}: no {SINGLE} and no {INDEX}; only safetensors checkpoints are loaded")
+    tensors = [tensor for file in files for tensor in read_header(model, file)]
+    return digest_of(tensors, stream(model, tensors, {}, torch.device("cpu")))
 
 
-def _tensors(files: list[Path]) -> Iterator[tuple[Path, str]]:
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                yield file, name
+def _plain_files(model: str) -> list[Path]:
+    """The checkpoint's files.
 
-
-def _tensor_line(file: Path, name: str) -> str:
-    with safe_open(file, framework="pt") as tensors:
-        tensor = tensors.get_tensor(name)
-    content = tensor.contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b""
-    return f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(content).hexdigest()}"
+    Raises:
+        NotPlain: there are none, or they are not all there is to the weights.
+    """
+    if _find(model, "adapter_config.json") is not None:
+        raise NotPlain("it is an adapter")
+    if any(Path(model).glob("shard-*.safetensors")):
+        raise NotPlain("it is a distributed checkpoint")
+    files = _checkpoint_files(model)
+    if not files:
+        raise NotPlain(f"it has no {SINGLE} and no {INDEX}")
+    return files
 
 
 def _checkpoint_files(model: str) -> list[Path]:
-    def find(name: str) -> Path | None:
-        found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
-        return None if found is None else Path(found)
+    """The checkpoint's safetensors files, in the order of their names; empty if it has none.
 
-    single = find(SINGLE)
+    Raises:
+        UserError: a file that the index names is not there, or the index cannot be read.
+    """
+    single = _find(model, SINGLE)
     if single is not None:
         return [single]
-    index = find(INDEX)
+    index = _find(model, INDEX)
     if index is None:
-        raise UserError(f"{model}: no {SINGLE} and no {INDEX}; only safetensors checkpoints are loaded")
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return [path for name in names if (path := find(name)) is not None]
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{model}: weights: {INDEX}: not an index: {type(error).__name__}: {error}") from None
+    found = {name: _find(model, name) for name in names}
+    for name, path in found.items():
+        if path is None:
+            raise UserError(f"{model}: weights: no {name}, which {INDEX} names")
+    return [path for path in found.values() if path is not None]
+
+
+def _find(model: str, name: str) -> Path | None:
+    found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
 
 def _loading(model: str, what: str, load: Any) -> Any:

@@ -1,6 +1,7 @@
 """The terminal's table and progress bars."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,13 @@ def print_results(console: Console, results: dict[str, Any], output: Path) -> No
     table.add_section()
     for phase in PHASES:
         _row(table, phase, f"{results['phases_s'][phase]:.2f} s", "")
+    if results["cache"] is not None:
+        _row(table, "compile cache", results["cache"]["state"], results["cache"]["reason"])
+    if results["inference_s"]["runs"] > 1:
+        runs = results["inference_s"]
+        _row(
+            table, "inference runs", str(runs["runs"]), f"from {runs['min']:.2f} to {runs['max']:.2f} s, median counts"
+        )
     table.add_section()
     for name, seconds in results["latency_s"].items():
         mark = "<- headline" if name == results["headline"]["clock"] else ""
@@ -56,11 +64,70 @@ def print_results(console: Console, results: dict[str, Any], output: Path) -> No
     console.print(Text(f"results in {printable(str(output))}"))
 
 
-def print_plan(console: Console, plan: dict[str, Any]) -> None:
-    """A plan's counts (results.json's `plan`)."""
+def print_plan(console: Console, plan: dict[str, Any], estimate: dict[str, Any] | None = None) -> None:
+    """A plan's counts (results.json's `plan`), and what running it would take on a device."""
     table = _table()
     _plan_rows(table, plan)
+    table.add_section()
+    rest = {part: size for part, size in plan["memory"].items() if part not in ("weights", "loading")}
+    loading = plan["memory"]["loading"]
+    for part, size in plan["memory"].items():
+        _row(table, f"memory, {part}", f"{size / 1e9:.2f} GB", "")
+    peak = plan["memory"]["weights"] + max(loading, sum(rest.values()))
+    _row(table, "memory", f"{peak / 1e9:.2f} GB", "predicted peak")
+    if estimate is not None:
+        table.add_section()
+        _estimate_rows(table, estimate)
     console.print(table)
+
+
+def print_warmup(console: Console, scorer: Any, built: Any) -> None:
+    """What `cecompile warm` has built (a `scorer.Warmup`)."""
+    table = _table()
+    _row(table, "cache was", built.before[0], built.before[1])
+    for bucket, seconds in built.seconds.items():
+        shape = f"{bucket.rows} x {bucket.length} tokens, {bucket.readouts} readouts"
+        _row(table, "bucket", f"{seconds:.2f} s", shape)
+    for slots, rate in (built.measured or {}).items():
+        _row(table, f"{slots:,} slots", f"{rate:,.0f}", "useful tokens a second, measured")
+    _row(table, "cache holds", f"{built.bytes / 1e6:.1f} MB", "for this model, device and these versions")
+    if scorer.note:
+        _row(table, "note", "", scorer.note)
+    console.print(table)
+
+
+def print_cache(console: Console, directory: Path, entries: Sequence[Any]) -> None:
+    """The entries of a compile cache (`engine.cache.Summary`)."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("model", "dtype", "device", "torch", "buckets", "size", "built", ""):
+        table.add_column(name)
+    for entry in entries:
+        facts = entry.facts
+        built = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.built))
+        cells = (
+            facts.get("model", entry.key),
+            facts.get("dtype", ""),
+            facts.get("device", {}).get("name", ""),
+            facts.get("versions", {}).get("torch", ""),
+            ", ".join(f"{r} x {n}" for r, n in entry.buckets),
+            f"{entry.size / 1e6:.1f} MB",
+            built,
+            entry.problem or "",
+        )
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    console.print(table)
+    console.print(Text(f"{len(entries)} entries in {printable(str(directory))}"))
+
+
+def _estimate_rows(table: Table, estimate: dict[str, Any]) -> None:
+    _row(table, f"estimate on {estimate['profile']}", "", f"{estimate['device']}; {estimate['label']}")
+    for phase, seconds in estimate["phases_s"].items():
+        _row(table, phase.replace("_cold", ", cold").replace("_warm", ", warm cache"), f"{seconds:.1f} s", "estimate")
+    weights = estimate["weights"]
+    held, seen = weights["bytes"] / 1e9, weights["memory_bytes"] / 1e9
+    room = f"{seen - held:.1f} GB are left for all else" if weights["fit"] else "DO NOT FIT"
+    _row(table, "weights", f"{held:.1f} GB", f"in 16 bits, in the {seen:.1f} GB that CUDA sees: {room}")
+    _row(table, "figures", "", estimate["source"])
 
 
 def _plan_rows(table: Table, plan: dict[str, Any]) -> None:

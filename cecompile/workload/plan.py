@@ -147,7 +147,8 @@ def _cover(rows: list[Layout], geometry: Geometry) -> Shaped:
     """Passes over all rows with the fewest shapes whose padding is small, else with the least padding."""
     useful = sum(len(r.token_ids) for r in rows)
     rows = sorted(rows, key=lambda r: -len(r.token_ids))
-    candidates = [_cover_with(rows, ladder) for ladder in _ladders(geometry)]
+    shapes = ladder(geometry)
+    candidates = [_cover_with(rows, shapes[: n + 1]) for n in range(len(shapes))]
     slots = [sum(height * length for (height, length), _ in c) for c in candidates]
     good_enough = [c for c, s in zip(candidates, slots, strict=True) if s <= ENOUGH_FILL * useful]
     if good_enough:
@@ -155,26 +156,32 @@ def _cover(rows: list[Layout], geometry: Geometry) -> Shaped:
     return candidates[slots.index(min(slots))]
 
 
-def _ladders(geometry: Geometry) -> list[list[tuple[int, int]]]:
-    """Sets of shapes to choose from: the bucket halved 0, 1, 2, 3 times, by rows first, then by length."""
-    ladder = [(geometry.rows, geometry.length)]
-    while len(ladder) < MAX_BUCKETS:
-        height, length = ladder[-1]
+def ladder(geometry: Geometry) -> list[tuple[int, int]]:
+    """The shapes (rows, length) that a plan of this geometry may use: the bucket halved, by rows first, then length."""
+    out = [(geometry.rows, geometry.length)]
+    while len(out) < MAX_BUCKETS:
+        height, length = out[-1]
         smaller = (height // 2, length) if height > 1 else (1, length // 2 // BLOCK * BLOCK)
         if 0 in smaller:
             break
-        ladder.append(smaller)
-    return [ladder[: n + 1] for n in range(len(ladder))]
+        out.append(smaller)
+    return out
 
 
-def _cover_with(rows: list[Layout], ladder: list[tuple[int, int]]) -> Shaped:
+def every_bucket(geometry: Geometry) -> tuple[Bucket, ...]:
+    """All buckets that a plan of this geometry may use, with a readout for every slot."""
+    chunk = geometry.readout_chunk
+    return tuple(Bucket(r, n, -(-r * n // chunk) * chunk) for r, n in ladder(geometry))
+
+
+def _cover_with(rows: list[Layout], shapes: list[tuple[int, int]]) -> Shaped:
     """The cover of least padding, then of fewest passes, by dynamic programming over rows sorted fullest first."""
     cost = [(0, 0)] * (len(rows) + 1)  # of rows[at:]: (slots, passes)
-    choice = [ladder[0]] * len(rows)
+    choice = [shapes[0]] * len(rows)
     for at in reversed(range(len(rows))):
         options = [
             ((height * length + cost[min(at + height, len(rows))][0], 1 + cost[min(at + height, len(rows))][1]), shape)
-            for shape in ladder
+            for shape in shapes
             for height, length in (shape,)
             if length >= len(rows[at].token_ids)
         ]

@@ -25,6 +25,7 @@ class StagedPass:
         choice: (predictions,) the sequence of which a token is predicted.
         entry: (predictions,) where that token stands among the readouts' targets, flattened.
         target: (predictions,) the token.
+        tokens: slots in use.
     """
 
     bucket: int
@@ -32,6 +33,7 @@ class StagedPass:
     choice: Ints
     entry: Ints
     target: Ints
+    tokens: int
 
 
 def fields(bucket: Bucket, blocks: bool) -> dict[str, tuple[int, ...]]:
@@ -96,6 +98,7 @@ def stage(one: Pass, bucket: Bucket, blocks: bool) -> StagedPass:
         choice=np.concatenate([row.choice for row in one.rows]),
         entry=entry.astype(np.int32),
         target=target.reshape(-1)[entry],
+        tokens=sum(len(row.token_ids) for row in one.rows),
     )
 
 

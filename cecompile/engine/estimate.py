@@ -1,0 +1,240 @@
+"""How long a plan would take on a device: an estimate from counts and public figures, never a measurement.
+
+A pass takes the time of its linear layers (arithmetic, or reading the weights if that is longer), of attention, of
+what elementwise kernels move through memory, of the head on the readouts, and an overhead per layer and per pass. The
+other phases are one assumed rate each. `MEASURED` holds the runs that the model is held against.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from cecompile.engine.layers import decoder_layers
+from cecompile.engine.profiles import PROFILES, Profile
+from cecompile.errors import UserError, first_line
+from cecompile.workload.plan import BLOCK, Bucket, Plan
+
+VALUE = 2  # bytes of a weight or an activation in bfloat16 or float16
+# Hidden-sized activations that a compiled layer moves beside its linear layers' own: two residual additions, each fused
+# with the norm that follows (2 read, 2 written), the rotation of queries and keys, and attention's change of layout.
+HIDDEN_MOVES = 8 + 5
+ATTENTION_RATE = 0.3  # tree attention's arithmetic against the linear layers'; fitted to 4 % of a 6.7B layer on an H100
+PASS_OVERHEAD = 200e-6  # seconds at host speed 1: staging, launching, collecting; an assumption
+
+# At host speed 1. Assumptions from single runs on x86-64 servers.
+START = 5.0  # seconds to import torch and transformers, booked on `load_model`
+PREPROCESS_RATE = 0.5e6  # tokens a second, before sharing: tokenise, merge, pack, stage
+COMPILE = {"cold": 10.0, "warm": 2.5}  # seconds a bucket shape: the layer and the head, without and with a warm cache
+WARMUP_PASSES = 3  # of each bucket: two before it is captured, one that is checked against the stock model
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """What of a model its speed depends on.
+
+    Attributes:
+        layers: decoder layers.
+        hidden: width of the residual stream.
+        vocabulary: rows of the head.
+        layer_parameters: of the matrices of all decoder layers.
+        active_parameters: those that one token meets: of the experts, as many as a token is given to.
+        parameters: all of the model's, tied ones once.
+        checkpoint_value: bytes of a parameter in the checkpoint.
+    """
+
+    layers: int
+    hidden: int
+    vocabulary: int
+    layer_parameters: int
+    active_parameters: int
+    parameters: int
+    checkpoint_value: int = VALUE
+
+
+Runs = Sequence[tuple[Bucket, int]]  # each bucket, and how often it runs
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """An inference phase that was measured on an H100 SXM 80GB, in bfloat16 with captured passes.
+
+    Attributes:
+        sizes: of the model.
+        runs: the plan's.
+        keys: keys that attention visits a query (see `keys_per_query`).
+        seconds: measured.
+    """
+
+    sizes: ModelSizes
+    runs: Runs
+    keys: int
+    seconds: float
+
+
+# HellaSwag validation with the Llama-2 tokenizer: all of it, then the first 2,000 questions.
+MEASURED_PROFILE = "h100"
+MEASURED = {
+    "llama-7b": Measured(
+        ModelSizes(32, 4096, 32_000, 6_476_005_376, 6_476_005_376, 6_738_415_616),
+        ((Bucket(1, 8192, 7168), 216),),
+        256,
+        37.72,
+    ),
+    "llama-1b": Measured(
+        ModelSizes(22, 2048, 32_000, 968_884_224, 968_884_224, 1_100_048_384),
+        ((Bucket(1, 8192, 7168), 216),),
+        256,
+        6.81,
+    ),
+    "phi3-medium": Measured(
+        ModelSizes(40, 5120, 32_064, 13_631_488_000, 13_631_488_000, 13_960_238_080),
+        ((Bucket(1, 4096, 4096), 40),),
+        256,
+        7.05,
+    ),
+}
+
+
+def model_sizes(config: Any) -> ModelSizes:
+    """Counts a model's parameters. Builds it on the meta device: no weight is loaded or allocated.
+
+    Args:
+        config: a transformers configuration of a causal model.
+
+    Raises:
+        UserError: transformers cannot build a causal model from it.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except (ValueError, KeyError, AttributeError, ImportError) as error:
+        raise UserError(f"{type(config).__name__}: cannot be counted: {first_line(error)}") from None
+    text = config.get_text_config()
+    matrices = [
+        (name, p.numel())
+        for layer in decoder_layers(model)
+        for name, p in layer.named_parameters()
+        if p.dim() > 1  # linear layers, GPT-2's Conv1D, and stacked experts
+    ]
+    used = _experts_used(text)
+    head = model.get_output_embeddings().weight
+    return ModelSizes(
+        layers=len(decoder_layers(model)),
+        hidden=text.hidden_size,
+        vocabulary=head.shape[0],
+        layer_parameters=sum(n for _, n in matrices),
+        active_parameters=sum(round(n * used) if "experts" in name.split(".") else n for name, n in matrices),
+        parameters=sum(p.numel() for p in model.parameters()),
+        checkpoint_value=(config.dtype or torch.bfloat16).itemsize,
+    )
+
+
+def _experts_used(config: Any) -> float:
+    """The share of the experts that a token is given to; 1 without experts."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((n for name in names if (n := getattr(config, name, None))), None)
+    return getattr(config, "num_experts_per_tok", experts) / experts if experts else 1.0
+
+
+def keys_per_query(plan: Plan, sequences: int) -> int:
+    """How many keys attention visits a query: of sparse tiles the mean depth's and one more, else the longest row."""
+    if not plan.geometry.blocks:
+        return max(b.length for b in plan.buckets)
+    return -(-plan.unshared_tokens // sequences // BLOCK) * BLOCK + BLOCK
+
+
+def pass_seconds(profile: Profile, sizes: ModelSizes, bucket: Bucket, keys: int) -> float:
+    """One pass of a bucket.
+
+    Each matrix has one hidden-sized side; what is on its other side is written or read by a kernel that is not its
+    own (attention reads q, k and v and writes its output; the activation reads the gate and writes the product). So
+    these activations are as many values a token as there are parameters for each hidden unit.
+    """
+    slots = bucket.slots
+    weights = sizes.layer_parameters * VALUE / profile.bandwidth
+    linear = max(2 * sizes.active_parameters * slots / profile.matrix_rate, weights)
+    attention = 4 * sizes.layers * sizes.hidden * keys * slots / (ATTENTION_RATE * profile.matrix_rate)
+    values = sizes.active_parameters / sizes.hidden + HIDDEN_MOVES * sizes.layers * sizes.hidden  # a token
+    elementwise = VALUE * values * slots / profile.bandwidth
+    logits = sizes.vocabulary * bucket.readouts
+    head = 2 * sizes.hidden * logits / profile.matrix_rate + 2 * VALUE * logits / profile.bandwidth
+    overhead = sizes.layers * profile.layer_overhead + PASS_OVERHEAD / profile.host_speed
+    return linear + attention + elementwise + head + overhead
+
+
+def inference_seconds(profile: Profile, sizes: ModelSizes, runs: Runs, keys: int) -> float:
+    """All passes."""
+    return sum(n * pass_seconds(profile, sizes, bucket, keys) for bucket, n in runs)
+
+
+def phase_seconds(profile: Profile, sizes: ModelSizes, plan: Plan, sequences: int) -> dict[str, float]:
+    """Seconds of each phase; of warm-up without and with a warm cache, of which a run has one.
+
+    Args:
+        sequences: how many sequences the plan packs.
+    """
+    keys = keys_per_query(plan, sequences)
+    settle = sum(WARMUP_PASSES * pass_seconds(profile, sizes, bucket, keys) for bucket in plan.buckets)
+    compiling = {state: len(plan.buckets) * seconds / profile.host_speed for state, seconds in COMPILE.items()}
+    runs = [(bucket, plan.runs(i)) for i, bucket in enumerate(plan.buckets)]
+    return {
+        "load_model": START / profile.host_speed + sizes.parameters * sizes.checkpoint_value / profile.storage_rate,
+        "preprocess": plan.unshared_tokens / PREPROCESS_RATE / profile.host_speed,
+        "warmup_cold": compiling["cold"] + settle,
+        "warmup_warm": compiling["warm"] + settle,
+        "inference": inference_seconds(profile, sizes, runs, keys),
+    }
+
+
+def model_error() -> float:
+    """The largest deviation of the inference phase from the measured runs, relative to the measured."""
+    profile = PROFILES[MEASURED_PROFILE]
+    return max(abs(inference_seconds(profile, m.sizes, m.runs, m.keys) / m.seconds - 1) for m in MEASURED.values())
+
+
+def estimate(name: str, config: Any, plan: Plan, sequences: int) -> dict[str, Any]:
+    """`plan --json`'s `estimate`: seconds of each phase on a device, labelled.
+
+    Args:
+        name: one of PROFILES.
+        config: the model's transformers configuration.
+        plan: made for the device (see `as_planned_on`).
+        sequences: how many sequences it packs.
+
+    Raises:
+        UserError: transformers cannot build the model.
+    """
+    profile, sizes, error = PROFILES[name], model_sizes(config), model_error()
+    calibration = f"inference is within {100 * error:.1f} % of the {len(MEASURED)} H100 runs it was calibrated on"
+    unknown = "" if name == MEASURED_PROFILE else f"; no run on {name} was measured, so its error there is not known"
+    weights = sizes.parameters * VALUE
+    return {
+        "profile": name,
+        "device": profile.title,
+        "phases_s": phase_seconds(profile, sizes, plan, sequences),
+        "model_error": error,
+        "label": f"an estimate, not measured: {calibration}{unknown}; the other phases are assumed rates",
+        "weights": {"bytes": weights, "memory_bytes": profile.memory, "fit": weights < profile.memory},
+        "source": profile.source,
+    }
+
+
+def as_planned_on(name: str, how: dict[str, Any]) -> dict[str, Any]:
+    """The options of a scorer whose plan is the one that the device would run, wherever it is made.
+
+    Args:
+        name: one of PROFILES, all of which are CUDA devices.
+        how: `attention`, `tokens_per_bucket` and `dtype` as a user gave them; other options are passed on.
+
+    Raises:
+        UserError: float32 is asked for; the figures are those of 16-bit arithmetic.
+    """
+    if how["dtype"] == "float32":
+        raise UserError("--profile: estimates are for bfloat16 and float16; leave out --dtype float32")
+    attention = "flex" if how["attention"] == "auto" else how["attention"]
+    tokens = how["tokens_per_bucket"] or PROFILES[name].tokens_per_bucket
+    return how | {"attention": attention, "tokens_per_bucket": tokens}

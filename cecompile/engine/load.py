@@ -1,0 +1,220 @@
+"""A checkpoint's tensors straight into the stock model: one copy of the weights, one pass over the files.
+
+This does what `from_pretrained` does where stored tensors and the model's parameters go together name by name, which
+is nearly always. Where there is more to it (weights to be merged, renamed, dequantised), it declines: `NotPlain`.
+"""
+
+import copy
+import mmap
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cecompile.engine.stream import StoredTensor, digest_of, read_header, stream
+from cecompile.errors import UserError, first_line
+
+HUGE = 4 * 2**20  # bytes of a tensor from which huge pages, of usually 2 MiB, are worth asking for
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_UNUSUAL = ("quantization_config", "fusion_config", "transformers_weights", "extra_files", "sub_configs")
+
+
+class NotPlain(Exception):  # noqa: N818  (nothing is wrong)
+    """Loading this checkpoint takes more than copying tensors by their names; says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready for inference.
+
+    Attributes:
+        model: the stock model with the checkpoint's weights.
+        fingerprint: of the checkpoint's tensors.
+        fallback: why `from_pretrained` loaded it; None where its tensors were copied by their names.
+    """
+
+    model: PreTrainedModel
+    fingerprint: str
+    fallback: str | None
+
+
+def load_plainly(
+    model: str, config: Any, dtype: torch.dtype | None, device: torch.device, files: Sequence[Path]
+) -> Loaded:
+    """The stock model on `device`, bit by bit what `from_pretrained` gives.
+
+    Args:
+        model: named in errors, and the model's `name_or_path`.
+        config: the checkpoint's; is not changed.
+        dtype: of the parameters; None is the checkpoint's.
+        device: where to.
+        files: all safetensors files of the checkpoint.
+
+    Raises:
+        NotPlain: `from_pretrained` must do it.
+        UserError: a file is damaged, or a weight is missing or of another shape.
+        torch.OutOfMemoryError: the parameters do not fit.
+    """
+    tensors = [tensor for file in files for tensor in read_header(model, file)]
+    network = _skeleton(model, config, _parameter_dtype(config, dtype, files, tensors))
+    _check_renaming(network, tensors)
+    sources = _match(model, network, tensors)
+    targets = _allocate(network, sources, device)
+    digests = stream(model, tensors, targets, device)
+    for indices in sources.values():
+        if len({(tensors[i].dtype, digests[i]) for i in indices}) > 1:
+            raise NotPlain(f"{tensors[indices[0]].name} and {tensors[indices[1]].name} are tied and differ")
+    return Loaded(network.eval().requires_grad_(False), digest_of(tensors, digests), None)
+
+
+def _parameter_dtype(
+    config: Any, dtype: torch.dtype | None, files: Sequence[Path], tensors: Sequence[StoredTensor]
+) -> torch.dtype:
+    """What `from_pretrained` would make of `dtype`."""
+    unusual = [name for name in _UNUSUAL if getattr(config, name, None)]
+    if unusual:
+        raise NotPlain(f"the config has {unusual[0]}")
+    if not tensors or len({tensor.name for tensor in tensors}) < len(tensors):
+        raise NotPlain("a tensor is stored twice" if tensors else "nothing is stored")
+    dtype = dtype or config.dtype
+    if dtype is None and len(files) == len({tensor.dtype for tensor in tensors}) == 1:
+        dtype = tensors[0].dtype
+    if dtype not in _FLOATS:
+        raise NotPlain(f"the dtype to load as is {dtype}")
+    return dtype
+
+
+def _skeleton(model: str, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with parameters and persistent buffers on the meta device, and its other buffers made, on the CPU.
+
+    Those are made as `from_pretrained` makes them: by the model's own initialisation, which leaves alone what is
+    marked as initialised.
+    """
+    config = copy.deepcopy(config)
+    config.name_or_path, config.dtype = model, dtype
+    try:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        network.tie_weights()  # older versions do not on the meta device
+        for tensor in network.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True
+        for module in network.modules():
+            vars(module).pop("_is_hf_initialized", None)
+            for name in module._non_persistent_buffers_set:
+                if module._buffers[name] is not None:
+                    module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        network.initialize_weights()
+    except Exception as error:  # whatever it is, from_pretrained copes with it or says it
+        raise NotPlain(f"it cannot be built without memory: {first_line(error)}") from None
+    odd = [name for name, tensor in network.state_dict().items() if tensor.dtype != dtype]
+    for kept in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        odd += getattr(network, kept, None) or ()
+    if odd:
+        raise NotPlain(f"{odd[0]} keeps a dtype of its own")
+    return network
+
+
+def _check_renaming(network: PreTrainedModel, tensors: Sequence[StoredTensor]) -> None:
+    """Declines what transformers renames, merges or splits while it loads."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        for rule in get_model_conversion_mapping(network):
+            for tensor in tensors:
+                if rule.rename_source_key(tensor.name) != (tensor.name, None):
+                    raise NotPlain(f"transformers converts {tensor.name}")
+    except (ImportError, AttributeError, TypeError) as error:  # no public interface
+        raise NotPlain(f"this version of transformers does not say what it converts: {first_line(error)}") from None
+
+
+def _match(model: str, network: PreTrainedModel, tensors: Sequence[StoredTensor]) -> dict[str, list[int]]:
+    """Where the model's parameters and persistent buffers are stored.
+
+    Returns:
+        Indices into `tensors`, by the first name of each parameter: one, and more where tied weights are stored
+        several times.
+    """
+    expected = network.state_dict(keep_vars=True)
+    first_names = _first_names(network, expected)
+    prefix = f"{network.base_model_prefix}."
+    sources: dict[str, list[int]] = defaultdict(list)
+    unexpected = False
+    for index, tensor in enumerate(tensors):
+        names = {tensor.name, tensor.name.removeprefix(prefix), prefix + tensor.name} & expected.keys()
+        if len(names) > 1:
+            raise NotPlain(f"{tensor.name} can be more than one parameter")
+        if not names:
+            unexpected = True
+            continue
+        if tensor.dtype not in _FLOATS or not tensor.aligned:
+            raise NotPlain(f"{tensor.name} is stored as {tensor.dtype}{'' if tensor.aligned else ', unaligned'}")
+        for name in names:
+            if tensor.shape != expected[name].shape:
+                raise UserError(
+                    f"{model}: weights: {tensor.name} in {tensor.file.name} is of shape {tensor.shape}, "
+                    f"the model's is {tuple(expected[name].shape)}"
+                )
+            sources[first_names[name]].append(index)
+    missing = sorted(set(first_names.values()) - sources.keys())
+    if missing and (unexpected or network._keys_to_ignore_on_load_missing):
+        raise NotPlain(f"{missing[0]} is missing, or goes by another name")
+    if missing:
+        raise UserError(f"{model}: weights: {len(missing)} missing keys, such as {missing[0]}")
+    return dict(sources)
+
+
+def _first_names(network: PreTrainedModel, expected: dict[str, torch.Tensor]) -> dict[str, str]:
+    """For every name, the first name of the same parameter; several only where transformers ties them."""
+    tied = network.all_tied_weights_keys
+    by_tensor: dict[int, str] = {}
+    first_names = {name: by_tensor.setdefault(id(tensor), name) for name, tensor in expected.items()}
+    for name, first in first_names.items():
+        if name != first and not {name, first} <= tied.keys() | set(tied.values()):
+            raise NotPlain(f"{name} and {first} are one parameter")
+    for target, source in tied.items():
+        if expected.get(target) is not expected.get(source):
+            raise NotPlain(f"{target} and {source} are not one parameter")
+    return first_names
+
+
+def _allocate(network: PreTrainedModel, sources: dict[str, list[int]], device: torch.device) -> dict[int, torch.Tensor]:
+    """Puts memory on `device` under every parameter, and moves the other buffers there; what is tied stays tied.
+
+    Returns:
+        What to fill, by the index of the stored tensor.
+    """
+    expected = network.state_dict(keep_vars=True)
+    made: dict[int, torch.Tensor] = {}
+    targets: dict[int, torch.Tensor] = {}
+    for name, indices in sources.items():
+        empty = _empty(expected[name].shape, expected[name].dtype, device)
+        is_parameter = isinstance(expected[name], nn.Parameter)
+        made[id(expected[name])] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+        targets[indices[0]] = empty
+    for module in network.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    held[name] = made[id(tensor)] if id(tensor) in made else tensor.to(device)
+    return targets
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """As `torch.empty`; on the CPU in huge pages, where the system has them for who asks.
+
+    Touching fresh memory a small page at a time takes longer than reading the file.
+    """
+    size = shape.numel() * dtype.itemsize
+    if device.type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

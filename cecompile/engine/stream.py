@@ -1,0 +1,313 @@
+"""Reading safetensors files once, front to back, through a few host buffers: bytes to tensors, digests on the way.
+
+The page cache is not for this: mapping a checkpoint keeps all of it in memory beside the model, and where device and
+host share one memory, that is twice the model. So blocks are read with `pread` into reused buffers, copied out, and
+dropped from the page cache. One thread reads ahead, some hash, and the caller's thread copies.
+"""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cecompile.errors import UserError, first_line
+
+BLOCK = 16 * 2**20  # bytes of a read
+BLOCKS = 12  # buffers
+IN_USE = 8  # of them, how many may be being copied and hashed; the others are read ahead
+HASHERS = min(4, os.cpu_count() or 1)
+
+_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
+    "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a safetensors file.
+
+    Attributes:
+        name: its key, unique in its file.
+        dtype: what its bytes are.
+        shape: its sizes; row-major.
+        file: where.
+        start: its first byte, from the file's beginning.
+        size: in bytes.
+        aligned: whether it starts at a multiple of its element's size, from the first tensor's first byte.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    size: int
+    aligned: bool
+
+
+def read_header(model: str, file: Path) -> list[StoredTensor]:
+    """The tensors of a safetensors file, in the order in which they lie there, without a gap between them.
+
+    Args:
+        model: named in errors.
+        file: where.
+
+    Raises:
+        UserError: the file cannot be read, is cut off, its header is damaged, or it has a dtype torch has not.
+    """
+    try:
+        with safe_open(file, framework="pt"):  # maps the file, reads and checks the header, and no more
+            pass
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{model}: weights: {file.name}: {first_line(error)}") from None
+    header.pop("__metadata__", None)
+    tensors = [_stored(model, file, 8 + length, name, entry) for name, entry in header.items()]
+    return sorted(tensors, key=lambda tensor: (tensor.start, tensor.size))
+
+
+def _stored(model: str, file: Path, origin: int, name: str, entry: Any) -> StoredTensor:
+    dtype = getattr(torch, _DTYPES.get(entry["dtype"], ""), None)
+    if dtype is None:
+        raise UserError(f"{model}: weights: {file.name}: {name} is of dtype {entry['dtype']}, which is not supported")
+    begin, end = entry["data_offsets"]
+    aligned = begin % dtype.itemsize == 0
+    return StoredTensor(name, dtype, tuple(entry["shape"]), file, origin + begin, end - begin, aligned)
+
+
+def digest_of(tensors: Sequence[StoredTensor], digests: Sequence[str]) -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and contents: does not depend on files or on order.
+
+    Args:
+        tensors: all of a checkpoint.
+        digests: SHA-256 (hex) of the bytes of each.
+    """
+    lines = (f"{t.name} {t.dtype} {t.shape} {digest}" for t, digest in zip(tensors, digests, strict=True))
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def stream(
+    model: str, tensors: Sequence[StoredTensor], targets: Mapping[int, torch.Tensor], device: torch.device
+) -> list[str]:
+    """Reads all tensors once; fills some; gives the SHA-256 (hex) of the bytes of each.
+
+    Takes BLOCKS * BLOCK bytes of host memory, pinned for a CUDA device, and gives them back.
+
+    Args:
+        model: named in errors.
+        tensors: of whole files, file after file, as `read_header` gives them.
+        targets: what to fill, by index into `tensors`: contiguous, on `device`, of the same shape. Another dtype is
+            converted to as `Tensor.to` does; then the stored tensor must be `aligned`.
+        device: where the targets are.
+
+    Raises:
+        UserError: a file cannot be read, or has become shorter.
+    """
+    blocks = list(_blocks(tensors))
+    with ExitStack() as stack:
+        buffers = stack.enter_context(_host_buffers(device))
+        opened = {file: _open(model, file, stack) for file in dict.fromkeys(block.file for block in blocks)}
+        hashing = stack.enter_context(_Hashing(tensors))
+        reader = stack.enter_context(ThreadPoolExecutor(1, "read"))
+
+        def read_ahead(number: int) -> None:
+            if number < len(blocks):
+                block, buffer = blocks[number], buffers[number % BLOCKS]
+                reads.append(reader.submit(_read, model, opened[block.file], block, buffer))
+
+        reads: deque[Future[None]] = deque()
+        in_use: deque[_InUse] = deque()
+        for number in range(BLOCKS):
+            read_ahead(number)
+        for number, block in enumerate(blocks):
+            reads.popleft().result()
+            in_use.append(_use(block, buffers[number % BLOCKS], tensors, targets, hashing, device))
+            if len(in_use) > IN_USE:
+                in_use.popleft().wait()
+                read_ahead(number - IN_USE + BLOCKS)
+        while in_use:
+            in_use.popleft().wait()
+        return hashing.digests()
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Bytes of a tensor that are in one block: from `offset` in the tensor, from `at` in the block."""
+
+    tensor: int
+    offset: int
+    at: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """At most BLOCK bytes of a file, read at once."""
+
+    file: Path
+    start: int
+    size: int
+    pieces: list[_Piece]
+
+
+def _blocks(tensors: Sequence[StoredTensor]) -> Iterator[_Block]:
+    """Cuts files into blocks. BLOCK is a multiple of any element's size: what is aligned is cut between elements."""
+    pieces: list[_Piece] = []
+    start = filled = 0
+    for index, tensor in enumerate(tensors):
+        begin, end = tensor.start, tensor.start + tensor.size
+        if pieces and (filled == BLOCK or tensor.file != tensors[pieces[0].tensor].file):
+            yield _Block(tensors[pieces[0].tensor].file, start, filled, pieces)
+            pieces = []
+        while begin < end:
+            if not pieces:
+                start, filled = begin, 0
+            size = min(end - begin, BLOCK - filled)
+            pieces.append(_Piece(index, begin - tensor.start, filled, size))
+            begin, filled = begin + size, filled + size
+            if filled == BLOCK:
+                yield _Block(tensor.file, start, filled, pieces)
+                pieces = []
+    if pieces:
+        yield _Block(tensors[pieces[0].tensor].file, start, filled, pieces)
+
+
+@contextmanager
+def _host_buffers(device: torch.device) -> Iterator[list[torch.Tensor]]:
+    """BLOCKS times (BLOCK,) uint8, pinned for a CUDA device, and given back to the system afterwards.
+
+    Nobody else may hold them then. Torch would keep pinned memory for the next who asks; where the device shares its
+    memory with the host, there is none to spare.
+    """
+    pinned = device.type == "cuda"
+    buffers = [torch.empty(BLOCK, dtype=torch.uint8, pin_memory=pinned) for _ in range(BLOCKS)]
+    try:
+        yield buffers
+    finally:
+        buffers.clear()
+        if pinned and hasattr(torch._C, "_host_emptyCache"):
+            torch._C._host_emptyCache()
+
+
+def _open(model: str, file: Path, stack: ExitStack) -> int:
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{model}: weights: {file.name}: {error.strerror}") from None
+    stack.callback(os.close, descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return descriptor
+
+
+def _read(model: str, descriptor: int, block: _Block, buffer: torch.Tensor) -> None:
+    """Reads a block into a buffer, (BLOCK,) uint8, from its beginning."""
+    content, done = buffer.numpy(), 0
+    try:
+        while done < block.size:
+            count = os.preadv(descriptor, [content[done : block.size].data], block.start + done)
+            if count == 0:
+                raise UserError(f"{model}: weights: {block.file.name}: became shorter while it was read")
+            done += count
+        # from the file's beginning: also the page that the last block left half read
+        os.posix_fadvise(descriptor, 0, block.start + block.size, os.POSIX_FADV_DONTNEED)
+    except OSError as error:
+        raise UserError(f"{model}: weights: {block.file.name}: {error.strerror}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _InUse:
+    """What must be over before a buffer is read into again."""
+
+    hashed: list[Future[None]]
+    copied: torch.cuda.Event | None
+
+    def wait(self) -> None:
+        for future in self.hashed:
+            future.result()
+        if self.copied is not None:
+            self.copied.synchronize()
+
+
+def _use(
+    block: _Block, buffer: torch.Tensor, tensors: Sequence[StoredTensor], targets: Mapping[int, torch.Tensor],
+    hashing: "_Hashing", device: torch.device,
+) -> _InUse:  # fmt: skip
+    hashed = []
+    for piece in block.pieces:
+        hashed.append(hashing.add(piece.tensor, buffer[piece.at : piece.at + piece.size]))
+    for piece in block.pieces:
+        if piece.tensor in targets:
+            content = buffer[piece.at : piece.at + piece.size]
+            _copy(content, tensors[piece.tensor].dtype, piece.offset, targets[piece.tensor])
+    copied = None
+    if device.type == "cuda":
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(device))
+    return _InUse(hashed, copied)
+
+
+def _copy(content: torch.Tensor, dtype: torch.dtype, offset: int, target: torch.Tensor) -> None:
+    """Copies bytes to where they belong in the target: without converting, on this thread alone, or on CUDA later.
+
+    Args:
+        content: (bytes,) uint8.
+        dtype: what they are.
+        offset: where in the stored tensor they start, in bytes.
+        target: the whole tensor, in its own dtype.
+    """
+    flat = target.view(-1)
+    if dtype == target.dtype:
+        part = flat.view(torch.uint8)[offset : offset + len(content)]
+        if part.is_cuda:
+            part.copy_(content, non_blocking=True)
+        else:  # torch would take cores from the other threads
+            np.copyto(part.numpy(), content.numpy())
+    else:  # converted on the CPU; the converted copy is not pinned
+        values = content.view(dtype)
+        first = offset // dtype.itemsize
+        flat[first : first + len(values)].copy_(values)
+
+
+class _Hashing:
+    """SHA-256 of tensors whose pieces come in order, on threads: a tensor stays with one, which keeps the order."""
+
+    def __init__(self, tensors: Sequence[StoredTensor]) -> None:
+        self._hashes = [hashlib.sha256() for _ in tensors]
+        self._threads = [ThreadPoolExecutor(1, "hash") for _ in range(HASHERS)]
+        self._thread_of = []
+        load = [0] * HASHERS
+        for tensor in tensors:
+            lightest = load.index(min(load))
+            load[lightest] += tensor.size
+            self._thread_of.append(lightest)
+
+    def __enter__(self) -> "_Hashing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for thread in self._threads:
+            thread.shutdown()
+
+    def add(self, tensor: int, content: torch.Tensor) -> Future[None]:
+        """Adds (bytes,) uint8 to a tensor's hash; they must stay as they are until it is done."""
+        thread, update = self._threads[self._thread_of[tensor]], self._hashes[tensor].update
+        return thread.submit(lambda: update(content.numpy().data))
+
+    def digests(self) -> list[str]:
+        """In hex, by tensor; once all that was added is done."""
+        return [one.hexdigest() for one in self._hashes]

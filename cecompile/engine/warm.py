@@ -1,0 +1,94 @@
+"""What compiled code depends on, for the compile cache's key."""
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cecompile
+
+_IDLE = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "_attn_implementation"}
+_SOURCES = ("engine", "workload")
+
+
+def compile_facts(config: Any, dtype: str, device: torch.device, attention: str, readout_chunk: int) -> dict[str, Any]:
+    """Everything that changes the compiled code but the bucket shapes, as plain JSON values.
+
+    Args:
+        config: the model's configuration.
+        dtype: as asked for; "auto" is the configuration's.
+        device: where the model runs.
+        attention: as asked for.
+        readout_chunk: readouts whose logits are held at once.
+    """
+    asked = str(getattr(config, "dtype", None)).removeprefix("torch.") if dtype == "auto" else dtype
+    described = {k: v for k, v in config.to_dict().items() if k not in _IDLE}
+    text = repr(sorted(described.items()))
+    return {
+        "model": f"{config.model_type} {hashlib.sha256(text.encode()).hexdigest()[:12]}",
+        "dtype": asked,
+        "attention": attention,
+        "readout_chunk": readout_chunk,
+        "device": _device(device),
+        "versions": _versions(),
+        "engine": source_digest(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    out = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for name in ("torch", "transformers", "triton"):
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = "none"
+    return out
+
+
+def _device(device: torch.device) -> dict[str, str]:
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return {
+            "name": found.name,
+            "capability": f"{found.major}.{found.minor}",
+            "cuda": str(torch.version.cuda),
+        }
+    return {
+        "name": "cpu",
+        "machine": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "compiler": _compiler(),
+    }
+
+
+@functools.cache
+def _compiler() -> str:
+    """The C++ compiler's first line about itself, or "none"."""
+    found = shutil.which(os.environ.get("CXX", "g++"))
+    if found is None:
+        return "none"
+    done = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    return (done.stdout.splitlines() or ["none"])[0]
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest over the modules that make the compiled code and its inputs."""
+    root = Path(cecompile.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(p for folder in _SOURCES for p in (root / folder).glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def is_outdated(facts: dict[str, Any]) -> bool:
+    """Whether these facts are of other library versions, or of another version of this engine, than now."""
+    return facts.get("versions") != _versions() or facts.get("engine") != source_digest()

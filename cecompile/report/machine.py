@@ -1,0 +1,307 @@
+"""What this machine is: devices, host, versions, and the tools that compiling needs.
+
+Paths on a Jetson, and what is true of its memory, are from NVIDIA's Jetson Linux documentation.
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sysconfig
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+PACKAGES = ("cecompile", "torch", "transformers", "triton", "safetensors", "tokenizers", "numpy")
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "CXX",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+    "TRITON_PTXAS_PATH",
+)
+DRIVER_NODES = ("dev/nvidiactl", "dev/nvgpu/igpu0", "dev/nvhost-gpu")  # the last two on a Jetson
+GPU_CLOCKS = ("17000000.gpu", "17000000.ga10b")  # the Orin's GPU under /sys/class/devfreq, by Jetson Linux version
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A CUDA device. `integrated` shares the host's memory; bytes are what a new allocation could get."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    integrated: bool
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """CPU and memory. `available_bytes` counts page cache that can be reclaimed."""
+
+    cpu: str
+    cpus: int
+    torch_threads: int
+    total_bytes: int
+    available_bytes: int
+    swap_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """The GPU's clock in Hz and who governs it. What cannot be read is None."""
+
+    current: int | None
+    lowest: int | None
+    highest: int | None
+    governor: str | None
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it stays at its highest, as `jetson_clocks` makes it."""
+        return self.governor == "performance" or (self.lowest is not None and self.lowest == self.highest)
+
+
+@dataclass(frozen=True, slots=True)
+class Jetson:
+    """What only a Jetson has. `power_mode` is None where nvpmodel is not there or does not answer, as in containers.
+
+    `temperatures` are in degrees Celsius by thermal zone.
+    """
+
+    release: str | None
+    power_mode: str | None
+    gpu_clock: Clock | None
+    temperatures: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What compiling needs: paths with versions, None for what is missing.
+
+    Attributes:
+        cxx_wanted: the C++ compiler's name: $CXX, else g++, the only one that torch looks for.
+        cxx: that compiler.
+        clang: clang++, which serves if CXX names it.
+        python_header: Python.h, which compiled kernels include.
+        ptxas: the assembler that Triton needs.
+        ptxas_by: what leads to it: "TRITON_PTXAS_PATH", "triton" (it comes with one), or "toolkit", CUDA's in
+            /usr/local/cuda, where Triton does not look.
+    """
+
+    cxx_wanted: str
+    cxx: str | None
+    clang: str | None
+    python_header: str | None
+    ptxas: str | None
+    ptxas_by: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything `judge` looks at.
+
+    Attributes:
+        versions: of packages and of Python; None for a package that is not installed.
+        torch_cuda: the CUDA version that torch was built with; None for a CPU build.
+        torch_architectures: what torch has kernels for, such as "sm_80" and "compute_90".
+        cuda_driver: what shows that NVIDIA's driver is there, or None.
+        environment: those of VARIABLES that are set.
+    """
+
+    devices: tuple[Device, ...]
+    host: Host
+    jetson: Jetson | None
+    versions: dict[str, str | None]
+    torch_cuda: str | None
+    torch_architectures: tuple[str, ...]
+    cuda_driver: str | None
+    tools: Tools
+    environment: dict[str, str]
+
+
+def gather(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> Facts:
+    """Reads the facts. What is not there or not readable is missing from them; nothing is raised for it.
+
+    Args:
+        root: where /proc, /sys, /etc and /usr are.
+        environment: variables; PATH is where tools are looked for.
+    """
+    import torch
+
+    memory = read_meminfo(root)
+    return Facts(
+        devices=_devices(memory),
+        host=_host(root, memory),
+        jetson=read_jetson(root, environment.get("PATH", "")),
+        versions=_versions(),
+        torch_cuda=torch.version.cuda,
+        torch_architectures=tuple(torch.cuda.get_arch_list()),
+        cuda_driver=find_driver(root),
+        tools=find_tools(root, environment),
+        environment={name: environment[name] for name in VARIABLES if name in environment},
+    )
+
+
+def read_meminfo(root: Path) -> dict[str, int]:
+    """/proc/meminfo in bytes, by name."""
+    text = _read(root / "proc/meminfo") or ""
+    return {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
+
+
+def read_jetson(root: Path, search_path: str) -> Jetson | None:
+    """The Jetson's own facts, or None on any other machine."""
+    release = _read(root / "etc/nv_tegra_release")
+    gpu = next((d for name in GPU_CLOCKS if (d := root / "sys/class/devfreq" / name).is_dir()), None)
+    if release is None and gpu is None:
+        return None
+    first = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", release or "")
+    clock = None
+    if gpu is not None:
+        current, lowest, highest = (_number(gpu / f"{name}_freq") for name in ("cur", "min", "max"))
+        clock = Clock(current, lowest, highest, _read(gpu / "governor"))
+    return Jetson(
+        release=f"R{first[1]}.{first[2]}" if first else release and release.splitlines()[0],
+        power_mode=_power_mode(search_path),
+        gpu_clock=clock,
+        temperatures=_temperatures(root / "sys/class/thermal"),
+    )
+
+
+def _power_mode(search_path: str) -> str | None:
+    answer = _run(shutil.which("nvpmodel", path=search_path), "-q")
+    mode = re.search(r"^NV Power Mode: (.+)$", answer or "", re.MULTILINE)
+    return mode[1].strip() if mode else None
+
+
+def _temperatures(directory: Path) -> dict[str, float]:
+    zones = {zone: _number(zone / "temp") for zone in sorted(directory.glob("thermal_zone*"))}
+    return {_read(zone / "type") or zone.name: value / 1000 for zone, value in zones.items() if value is not None}
+
+
+def find_driver(root: Path) -> str | None:
+    """What shows that NVIDIA's kernel driver is there, its version or a device node, or None."""
+    version = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", _read(root / "proc/driver/nvidia/version") or "")
+    if version:
+        return version[1]
+    return next((f"/{node}" for node in DRIVER_NODES if (root / node).exists()), None)
+
+
+def find_tools(root: Path, environment: Mapping[str, str]) -> Tools:
+    """Compiler, header and assembler, where torch and Triton look for them."""
+    search_path = environment.get("PATH", "")
+    wanted = environment.get("CXX", "g++")
+    ptxas, by = _find_ptxas(root, environment)
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return Tools(
+        cxx_wanted=wanted,
+        cxx=_with_version(shutil.which(wanted, path=search_path)),
+        clang=_with_version(shutil.which("clang++", path=search_path)),
+        python_header=str(header) if header.is_file() else None,
+        ptxas=_with_version(ptxas),
+        ptxas_by=by,
+    )
+
+
+def _find_ptxas(root: Path, environment: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """The path of ptxas, and what leads to it (see `Tools.ptxas_by`)."""
+    given = environment.get("TRITON_PTXAS_PATH")
+    triton = util.find_spec("triton")
+    bundled = (triton and triton.submodule_search_locations) or ()
+    candidates = [("TRITON_PTXAS_PATH", Path(given))] if given else []
+    candidates += [("triton", Path(directory) / "backends/nvidia/bin/ptxas") for directory in bundled]
+    candidates += [("toolkit", root / "usr/local/cuda/bin/ptxas")]
+    return next(((str(path), by) for by, path in candidates if path.is_file()), (None, None))
+
+
+def _devices(memory: Mapping[str, int]) -> tuple[Device, ...]:
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch would warn of is a finding
+        if not torch.cuda.is_available():
+            return ()
+        return tuple(_device(index, memory) for index in range(torch.cuda.device_count()))
+
+
+def _device(index: int, memory: Mapping[str, int]) -> Device:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    integrated = bool(getattr(properties, "is_integrated", False))
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+    except RuntimeError:  # a device that is full, or has a build of torch that does not suit it
+        free, total = 0, properties.total_memory
+    if integrated:  # there, the driver counts page cache as used
+        free = min(total, memory.get("MemAvailable", free))
+    capability = (properties.major, properties.minor)
+    return Device(properties.name, capability, properties.multi_processor_count, integrated, total, free)
+
+
+def _host(root: Path, memory: Mapping[str, int]) -> Host:
+    import torch
+
+    cpu = re.search(r"^model name\s*: (.+)$", _read(root / "proc/cpuinfo") or "", re.MULTILINE)
+    board = (_read(root / "proc/device-tree/model") or "").strip("\0")
+    affinity = getattr(os, "sched_getaffinity", None)
+    return Host(
+        cpu=cpu[1] if cpu else board or platform.machine(),
+        cpus=len(affinity(0)) if affinity else os.cpu_count() or 1,
+        torch_threads=torch.get_num_threads(),
+        total_bytes=memory.get("MemTotal", 0),
+        available_bytes=memory.get("MemAvailable", 0),
+        swap_bytes=memory.get("SwapTotal", 0),
+    )
+
+
+def _versions() -> dict[str, str | None]:
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # some containers' Triton goes by another name
+        return "unknown version" if util.find_spec(package) else None
+
+
+def _with_version(tool: str | None) -> str | None:
+    """The tool's path and the version number in what `--version` prints; None if it is missing or does not run."""
+    answer = _run(tool, "--version")
+    if answer is None:
+        return None
+    number = re.search(r"\d+\.\d+(\.\d+)?", answer)
+    return f"{tool} {number[0]}" if number else tool
+
+
+def _run(tool: str | None, argument: str) -> str | None:
+    """What a tool prints, or None if it is missing, fails or takes more than 10 s."""
+    if not tool:
+        return None
+    try:
+        done = subprocess.run([tool, argument], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def _read(path: Path) -> str | None:
+    """A small file's text; None if it cannot be read, as some sensors cannot while their part is switched off."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return None
+
+
+def _number(path: Path) -> int | None:
+    text = _read(path) or ""
+    return int(text) if re.fullmatch(r"-?\d+", text) else None

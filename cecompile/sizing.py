@@ -1,0 +1,137 @@
+"""How large a bucket may be: what is asked for, what is recorded in the cache, what pays on the device, what fits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cecompile.engine import memory
+from cecompile.errors import UserError
+from cecompile.workload.plan import BLOCK, Geometry, choose_geometry
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Sizes that suit a kind of device.
+
+    Attributes:
+        tokens_per_bucket: slots a pass.
+        readout_chunk: readouts whose logits are held at once.
+    """
+
+    tokens_per_bucket: int
+    readout_chunk: int
+
+
+TUNING = {"cpu": Tuning(2048, 256), "cuda": Tuning(8192, 1024)}
+
+
+class Sizing:
+    """Chooses the largest bucket's shape for one model on one device.
+
+    Args:
+        name: the model's, for messages.
+        config: the model's configuration.
+        device: where it runs.
+        dtype: as asked for.
+        tokens_per_bucket: as asked for; None leaves the choice.
+        limit: bytes the run may take; None is what the device has.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: Any,
+        device: torch.device,
+        dtype: str,
+        tokens_per_bucket: int | None,
+        limit: int | None,
+    ) -> None:
+        self._name = name
+        self._config = config
+        self._device = device
+        self._dtype = dtype
+        self._asked = tokens_per_bucket
+        self._asked_limit = limit
+        self._ceiling: int | None = None  # slots, once memory has run out on more
+        self._sizes: memory.Sizes | None = None
+        self.tuning = TUNING[device.type]
+        self.limit: int | None = limit
+
+    def geometry(self, longest: int, *, blocks: bool, recorded: dict[str, Any] | None = None) -> Geometry:
+        """The shape that pays, whatever the memory.
+
+        Args:
+            longest: inputs of the longest sequence.
+            blocks: whether attention is block-sparse.
+            recorded: the cache entry's manifest. A size found fastest before is taken; and where rows have to be
+                longer than usual, those of a geometry that is compiled already.
+        """
+        recorded = recorded or {}
+        tokens = self._asked or self.tuning.tokens_per_bucket
+        if self._asked is None and recorded.get("tuned"):
+            tokens = recorded["tuned"][0] * recorded["tuned"][1]
+        if self._ceiling is not None:
+            tokens = min(tokens, self._ceiling)
+        own = self._geometry(longest, tokens, blocks)
+        usual = self._geometry(1, tokens, blocks)
+        if self._asked is None and own.length > usual.length:
+            known = [(g[1], g[0]) for g in recorded.get("geometries", ()) if g[1] >= own.length]
+            if known and min(known)[0] <= 2 * own.length:
+                length, rows = min(known)
+                return Geometry(rows, length, own.readout_chunk, blocks)
+        return own
+
+    def fitting(self, wanted: Geometry, longest: int, engine: str) -> Geometry:
+        """`wanted`, or the largest shape below it that fits the memory there is.
+
+        Raises:
+            UserError: none does, or the size was asked for and does not.
+        """
+        if self._asked_limit is None:
+            self.limit = memory.available(self._device)
+        assert self.limit is not None
+        held = memory.used_already(self._device) if self._asked_limit is not None else 0
+        room = int(self.limit * memory.USABLE[self._device.type]) - held
+        geometry = wanted
+        while True:
+            needed = self.budget(geometry, engine)
+            if needed.total <= room:
+                break
+            slots = geometry.rows * geometry.length
+            smaller = self._geometry(longest, slots // 2, wanted.blocks)
+            if smaller.rows * smaller.length >= slots or slots // 2 < BLOCK:
+                raise memory.refuse(self._name, self._device, needed, room, slots)
+            geometry = smaller
+        if geometry != wanted and self._asked is not None:
+            slots, most = wanted.rows * wanted.length, geometry.rows * geometry.length
+            raise UserError(
+                f"{self._name}: needs {self.budget(wanted, engine).total / 1e9:.1f} GB with buckets of {slots} tokens, "
+                f"{room / 1e9:.1f} GB are there on {self._device}; --tokens-per-bucket {most} fits"
+            )
+        return geometry
+
+    def budget(self, geometry: Geometry, engine: str, elsewhere: str | None = None) -> memory.Budget:
+        """Bytes that a run with this geometry needs, by part; or, on a kind of device `elsewhere`, in 16 bits."""
+        if elsewhere is not None:
+            return memory.budget(memory.model_sizes(self._config, "bfloat16"), geometry, elsewhere, engine)
+        if self._sizes is None:
+            self._sizes = memory.model_sizes(self._config, self._dtype)
+        return memory.budget(self._sizes, geometry, self._device.type, engine)
+
+    def of_size(self, tokens_per_bucket: int) -> "Sizing":
+        """The same, asked for this size."""
+        return Sizing(self._name, self._config, self._device, self._dtype, tokens_per_bucket, self._asked_limit)
+
+    def step_down(self, geometry: Geometry) -> bool:
+        """After memory has run out: from now on at most half as large. False where that is too small to try."""
+        slots = geometry.rows * geometry.length // 2
+        if slots < BLOCK:
+            return False
+        self._ceiling = slots
+        return True
+
+    def _geometry(self, longest: int, tokens: int, blocks: bool) -> Geometry:
+        return choose_geometry(
+            longest, tokens_per_bucket=tokens, blocks=blocks, readout_chunk=self.tuning.readout_chunk
+        )

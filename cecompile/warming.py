@@ -1,0 +1,143 @@
+"""From a model and a plan's buckets to an engine that is warm, checked against the stock model, and in the cache."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from transformers import PreTrainedModel
+
+from cecompile.engine.cache import WARM, Entry
+from cecompile.engine.forward import Engine
+from cecompile.engine.verify import disagreement
+from cecompile.errors import CheckError, UserError, first_line, printable
+from cecompile.workload.plan import Bucket, Geometry
+from cecompile.workload.sequences import Sequences
+from cecompile.workload.stage import StagedPass
+
+Done = Callable[[Bucket], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What there is to warm up for.
+
+    Attributes:
+        geometry, buckets: the plan's.
+        sequences, staged: what will run, of which a few sequences are checked; None where that is not known yet.
+    """
+
+    geometry: Geometry
+    buckets: tuple[Bucket, ...]
+    sequences: Sequences | None = None
+    staged: Sequence[StagedPass] = ()
+
+
+@dataclass(slots=True)
+class Warmed:
+    """A warm engine and how it came about.
+
+    Attributes:
+        name: "compiled" or "eager".
+        note: why it is not what was asked for, or None.
+        seconds: per bucket, of compiling, running and capturing it.
+    """
+
+    engine: Engine
+    name: str
+    note: str | None = None
+    seconds: dict[Bucket, float] = field(default_factory=dict)
+
+
+class Warmer:
+    """Makes engines for one model.
+
+    Args:
+        model: on its device.
+        stock: its own attention implementation.
+        attention: "flex" or "sdpa", as the probe has chosen.
+        readout_chunk: see `Engine`.
+        entry: of the compile cache; None compiles without.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, stock: str, attention: str, readout_chunk: int, entry: Entry | None
+    ) -> None:
+        self._model = model
+        self._stock = stock
+        self._attention = attention
+        self._chunk = readout_chunk
+        self._entry = entry
+
+    def warm(self, name: str, ready: Ready, done: Done) -> Warmed:
+        """An engine with every bucket warm: compiled, or uncompiled with a note where nothing compiles or is right.
+
+        Args:
+            name: "compiled" or "eager".
+            ready: what for.
+            done: called after each bucket.
+
+        Raises:
+            CheckError: not even the uncompiled pass agrees with the stock model.
+        """
+        note = None
+        if name == "compiled":
+            try:
+                warmed = self._engine(name, ready, done)
+                note = self._wrong(warmed, ready)
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                # no C++ compiler, no Triton, or a layer that does not compile
+                note = printable(first_line(error), 200)
+            if note is None:
+                warmed.note = self._publish(ready)
+                return warmed
+        warmed = self._engine("eager", ready, done)
+        wrong = self._wrong(warmed, ready)
+        if wrong:
+            raise CheckError(f"{wrong}; nothing was written")
+        warmed.note = note and f"ran uncompiled: {note}"
+        return warmed
+
+    def _engine(self, name: str, ready: Ready, done: Done) -> Warmed:
+        began = perf_counter()
+        compiled = name == "compiled"
+        engine = Engine(
+            self._model, ready.buckets, attention=self._attention, compiled=compiled, readout_chunk=self._chunk
+        )
+        warmed = Warmed(engine, name)
+
+        def book(bucket: Bucket) -> None:
+            nonlocal began
+            warmed.seconds[bucket], began = perf_counter() - began, perf_counter()
+            done(bucket)
+
+        engine.warm_up(book)
+        return warmed
+
+    def _wrong(self, warmed: Warmed, ready: Ready) -> str | None:
+        if ready.sequences is None:
+            return None
+        off = disagreement(warmed.engine, self._model, self._stock, ready.sequences, ready.staged)
+        if off <= 1:
+            return None
+        return f"the {warmed.name} pass is {off:.2g} times as far from the stock model as rounding explains"
+
+    def _publish(self, ready: Ready) -> str | None:
+        """Writes what is new into the cache; what hinders it is a note, not a failure."""
+        if self._entry is not None and self._entry.state(ready.buckets)[0] != WARM:
+            try:
+                self._entry.publish(ready.buckets, ready.geometry)
+            except UserError as error:
+                return f"compile cache not written: {printable(str(error), 200)}"
+        return None
+
+
+def useful_tokens_per_second(engine: Engine, staged: Sequence[StagedPass], passes: int = 8, repeats: int = 3) -> float:
+    """How fast a warm engine runs its first passes, by the fastest of a few repeats."""
+    some = staged[:passes]
+    best = float("inf")
+    for _ in range(repeats):
+        began = perf_counter()
+        engine.run(some)
+        best = min(best, perf_counter() - began)
+    return sum(one.tokens for one in some) / best

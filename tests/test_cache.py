@@ -1,0 +1,282 @@
+"""The compile cache: warm is faster and the same, and nothing damaged, foreign or half-written is ever run."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cecompile.engine.cache import COLD, PARTLY, WARM, CompileCache, remove_workspaces
+from cecompile.errors import UserError
+from cecompile.workload.plan import Bucket, Geometry
+
+FACTS = {"model": "a model", "dtype": "float32", "versions": {"torch": "1"}}
+BUCKETS = [Bucket(2, 512, 256), Bucket(1, 256, 256)]
+GEOMETRY = Geometry(2, 512, 256, False)
+
+
+def run(*arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cecompile", *arguments, "--cache-dir", str(cache)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache directory; the compiler's variables are put back afterwards."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, os.environ.get(name, str(tmp_path / "none")))
+    yield CompileCache(tmp_path / "cache")
+    remove_workspaces()
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [
+        {"query": f"The bread number {i} is", "choices": ["good", "not so good", "late"], "gold": 0} for i in range(8)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(tiny_llama, questions, tmp_path_factory) -> tuple[Path, Path]:
+    """A cache that `cecompile warm` has filled, and the samples of a cold run without it."""
+    place = tmp_path_factory.mktemp("built")
+    cache, out = place / "cache", place / "out"
+    model = ("--model", str(tiny_llama), "--data", str(questions), "--device", "cpu")
+    done = run("warm", *model, cache=cache)
+    assert done.returncode == 0, done.stderr
+    cold = run("eval", *model, "--output", str(out), cache=place / "other")
+    assert cold.returncode == 0, cold.stderr
+    return cache, out
+
+
+def evaluate(built, tiny_llama, questions, out: Path, cache: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    arguments = ("--model", str(tiny_llama), "--data", str(questions), "--device", "cpu", "--output", str(out), *more)
+    return run("eval", *arguments, cache=cache)
+
+
+def put(cache: CompileCache, files: dict[str, str], buckets=BUCKETS) -> None:
+    """An entry as if the compiler had written these files."""
+    entry = cache.open(FACTS)
+    for name, text in files.items():
+        path = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    entry.publish(buckets, GEOMETRY)
+    remove_workspaces()
+
+
+def compiler_sees(cache: CompileCache) -> set[str]:
+    place = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    return {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()} - {"alive"}
+
+
+def test_what_is_published_is_there_for_the_next(cache):
+    put(cache, {"ab/one.py": "1", "fxgraph/x/y": "2", "ab/one.lock": ""})
+    entry = cache.open(FACTS)
+    assert entry.state(BUCKETS) == (WARM, "every bucket was compiled before")
+    assert compiler_sees(cache) == {"ab/one.py", "fxgraph/x/y"}
+    assert entry.state([*BUCKETS, Bucket(4, 512, 256)])[0] == PARTLY
+    assert entry.state([Bucket(8, 128, 256)])[0] == COLD
+
+
+def test_another_fact_is_another_entry_and_is_named(cache):
+    put(cache, {"a": "1"})
+    entry = cache.open(FACTS | {"versions": {"torch": "2"}})
+    assert entry.state(BUCKETS) == (COLD, "compiled before with other versions torch 1 (now 2)")
+    assert compiler_sees(cache) == set()
+
+
+def damages(path: Path, other: Path):
+    """Ways to spoil a file, and what puts it back."""
+    content = path.read_bytes()
+
+    def restore():
+        if path.is_dir():
+            path.rmdir()
+        path.unlink(missing_ok=True)
+        path.write_bytes(content)
+
+    yield "truncated", lambda: path.write_bytes(content[: len(content) // 2]), restore
+    yield "zeroed", lambda: path.write_bytes(bytes(len(content))), restore
+    yield "replaced", lambda: path.write_bytes(other.read_bytes() + b" "), restore
+    yield "removed", path.unlink, restore
+    yield "unreadable", lambda: (path.unlink(), path.mkdir()), restore
+    yield "a link", lambda: (path.unlink(), path.symlink_to(other)), restore
+
+
+def test_every_file_damaged_in_turn_is_found_and_nothing_of_the_entry_used(built, monkeypatch, tmp_path):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+    source, _ = built
+    place = tmp_path / "cache"
+    shutil.copytree(source, place, ignore=shutil.ignore_patterns("work-*", "lock"))
+    cache = CompileCache(place)
+    (summary,) = cache.entries()
+    (manifest_path,) = place.glob("*.json")
+    manifest = json.loads(manifest_path.read_text())
+    files = [place / manifest["directory"] / name for name in manifest["files"]]
+    buckets = [Bucket(r, n, 256) for r, n in summary.buckets]
+    assert len(files) > 10
+    filled = [f for f in files if f.stat().st_size]
+    for path in [manifest_path, *filled]:
+        for kind, spoil, restore in damages(path, filled[0] if path != filled[0] else filled[1]):
+            spoil()
+            entry = cache.open(manifest["facts"])
+            state, reason = entry.state(buckets)
+            assert state == COLD, (path, kind)
+            assert reason.count("\n") == 0, (path, kind)
+            if kind != "removed" or path != manifest_path:
+                assert path.name in reason, (path, kind, reason)
+                assert "built again" in reason, (path, kind, reason)
+            assert compiler_sees(cache) == set(), (path, kind)
+            restore()
+    assert cache.open(manifest["facts"]).state(buckets)[0] == WARM
+    remove_workspaces()
+
+
+def test_a_damaged_file_is_reported_rebuilt_and_changes_nothing(built, tiny_llama, questions, tmp_path):
+    source, cold = built
+    place = tmp_path / "cache"
+    shutil.copytree(source, place)
+    compiled = max(place.rglob("*.so"), key=lambda p: p.stat().st_size)
+    compiled.write_bytes(compiled.read_bytes()[:-100])
+    first = evaluate(built, tiny_llama, questions, tmp_path / "a", place)
+    second = evaluate(built, tiny_llama, questions, tmp_path / "b", place, "--require-warm")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    results = [json.loads((tmp_path / d / "results.json").read_text())["cache"] for d in ("a", "b")]
+    assert results[0]["state"] == COLD
+    assert compiled.name in results[0]["reason"]
+    assert results[1]["state"] == WARM
+    for out in ("a", "b"):
+        assert (tmp_path / out / "samples.jsonl").read_bytes() == (cold / "samples.jsonl").read_bytes()
+
+
+def test_a_warm_cache_is_at_most_a_third_of_the_warm_up_and_the_same(built, tiny_llama, questions, tmp_path):
+    source, cold = built
+    done = evaluate(built, tiny_llama, questions, tmp_path / "out", source)
+    assert done.returncode == 0, done.stderr
+    before, now = (json.loads((d / "results.json").read_text()) for d in (cold, tmp_path / "out"))
+    assert (before["cache"]["state"], now["cache"]["state"]) == (COLD, WARM)
+    assert now["phases_s"]["warmup"] <= before["phases_s"]["warmup"] / 3
+    assert (tmp_path / "out" / "samples.jsonl").read_bytes() == (cold / "samples.jsonl").read_bytes()
+
+
+def test_require_warm_refuses_to_compile(tiny_llama, questions, tmp_path):
+    done = evaluate(None, tiny_llama, questions, tmp_path / "out", tmp_path / "empty", "--require-warm")
+    assert done.returncode == 1
+    assert done.stderr.endswith("the compile cache is cold: this model was not compiled before\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_warm_for_data_not_yet_seen(tiny_llama, questions, tmp_path):
+    model = ("--model", str(tiny_llama), "--device", "cpu")
+    done = run("warm", *model, "--max-depth", "64", "--tokens-per-bucket", "512", cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    more = ("--require-warm", "--tokens-per-bucket", "512")
+    done = evaluate(None, tiny_llama, questions, tmp_path / "out", tmp_path / "cache", *more)
+    assert done.returncode == 0, done.stderr
+    listed = run("warm", "--list", cache=tmp_path / "cache")
+    assert "1 x 512" in listed.stdout
+    assert "1 entries" in listed.stdout
+    (manifest,) = (tmp_path / "cache").glob("*.json")
+    manifest.write_text("{}")
+    pruned = run("warm", "--prune", "--list", cache=tmp_path / "cache")
+    assert "0 entries" in pruned.stdout
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o777, 0o770, 0o701])
+def test_a_directory_open_to_others_is_refused(tmp_path, mode):
+    tmp_path.chmod(mode)
+    done = run("warm", "--list", cache=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"cecompile: {tmp_path}: cache directory: open to other users (mode {mode:04o}): chmod 700 {tmp_path}\n"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_somebody_elses_directory_is_refused(tmp_path):
+    tmp_path.chmod(0o700)
+    os.chown(tmp_path, 12345, -1)
+    with pytest.raises(UserError, match="belongs to another user"):
+        CompileCache(tmp_path)
+
+
+def test_a_link_is_refused(tmp_path):
+    (tmp_path / "there").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with pytest.raises(UserError, match="symbolic link"):
+        CompileCache(tmp_path / "link")
+
+
+WRITER = """
+import os, sys, time
+from pathlib import Path
+from cecompile.engine.cache import CompileCache
+from cecompile.workload.plan import Bucket, Geometry
+place, name = Path(sys.argv[1]), sys.argv[2]
+facts = {"model": "a model", "dtype": "float32", "versions": {"torch": "1"}}
+print("ready", flush=True)
+for i in range(int(sys.argv[3])):
+    cache = CompileCache(place)
+    entry = cache.open(facts)
+    work = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    for n in range(20):
+        (work / f"{name}{n}").write_text(f"content of {name}{n} " * 500)
+    entry.publish([Bucket(1, 128 * (1 + ord(name) - ord("a")), 256)], Geometry(1, 128, 256, False))
+"""
+
+
+def usable(cache: CompileCache) -> set[str]:
+    """The entry's files, which are whole if it opens."""
+    entry = cache.open(FACTS)
+    assert entry.note is None
+    place = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    files = compiler_sees(cache)
+    for name in files:
+        assert (place / name).read_text() == f"content of {name} " * 500
+    remove_workspaces()
+    return files
+
+
+def writer(cache: CompileCache, name: str, rounds: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(cache.directory), name, str(rounds)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_two_writers_at_once_lose_nothing(cache):
+    both = [writer(cache, "a", 10), writer(cache, "b", 10)]
+    assert [one.wait(60) for one in both] == [0, 0]
+    assert usable(cache) == {f"{name}{n}" for name in "ab" for n in range(20)}
+    assert cache.open(FACTS).state([Bucket(1, 128, 256), Bucket(1, 256, 256)])[0] == WARM
+
+
+def test_a_writer_killed_at_any_moment_leaves_the_cache_usable(cache):
+    random.seed(0)
+    for moment in range(20):
+        one = writer(cache, "a", 1000)
+        assert one.stdout.readline() == "ready\n"
+        time.sleep(random.uniform(0, 0.3))
+        one.send_signal(signal.SIGKILL)
+        one.wait(10)
+        assert usable(cache) in (set(), {f"a{n}" for n in range(20)}), moment
+    with cache.locked():
+        cache.sweep()
+    kept = {p.name.split("-")[0] for p in cache.directory.iterdir()} - {"lock"}
+    assert len(kept) == 2  # a manifest and its directory: KEY.json, KEY

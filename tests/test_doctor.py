@@ -1,0 +1,298 @@
+"""`cecompile doctor`: what it reads from a machine, and what it says will go wrong there."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+
+from cecompile.cli import cli
+from cecompile.report.doctor import GIB, as_json_object, has_kernels, judge, print_doctor
+from cecompile.report.machine import Device, Facts, find_driver, find_tools, gather, read_jetson, read_meminfo
+
+ORIN_GPU = Device("Orin", (8, 7), 14, True, 30_698 * 2**20, 28 * GIB)
+H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 132, False, 79 * GIB, 78 * GIB)
+STOCK_BUILD = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def executable(path: Path, output: str) -> Path:
+    write(path, f"#!/bin/sh\ncat <<'END'\n{output}\nEND\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def orin(tmp_path) -> Path:
+    """The files of a Jetson AGX Orin 32GB on Jetson Linux 36.4.7, at MAXN with pinned clocks; tools in `bin`."""
+    write(
+        tmp_path / "etc/nv_tegra_release",
+        "# R36 (release), REVISION: 4.7, GCID: 42132812, BOARD: generic, EABI: aarch64, DATE: Thu Sep 18 2025\n"
+        "# KERNEL_VARIANT: oot\n",
+    )
+    write(
+        tmp_path / "proc/meminfo",
+        "MemTotal:       31434752 kB\nMemFree:         1048576 kB\nMemAvailable:   27262976 kB\n"
+        "SwapTotal:      15717376 kB\nHugePages_Total:       0\n",
+    )
+    write(tmp_path / "proc/cpuinfo", "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n")
+    write(tmp_path / "proc/device-tree/model", "NVIDIA Jetson AGX Orin Developer Kit\0")
+    gpu = tmp_path / "sys/class/devfreq/17000000.gpu"
+    for name, value in (("cur_freq", "930750000"), ("min_freq", "930750000"), ("max_freq", "930750000")):
+        write(gpu / name, value + "\n")
+    write(gpu / "governor", "nvhost_podgov\n")
+    for i, (zone, temperature) in enumerate((("cpu-thermal", "48968"), ("gpu-thermal", "45218"))):
+        write(tmp_path / f"sys/class/thermal/thermal_zone{i}/type", zone + "\n")
+        write(tmp_path / f"sys/class/thermal/thermal_zone{i}/temp", temperature + "\n")
+    (tmp_path / "dev/nvgpu/igpu0").mkdir(parents=True)
+    executable(tmp_path / "bin/nvpmodel", "NV Power Mode: MAXN\n0")
+    executable(tmp_path / "bin/g++", "g++ (Ubuntu 11.4.0-1ubuntu1~22.04) 11.4.0")
+    executable(tmp_path / "usr/local/cuda/bin/ptxas", "Cuda compilation tools, release 12.6, V12.6.68")
+    return tmp_path
+
+
+def orin_facts(root: Path, **environment: str) -> Facts:
+    """That Jetson's facts, with the GPU and the packages that a container for it has."""
+    ptxas = str(root / "usr/local/cuda/bin/ptxas")
+    facts = gather(root, {"PATH": str(root / "bin"), "TRITON_PTXAS_PATH": ptxas} | environment)
+    versions = facts.versions | {"triton": "3.3.0"}
+    return replace(
+        facts,
+        devices=(ORIN_GPU,),
+        host=replace(facts.host, swap_bytes=0),
+        torch_cuda="12.9",
+        torch_architectures=("sm_87",),
+        versions=versions,
+    )
+
+
+def problems(facts: Facts) -> str:
+    return "\n".join(finding.problem for finding in judge(facts))
+
+
+def fixes(facts: Facts) -> str:
+    return "\n".join(finding.fix for finding in judge(facts))
+
+
+def test_orin_is_read(orin):
+    jetson = read_jetson(orin, str(orin / "bin"))
+    assert jetson is not None
+    assert jetson.release == "R36.4.7"
+    assert jetson.power_mode == "MAXN"
+    assert jetson.gpu_clock is not None
+    assert (jetson.gpu_clock.highest, jetson.gpu_clock.governor) == (930_750_000, "nvhost_podgov")
+    assert jetson.temperatures == {"cpu-thermal": 48.968, "gpu-thermal": 45.218}
+    facts = gather(orin, {"PATH": str(orin / "bin")})
+    assert facts.host.cpu == "NVIDIA Jetson AGX Orin Developer Kit"
+    assert facts.host.total_bytes == 30_698 * 2**20
+    assert facts.host.available_bytes == 26 * GIB
+    assert facts.cuda_driver == "/dev/nvgpu/igpu0"
+
+
+def test_available_memory_counts_page_cache(orin):
+    memory = read_meminfo(orin)
+    assert memory["MemAvailable"] == 26 * GIB > memory["MemFree"]
+
+
+def test_a_healthy_orin_has_no_findings(orin):
+    assert judge(orin_facts(orin)) == []
+
+
+def test_another_machine_is_no_jetson(tmp_path):
+    assert read_jetson(tmp_path, "") is None
+
+
+def test_older_name_of_the_gpu_clock(orin):
+    directory = orin / "sys/class/devfreq"
+    (directory / "17000000.gpu").rename(directory / "17000000.ga10b")
+    jetson = read_jetson(orin, "")
+    assert jetson is not None
+    assert jetson.gpu_clock is not None
+    assert jetson.gpu_clock.current == 930_750_000
+
+
+def test_a_sensor_that_cannot_be_read_is_left_out(orin):
+    sensor = orin / "sys/class/thermal/thermal_zone1/temp"
+    sensor.unlink()
+    sensor.mkdir()
+    jetson = read_jetson(orin, "")
+    assert jetson is not None
+    assert jetson.temperatures == {"cpu-thermal": 48.968}
+
+
+def test_power_mode_below_maxn(orin):
+    executable(orin / "bin/nvpmodel", "NV Power Mode: MODE_40W\n3")
+    facts = orin_facts(orin)
+    assert "MODE_40W" in problems(facts)
+    assert fixes(facts) == "sudo nvpmodel -m 0"
+
+
+def test_power_mode_is_not_known_in_a_container(orin):
+    (orin / "bin/nvpmodel").unlink()
+    assert "power mode is not known" in problems(orin_facts(orin))
+
+
+def test_clocks_that_are_not_pinned(orin):
+    write(orin / "sys/class/devfreq/17000000.gpu/min_freq", "306000000\n")
+    facts = orin_facts(orin)
+    assert fixes(facts) == "sudo jetson_clocks"
+    write(orin / "sys/class/devfreq/17000000.gpu/governor", "performance\n")
+    assert judge(orin_facts(orin)) == []
+
+
+def test_swap_cannot_hold_cuda_memory(orin):
+    facts = orin_facts(orin)
+    host = replace(facts.host, swap_bytes=15 * GIB)
+    assert "15.0 GiB of swap cannot hold CUDA memory" in problems(replace(facts, host=host))
+    assert judge(replace(facts, host=host, devices=(replace(ORIN_GPU, integrated=False),))) == []
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+@pytest.mark.parametrize(
+    "value", ["expandable_segments:True", "backend:cudaMallocAsync", "x:1,expandable_segments:true"]
+)
+def test_allocators_that_fail_on_integrated_gpus(orin, name, value):
+    facts = orin_facts(orin, **{name: value})
+    assert fixes(facts).startswith(f"unset {name}")
+    assert judge(replace(facts, devices=(replace(ORIN_GPU, integrated=False),))) == []
+
+
+def test_allocator_options_that_are_harmless(orin):
+    harmless = "expandable_segments:False,max_split_size_mb:128"
+    assert judge(orin_facts(orin, PYTORCH_ALLOC_CONF=harmless)) == []
+
+
+def test_little_memory(orin):
+    facts = orin_facts(orin)
+    assert "3.0 GiB free" in problems(replace(facts, devices=(replace(ORIN_GPU, free_bytes=3 * GIB),)))
+    host = replace(facts.host, available_bytes=2 * GIB)
+    assert "2.0 GiB" in problems(replace(facts, devices=(), torch_cuda=None, cuda_driver=None, host=host))
+
+
+def test_driver_without_a_cuda_build_of_torch(orin):
+    facts = replace(orin_facts(orin), devices=(), torch_cuda=None)
+    assert "CPU build" in problems(facts)
+    assert "CUDA build of torch" in fixes(facts)
+
+
+def test_driver_and_a_cuda_build_but_no_device(orin):
+    assert "--runtime nvidia" in fixes(replace(orin_facts(orin), devices=()))
+
+
+def test_driver_version_is_read(tmp_path):
+    assert find_driver(tmp_path) is None
+    line = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder)"
+    write(tmp_path / "proc/driver/nvidia/version", line + "\nGCC version:  gcc version 12.2.0\n")
+    assert find_driver(tmp_path) == "580.95.05"
+
+
+def test_build_of_torch_without_kernels_for_the_device(orin):
+    facts = replace(orin_facts(orin), torch_architectures=STOCK_BUILD)
+    assert "not for Orin (sm_87)" in problems(facts)
+    assert "igpu" in fixes(facts)
+    assert judge(replace(facts, devices=(H100,), jetson=None)) == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "integrated", "architectures", "runs"),
+    [
+        ((8, 9), False, ("sm_80", "sm_86"), True),
+        ((8, 0), False, ("sm_86",), False),
+        ((9, 0), False, ("sm_80",), False),
+        ((9, 0), False, ("compute_80",), True),
+        ((8, 0), False, ("compute_90",), False),
+        ((8, 7), True, ("sm_80", "sm_86"), False),
+        ((8, 7), True, ("sm_87",), True),
+        ((9, 0), False, ("sm_90a",), True),
+        ((10, 3), False, ("sm_100a",), False),
+        ((10, 3), False, ("sm_100f",), True),
+        ((12, 0), False, ("compute_100f",), False),
+    ],
+)
+def test_which_builds_run_where(capability, integrated, architectures, runs):
+    device = replace(H100, capability=capability, integrated=integrated)
+    assert has_kernels(device, architectures) is runs
+
+
+def test_missing_triton_and_ptxas(orin):
+    facts = orin_facts(orin)
+    assert "Triton is missing" in problems(replace(facts, versions=facts.versions | {"triton": None}))
+    assert "ptxas is missing" in problems(replace(facts, tools=replace(facts.tools, ptxas=None, ptxas_by=None)))
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="Triton of a CUDA build comes with ptxas")
+def test_ptxas_is_found_but_triton_has_to_be_told(orin):
+    ptxas = str(orin / "usr/local/cuda/bin/ptxas")
+    untold = find_tools(orin, {"PATH": str(orin / "bin")})
+    assert (untold.ptxas, untold.ptxas_by) == (f"{ptxas} 12.6", "toolkit")
+    facts = orin_facts(orin)
+    assert facts.tools.ptxas_by == "TRITON_PTXAS_PATH"
+    assert fixes(replace(facts, tools=untold, environment={})) == f"export TRITON_PTXAS_PATH={ptxas}"
+    assert "no such file" in problems(orin_facts(orin, TRITON_PTXAS_PATH="/nowhere/ptxas"))
+
+
+def test_compiler_is_the_one_torch_looks_for(tmp_path):
+    executable(tmp_path / "bin/clang++", "Ubuntu clang version 14.0.0-1ubuntu1.1")
+    search = {"PATH": str(tmp_path / "bin")}
+    tools = find_tools(tmp_path, search)
+    assert (tools.cxx, tools.cxx_wanted) == (None, "g++")
+    assert find_tools(tmp_path, search | {"CXX": "clang++"}).cxx == f"{tmp_path / 'bin/clang++'} 14.0.0"
+
+
+def test_no_compiler(orin):
+    facts = orin_facts(orin)
+    without = replace(facts, tools=replace(facts.tools, cxx=None, clang=None))
+    assert "uncompiled" in problems(without)
+    assert fixes(without) == "install g++: sudo apt-get install g++"
+    with_clang = replace(facts, tools=replace(facts.tools, cxx=None, clang="/usr/bin/clang++ 14.0.0"))
+    assert fixes(with_clang).startswith("set CXX=clang++")
+    assert "Python.h" in problems(replace(facts, tools=replace(facts.tools, python_header=None)))
+
+
+def test_json_and_table_say_the_same(orin):
+    facts = replace(orin_facts(orin, HF_HUB_OFFLINE="1"), torch_architectures=STOCK_BUILD)
+    findings = judge(facts)
+    found = json.loads(json.dumps(as_json_object(facts, findings)))
+    assert found["devices"][0]["capability"] == [8, 7]
+    assert found["jetson"]["gpu_clock"]["highest"] == 930_750_000
+    assert found["findings"] == [{"problem": f.problem, "fix": f.fix} for f in findings]
+    console = Console(width=400, file=io.StringIO())
+    print_doctor(console, facts, findings)
+    shown = console.file.getvalue()
+    for word in ("Orin (integrated, sm_87, 14 SMs)", "R36.4.7", "MAXN", "931 MHz", "gpu-thermal 45 °C", "12.6",
+                 "HF_HUB_OFFLINE", "11.4.0", findings[0].problem, findings[0].fix):  # fmt: skip
+        assert word in shown
+
+
+def test_command_on_this_machine():
+    result = CliRunner().invoke(cli, ["doctor", "--json"], catch_exceptions=False)
+    assert result.exit_code == 0
+    found = json.loads(result.output)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["torch_cuda"] == torch.version.cuda
+    assert len(found["devices"]) == torch.cuda.device_count()
+    assert 0 < found["host"]["available_bytes"] <= found["host"]["total_bytes"]
+    assert found["tools"]["python_header"]
+    shown = CliRunner().invoke(cli, ["doctor"], catch_exceptions=False)
+    assert shown.exit_code == 0
+    assert torch.__version__ in shown.output
+
+
+def test_command_where_there_is_no_compiler():
+    environment = {**os.environ, "PATH": "", "CXX": ""}
+    command = [sys.executable, "-m", "cecompile", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler" in done.stdout
+    assert "fix: install g++" in done.stdout

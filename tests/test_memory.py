@@ -1,0 +1,130 @@
+"""The memory budget: predicted before loading, kept to, refused where nothing fits, stepped down where it runs out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny_llama
+
+from cecompile import demo
+from cecompile.engine.memory import is_out_of_memory, parse_size
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory) -> Path:
+    """A Llama of 109 MB whose activations in buckets of 2,048 tokens take three times that."""
+    directory = tmp_path_factory.mktemp("wide_llama")
+    vocabulary = json.loads((demo.MODEL / "config.json").read_text())["vocab_size"]
+    sizes = {"hidden_size": 512, "intermediate_size": 8192, "num_attention_heads": 8, "num_key_value_heads": 8}
+    save_tiny_llama(directory, vocabulary, **sizes, max_position_embeddings=512, initializer_range=0.02)
+    for file in demo.MODEL.glob("token*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+def evaluate(model: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cecompile", "eval", "--model", str(model), "--device", "cpu", "--limit", "60"]
+    return subprocess.run(
+        [*command, "--output", str(out), *more], capture_output=True, text=True, env=dict(os.environ), check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("30GB", 30 * 10**9), ("28GiB", 28 * 2**30), ("512M", 512 * 10**6), ("1.5 GB", 1500 * 10**6), ("4096", 4096)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "30 GBs", "1e9", "30XB"])
+def test_not_sizes(text):
+    with pytest.raises(ValueError, match=r"^"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+def test_every_limit_is_kept_or_refused_before_loading(wide_llama, tmp_path, engine):
+    """From plenty down to too little for anything."""
+    sizes, refusals = set(), 0
+    steps = (2000, 1050, 950, 850, 700, 500, 100) if engine == "eager" else (1500, 900)
+    for megabytes in steps:
+        out = tmp_path / str(megabytes)
+        done = evaluate(wide_llama, out, "--memory-limit", f"{megabytes}MB", "--engine", engine)
+        if done.returncode == 2:
+            assert done.stderr.count("\n") == 1
+            assert "GB are there on cpu" in done.stderr
+            assert not out.exists()
+            refusals += 1
+            continue
+        assert done.returncode == 0, done.stderr
+        results = json.loads((out / "results.json").read_text())
+        memory = results["memory"]
+        assert memory["limit_bytes"] == megabytes * 10**6
+        assert memory["peak_bytes"] <= memory["limit_bytes"]
+        assert memory["predicted_bytes"] == pytest.approx(memory["peak_bytes"], rel=0.1)
+        sizes.add(results["plan"]["buckets"][0]["rows"] * results["plan"]["buckets"][0]["length"])
+    if engine == "eager":
+        assert refusals >= 2
+        assert len(sizes) >= 2  # smaller buckets where less is there
+
+
+def test_a_size_that_was_asked_for_and_does_not_fit_is_refused_with_one_that_does(wide_llama, tmp_path):
+    more = ("--memory-limit", "1GB", "--tokens-per-bucket", "8192", "--engine", "eager")
+    done = evaluate(wide_llama, tmp_path / "out", *more)
+    assert done.returncode == 2
+    fits = done.stderr.rsplit("--tokens-per-bucket ", 1)[1].split()[0]
+    more = ("--memory-limit", "1GB", "--tokens-per-bucket", fits, "--engine", "eager")
+    assert evaluate(wide_llama, tmp_path / "out", *more).returncode == 0
+
+
+RUNS_OUT = """
+import re, resource, sys
+from cecompile import Scorer, demo, read_questions
+questions = read_questions(str(demo.HELLASWAG), limit=200)
+scorer = Scorer.from_pretrained(sys.argv[1], device="cpu", engine="eager", tokens_per_bucket=8192)
+scorer._load()
+taken = int(re.search(r"VmSize:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (taken + 700_000_000, resource.RLIM_INFINITY))
+scores = scorer.score(questions)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+plenty = Scorer.from_pretrained(sys.argv[1], device="cpu", engine="eager").score(questions)
+assert max(abs(a - b) for x, y in zip(scores.loglikelihoods, plenty.loglikelihoods) for a, b in zip(x, y)) < 1e-3
+print(scorer.note)
+print(scores.workload.plan.buckets[0].slots)
+"""
+
+
+def test_buckets_get_smaller_when_memory_runs_out_all_the_same(wide_llama):
+    """The prediction is right, but something else has taken the memory meanwhile."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUNS_OUT, str(wide_llama)], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr
+    note, slots = done.stdout.splitlines()[-2:]
+    assert note.startswith("buckets made smaller: memory ran out with ")
+    assert int(slots) < 8192
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp"),
+        RuntimeError("NvMapMemAllocInternalTagged: 1075072515 error 12"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        MemoryError(),
+    ],
+)
+def test_forms_of_running_out_of_memory(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("out of memory"), OSError("NvMap")])
+def test_other_errors_are_not_that(error):
+    assert not is_out_of_memory(error)

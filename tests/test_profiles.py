@@ -1,0 +1,198 @@
+"""Estimates of a plan's time on a device: counted from the model, held against measured runs, labelled."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cecompile.cli import cli
+from cecompile.engine.estimate import (
+    MEASURED,
+    ModelSizes,
+    inference_seconds,
+    keys_per_query,
+    model_error,
+    model_sizes,
+    pass_seconds,
+    phase_seconds,
+)
+from cecompile.engine.profiles import PROFILES
+from cecompile.workload.plan import Bucket, Geometry, Plan
+
+LLAMA = {"model_type": "llama", "vocab_size": 32_000}
+CONFIGS = {
+    "llama-7b": LLAMA
+    | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-1b": LLAMA
+    | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+       "num_key_value_heads": 4},
+    "phi3-medium": {"model_type": "phi3", "vocab_size": 32_064, "hidden_size": 5120, "intermediate_size": 17_920,
+                    "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 10},
+}  # fmt: skip
+# (model, rows, length, readouts, runs, seconds of the inference phase), bfloat16 on an H100 SXM
+H100_RUNS = (
+    ("llama-7b", 1, 8192, 7168, 216, 37.72),
+    ("llama-1b", 1, 8192, 7168, 216, 6.81),
+    ("phi3-medium", 1, 4096, 4096, 40, 7.05),
+)
+
+
+def sizes_of(name: str) -> ModelSizes:
+    return model_sizes(AutoConfig.for_model(**CONFIGS[name]))
+
+
+@pytest.mark.parametrize(("name", "rows", "length", "readouts", "runs", "seconds"), H100_RUNS)
+def test_estimate_is_near_what_was_measured(name, rows, length, readouts, runs, seconds):
+    estimated = inference_seconds(PROFILES["h100"], sizes_of(name), ((Bucket(rows, length, readouts), runs),), 256)
+    assert estimated == pytest.approx(seconds, rel=0.2)
+    assert abs(estimated / seconds - 1) <= model_error()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_measured_runs_have_the_models_real_sizes(name):
+    assert MEASURED[name].sizes == sizes_of(name)
+
+
+def test_model_error_is_the_largest_deviation():
+    deviations = [
+        inference_seconds(PROFILES["h100"], sizes_of(name), ((Bucket(rows, length, readouts), runs),), 256) / seconds
+        for name, rows, length, readouts, runs, seconds in H100_RUNS
+    ]
+    assert model_error() == pytest.approx(max(abs(d - 1) for d in deviations))
+
+
+def test_sizes_are_those_of_the_linear_layers():
+    config = AutoConfig.for_model(**CONFIGS["llama-1b"] | {"num_hidden_layers": 2, "tie_word_embeddings": True})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, nn.Linear))
+    sizes = model_sizes(config)
+    assert (sizes.layers, sizes.hidden, sizes.vocabulary) == (2, 2048, 32_000)
+    assert sizes.layer_parameters == sizes.active_parameters == linear
+    assert sizes.parameters == linear + 32_000 * 2048 + 5 * 2048  # the embedding once, and the norms
+
+
+def test_matrices_that_are_not_linear_layers_count_too():
+    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=3, n_head=4)
+    assert model_sizes(config).layer_parameters == 3 * 12 * 64 * 64
+
+
+def test_a_token_meets_only_its_experts():
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, vocab_size=100,
+    )  # fmt: skip
+    attention, router, expert = 2 * 64 * 64 + 2 * 64 * 32, 8 * 64, 3 * 64 * 96
+    sizes = model_sizes(config)
+    assert sizes.layer_parameters == 2 * (attention + router + 8 * expert)
+    assert sizes.active_parameters == 2 * (attention + router + 2 * expert)
+
+
+def test_counting_leaves_the_configuration_as_it_is():
+    config = AutoConfig.for_model(**CONFIGS["llama-1b"])
+    before = config.to_dict()
+    model_sizes(config)
+    assert config.to_dict() == before
+
+
+def test_checkpoint_of_32_bits_takes_twice_as_long_to_read():
+    config = AutoConfig.for_model(**CONFIGS["llama-1b"])
+    config.dtype = torch.float32
+    assert model_sizes(config).checkpoint_value == 4
+    config.dtype = torch.float16
+    assert model_sizes(config).checkpoint_value == 2
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_no_pass_is_faster_than_the_device(name):
+    profile, sizes = PROFILES[name], sizes_of("llama-7b")
+    flops = 2 * sizes.layer_parameters * 4096 + 2 * sizes.hidden * sizes.vocabulary * 1024
+    assert pass_seconds(profile, sizes, Bucket(1, 4096, 1024), 256) > flops / profile.peak_flops
+    assert pass_seconds(profile, sizes, Bucket(1, 128, 128), 256) > 2 * sizes.layer_parameters / profile.peak_bandwidth
+
+
+def test_attention_over_whole_rows_costs_more_than_over_sparse_tiles():
+    def plan(blocks: bool) -> Plan:
+        geometry = Geometry(1, 8192, 1024, blocks)
+        return Plan(geometry, (Bucket(1, 8192, 1024),), (), 8000, 18_000, 9000, 8000)
+
+    assert keys_per_query(plan(True), sequences=200) == 256  # 90 tokens a sequence: one tile, and one more
+    assert keys_per_query(plan(True), sequences=100) == 384
+    assert keys_per_query(plan(False), sequences=200) == 8192
+
+
+def test_phases_follow_what_they_depend_on():
+    bucket = Bucket(1, 8192, 1024)
+    one = Plan(Geometry(1, 8192, 1024, True), (bucket,), (), 8000, 18_000, 9000, 8000)
+    two = Plan(one.geometry, (bucket, Bucket(1, 4096, 1024)), (), 8000, 36_000, 9000, 8000)
+    h100, orin, sizes = PROFILES["h100"], PROFILES["orin-32gb"], sizes_of("llama-1b")
+    first, second = phase_seconds(h100, sizes, one, 200), phase_seconds(h100, sizes, two, 400)
+    assert second["preprocess"] == pytest.approx(2 * first["preprocess"])
+    assert second["warmup_cold"] > first["warmup_cold"] > first["warmup_warm"]
+    assert second["load_model"] == first["load_model"]
+    slower = phase_seconds(orin, sizes, one, 200)
+    assert all(slower[phase] > first[phase] for phase in ("load_model", "preprocess", "warmup_cold", "warmup_warm"))
+
+
+def plan_with_profile(model: Path, *arguments: str) -> str:
+    command = ["plan", "--model", str(model), "--limit", "40", "--device", "cpu", *arguments]
+    result = CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def plan_table(model: Path, *arguments: str) -> str:
+    return " ".join(plan_with_profile(model, *arguments).split())  # cells may be wrapped
+
+
+@pytest.fixture(scope="module")
+def weightless(tmp_path_factory, tiny_llama) -> Path:
+    """A 70B Llama's configuration with the demo's tokenizer, and no weights."""
+    directory = tmp_path_factory.mktemp("weightless")
+    for file in tiny_llama.iterdir():
+        if "safetensors" not in file.name:
+            (directory / file.name).write_bytes(file.read_bytes())
+    config = json.loads((directory / "config.json").read_text())
+    sizes = {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64,
+             "num_key_value_heads": 8, "head_dim": 128, "dtype": "bfloat16"}  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config | sizes))
+    return directory
+
+
+def test_plan_with_a_profile_is_labelled_an_estimate(weightless):
+    plan = json.loads(plan_with_profile(weightless, "--profile", "orin-32gb", "--json"))
+    estimate = plan["estimate"]
+    assert estimate["profile"] == "orin-32gb"
+    assert set(estimate["phases_s"]) == {"load_model", "preprocess", "warmup_cold", "warmup_warm", "inference"}
+    assert all(seconds > 0 for seconds in estimate["phases_s"].values())
+    assert estimate["model_error"] == model_error()
+    assert "an estimate, not measured" in estimate["label"]
+    assert "no run on orin-32gb was measured" in estimate["label"]
+    assert max(b["rows"] * b["length"] for b in plan["buckets"]) <= PROFILES["orin-32gb"].tokens_per_bucket
+    shown = plan_table(weightless, "--profile", "orin-32gb")
+    assert "estimate on orin-32gb" in shown
+    assert "an estimate, not measured" in shown
+
+
+def test_weights_that_do_not_fit_are_said_so(weightless, tiny_llama):
+    weights = json.loads(plan_with_profile(weightless, "--profile", "h100", "--json"))["estimate"]["weights"]
+    assert weights["bytes"] > 130e9
+    assert weights["fit"] is False
+    assert "DO NOT FIT" in plan_table(weightless, "--profile", "h100")
+    assert "DO NOT FIT" not in plan_table(tiny_llama, "--profile", "h100")
+
+
+def test_plan_without_a_profile_has_no_estimate(weightless):
+    assert "estimate" not in json.loads(plan_with_profile(weightless, "--json"))
+    assert "estimate" not in plan_with_profile(weightless)
+
+
+def test_profiles_are_for_16_bits(weightless):
+    command = ["plan", "--model", str(weightless), "--profile", "h100", "--dtype", "float32"]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 2
+    assert "float32" in result.output
