@@ -279,6 +279,12 @@ class Scorer:
         self._entry = self._cache.open(self._facts())
         model = self._load()
         self._probe(model)
+        if questions is not None:
+            planned = self.prepare(questions, fit=True).plan
+            assert planned is not None
+            before = self._entry.state(planned.buckets)
+        else:
+            before = self._entry.state(every_bucket(self._geometry(max_depth or 1, True)))
         measured = self._tune(model, questions, progress) if tune and questions is not None else None
         while True:
             if questions is not None:
@@ -289,7 +295,6 @@ class Scorer:
             else:
                 geometry = self._geometry(max_depth or 1, True)
                 ready = Ready(geometry, every_bucket(geometry))
-            before = self._entry.state(ready.buckets)
             warmed = self._warm(model, ready, progress)
             if warmed is not None:
                 break

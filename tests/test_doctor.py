@@ -15,7 +15,16 @@ from rich.console import Console
 
 from cecompile.cli import cli
 from cecompile.report.doctor import GIB, as_json_object, has_kernels, judge, print_doctor
-from cecompile.report.machine import Device, Facts, find_driver, find_tools, gather, read_jetson, read_meminfo
+from cecompile.report.machine import (
+    Device,
+    Facts,
+    find_driver,
+    find_tools,
+    gather,
+    read_cache,
+    read_jetson,
+    read_meminfo,
+)
 
 ORIN_GPU = Device("Orin", (8, 7), 14, True, 30_698 * 2**20, 28 * GIB)
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 132, False, 79 * GIB, 78 * GIB)
@@ -296,3 +305,16 @@ def test_command_where_there_is_no_compiler():
     assert done.returncode == 0, done.stderr
     assert "no C++ compiler" in done.stdout
     assert "fix: install g++" in done.stdout
+
+
+def test_cache_is_counted_and_a_fault_in_it_named(tmp_path):
+    assert read_cache(tmp_path / "none").entries == 0
+    assert not (tmp_path / "none").exists()
+    tmp_path.chmod(0o700)
+    (tmp_path / f"{'0' * 32}.json").write_text("{")
+    facts = replace(gather(), cache=read_cache(tmp_path))
+    assert facts.cache.entries == 1
+    assert f"compile cache: {'0' * 32}.json is damaged" in problems(facts)
+    tmp_path.chmod(0o755)
+    facts = replace(gather(), cache=read_cache(tmp_path))
+    assert fixes(facts).splitlines()[-1].endswith(f"chmod 700 {tmp_path}")

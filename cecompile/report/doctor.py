@@ -167,11 +167,20 @@ def _check_jetson(facts: Facts) -> list[Finding]:
     return out
 
 
+def _check_cache(facts: Facts) -> list[Finding]:
+    cache = facts.cache
+    if cache.refused:
+        problem, _, fix = cache.refused.rpartition(": ")
+        return [Finding(problem, fix)]
+    return [Finding(f"compile cache: {problem}", "cecompile warm --prune") for problem in cache.damaged]
+
+
 CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     _check_driver,
     _check_kernels,
     _check_compiler,
     _check_triton,
+    _check_cache,
     _check_memory,
     _check_allocator,
     _check_jetson,
@@ -257,6 +266,11 @@ def _tool_rows(facts: Facts) -> Rows:
     return [*rows, ("ptxas", tools.ptxas or "not found")] if facts.devices or facts.torch_cuda else rows
 
 
+def _cache_rows(facts: Facts) -> Rows:
+    cache = facts.cache
+    return [("compile cache", f"{cache.entries} entries, {cache.bytes / 1e6:.1f} MB in {cache.directory}")]
+
+
 def _environment_rows(facts: Facts) -> Rows:
     return [(name, value) for name, value in facts.environment.items()]
 
@@ -267,6 +281,7 @@ SECTIONS: tuple[Callable[[Facts], Rows], ...] = (
     _jetson_rows,
     _version_rows,
     _tool_rows,
+    _cache_rows,
     _environment_rows,
 )
 

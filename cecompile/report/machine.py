@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
+from cecompile.engine.cache import CompileCache, default_directory
+from cecompile.errors import UserError
+
 PACKAGES = ("cecompile", "torch", "transformers", "triton", "safetensors", "tokenizers", "numpy")
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
@@ -106,6 +109,17 @@ class Tools:
 
 
 @dataclass(frozen=True, slots=True)
+class Cache:
+    """The compile cache's directory: how many entries, their bytes, and what is wrong with it or with them."""
+
+    directory: str
+    entries: int
+    bytes: int
+    refused: str | None
+    damaged: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """Everything `judge` looks at.
 
@@ -125,6 +139,7 @@ class Facts:
     torch_architectures: tuple[str, ...]
     cuda_driver: str | None
     tools: Tools
+    cache: Cache
     environment: dict[str, str]
 
 
@@ -147,8 +162,21 @@ def gather(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) 
         torch_architectures=tuple(torch.cuda.get_arch_list()),
         cuda_driver=find_driver(root),
         tools=find_tools(root, environment),
+        cache=read_cache(default_directory()),
         environment={name: environment[name] for name in VARIABLES if name in environment},
     )
+
+
+def read_cache(directory: Path) -> Cache:
+    """What the compile cache holds; nothing is made where there is none."""
+    if not directory.exists():
+        return Cache(str(directory), 0, 0, None, ())
+    try:
+        entries = CompileCache(directory).entries()
+    except UserError as error:
+        return Cache(str(directory), 0, 0, str(error), ())
+    damaged = tuple(entry.problem for entry in entries if entry.problem)
+    return Cache(str(directory), len(entries), sum(entry.size for entry in entries), None, damaged)
 
 
 def read_meminfo(root: Path) -> dict[str, int]:
