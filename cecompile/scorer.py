@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cecompile import demo
 from cecompile.engine import memory
-from cecompile.engine.cache import WARM, CompileCache, Entry, default_directory
+from cecompile.engine.cache import WARM, CompileCache, Entry, NoCacheError, default_directory
 from cecompile.engine.forward import Engine, Readouts
 from cecompile.engine.model import (
     DTYPES,
@@ -164,8 +164,17 @@ class Scorer:
         if memory_limit is not None:
             memory.enforce(resolved, memory_limit)
         sizing = Sizing(path, config, resolved, dtype, tokens_per_bucket, memory_limit)
-        cache = CompileCache(Path(cache_dir) if cache_dir else default_directory()) if engine == "compiled" else None
-        return cls(path, config, tokenizer, resolved, dtype, engine, attention, sizing, cache, require_warm)
+        cache, note = None, None
+        if engine == "compiled":
+            try:
+                cache = CompileCache(Path(cache_dir) if cache_dir else default_directory())
+            except NoCacheError as error:
+                if cache_dir or require_warm:
+                    raise
+                note = f"compiled without a cache: {error}"
+        scorer = cls(path, config, tokenizer, resolved, dtype, engine, attention, sizing, cache, require_warm)
+        scorer.note = note
+        return scorer
 
     @property
     def memory_limit(self) -> int | None:
@@ -274,8 +283,10 @@ class Scorer:
         Raises:
             UserError, CheckError: see `score`.
         """
-        if self.engine != "compiled" or self._cache is None:
+        if self.engine != "compiled":
             raise UserError(f"--engine {self.engine}: nothing to compile")
+        if self._cache is None:
+            raise UserError(f"{self.name}: {self.note}")
         self._entry = self._cache.open(self._facts())
         model = self._load()
         self._probe(model)
@@ -344,7 +355,8 @@ class Scorer:
     def _probe(self, model: PreTrainedModel) -> None:
         if not self._probed:
             self.attention, reason = choose_attention(model, self._wanted_attention)
-            self.note = reason and f"attention {self.attention}, because {printable(reason, 200)}"
+            if reason:
+                self._remark(f"attention {self.attention}, because {printable(reason, 200)}")
             self._probed = True
 
     def _warm_engine(
@@ -361,8 +373,8 @@ class Scorer:
         if warmed is None:
             return None
         self._engine, self.engine = warmed.engine, warmed.name
-        notes = [note for note in (self.note, warmed.note) if note]
-        self.note = "; ".join(notes) or None
+        if warmed.note:
+            self._remark(warmed.note)
         return self._engine
 
     def _warm(self, model: PreTrainedModel, ready: Ready, progress: Progress) -> Warmed | None:
@@ -385,8 +397,11 @@ class Scorer:
             torch.cuda.empty_cache()
         if not self._sizing.step_down(ready.geometry):
             raise UserError(f"{self.name}: out of memory on {self.device} with buckets of {slots} tokens")
-        self.note = f"buckets made smaller: memory ran out with {slots} tokens"
+        self._remark(f"buckets made smaller: memory ran out with {slots} tokens")
         return None
+
+    def _remark(self, note: str) -> None:
+        self.note = f"{self.note}; {note}" if self.note else note
 
     def _tune(
         self, model: PreTrainedModel, questions: Sequence[Question], progress: Progress

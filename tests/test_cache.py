@@ -217,6 +217,22 @@ def test_somebody_elses_directory_is_refused(tmp_path):
         CompileCache(tmp_path)
 
 
+def test_without_a_place_for_a_cache_a_run_goes_on_and_says_so(tiny_llama, questions, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = ("eval", "--model", str(tiny_llama), "--data", str(questions), "--device", "cpu")
+    nowhere = tmp_path / "file" / "cache"
+    command = [sys.executable, "-m", "cecompile", *arguments, "--output", str(tmp_path / "out")]
+    environment = os.environ | {"CECOMPILE_CACHE": str(nowhere)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["cache"] is None
+    assert results["engine"]["note"].startswith("compiled without a cache: ")
+    asked = run(*arguments, "--output", str(tmp_path / "other"), cache=nowhere)
+    assert asked.returncode == 2
+    assert "cache directory: Not a directory" in asked.stderr
+
+
 def test_a_link_is_refused(tmp_path):
     (tmp_path / "there").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "there")

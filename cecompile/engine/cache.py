@@ -41,12 +41,16 @@ _NOT_KEPT = (".lock", ".tmp", ".pid")
 Shape = tuple[int, int]
 
 
+class NoCacheError(UserError):
+    """There can be no cache directory here; whoever did not ask for one does without."""
+
+
 def default_directory() -> Path:
     """CECOMPILE_CACHE, else the user's cache directory as the XDG base directory specification has it."""
     named = os.environ.get("CECOMPILE_CACHE")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cecompile"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "cecompile"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,8 @@ class CompileCache:
     """A cache directory.
 
     Raises:
-        UserError: the directory cannot be made, or is open to other users: what lies there would be run.
+        NoCacheError: the directory cannot be made or written.
+        UserError: it is open to other users: what lies there would be run.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -74,7 +79,7 @@ class CompileCache:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = directory.lstat() if directory.is_symlink() else directory.stat()
         except OSError as error:
-            raise UserError(f"{directory}: cache directory: {error.strerror}") from None
+            raise NoCacheError(f"{directory}: cache directory: {error.strerror}") from None
         if not stat.S_ISDIR(found.st_mode):
             raise UserError(f"{directory}: cache directory: is a symbolic link; name what it points to")
         if found.st_uid != os.geteuid():
@@ -88,8 +93,15 @@ class CompileCache:
             )
 
     def open(self, facts: dict[str, Any]) -> "Entry":
-        """The entry for what `facts` describe, there or not; from now on this process compiles in its own copy."""
-        return Entry(self, facts)
+        """The entry for what `facts` describe, there or not; from now on this process compiles in its own copy.
+
+        Raises:
+            NoCacheError: the file system refuses.
+        """
+        try:
+            return Entry(self, facts)
+        except OSError as error:
+            raise NoCacheError(f"{self.directory}: cache directory: {error.strerror}") from None
 
     def recorded(self, facts: dict[str, Any]) -> dict[str, Any]:
         """What an entry's manifest says beside its files; empty without one."""
@@ -210,7 +222,7 @@ class Entry:
             tuned: this geometry was found fastest; it is recorded for later runs.
 
         Raises:
-            UserError: the file system refuses.
+            NoCacheError: the file system refuses.
         """
         shapes = self._buckets | {(b.rows, b.length) for b in buckets}
         try:
@@ -227,7 +239,7 @@ class Entry:
                 self._write(shapes, geometries, largest if tuned else now.get("tuned"))
                 self._cache.sweep()
         except OSError as error:
-            raise UserError(f"{self._cache.directory}: cache directory: {error.strerror}") from None
+            raise NoCacheError(f"{self._cache.directory}: cache directory: {error.strerror}") from None
 
     def _write(self, shapes: set[Shape], geometries: set[Shape], tuned: Shape | None) -> None:
         name = f"{self._key}-{secrets.token_hex(4)}"
