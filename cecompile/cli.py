@@ -165,9 +165,9 @@ def plan_command(
     scorer = _scorer(as_planned_on(profile, how) if profile else how)
     workload = scorer.prepare(questions, fit=how["memory_limit"] is not None)
     assert workload.plan is not None
-    budget = scorer.budget(workload.plan, "cuda" if profile else None)
+    budget = scorer.runtime.budget(workload.plan, "cuda" if profile else None)
     summary = plan_summary(workload.plan) | {"memory": dataclasses.asdict(budget)}
-    estimated = estimate(profile, scorer.config, workload.plan, len(workload.sequences)) if profile else None
+    estimated = estimate(profile, scorer.runtime.config, workload.plan, len(workload.sequences)) if profile else None
     if as_json:
         click.echo(json.dumps(summary | ({"estimate": estimated} if estimated else {})))
     else:
@@ -202,13 +202,14 @@ def warm_command(
         return
     if max_depth is not None and (data is not None or tune):
         raise UserError("--max-depth: stands for data not yet seen; it goes with neither --data nor --tune")
+    from cecompile.prewarm import warm
     from cecompile.tasks.read import read_questions
 
     questions = None if max_depth is not None else read_questions(data or str(demo.HELLASWAG), task, limit)
     scorer = _scorer(how)
     with progress_bars(Console(stderr=True)) as progress:
-        built = scorer.warm(questions, max_depth=max_depth, tune=tune, progress=progress)
-    print_warmup(Console(), scorer, built)
+        built = warm(scorer, questions, max_depth=max_depth or 1, tune=tune, progress=progress)
+    print_warmup(Console(), built, scorer.runtime.note)
 
 
 @cli.command("doctor")

@@ -11,7 +11,8 @@ import torch
 
 from cecompile.report.clock import Clock, latencies, spread
 from cecompile.report.results import SCHEMA, environment, plan_summary, write_results, write_samples
-from cecompile.scorer import Progress, Scorer
+from cecompile.runtime import Progress, Runtime
+from cecompile.scorer import Scorer
 from cecompile.tasks.judge import Sample, judge, metrics
 from cecompile.tasks.question import Question, digest
 
@@ -56,6 +57,7 @@ def evaluate(
     clock = clock or Clock()
     scores = scorer.score(questions, clock=clock, progress=progress, repeat=repeat)
     clock.enter("score")
+    runtime = scorer.runtime
     samples = [
         judge(question, values, greedy)
         for question, values, greedy in zip(questions, scores.loglikelihoods, scores.greedy, strict=True)
@@ -76,22 +78,22 @@ def evaluate(
         "phases_s": phases,
         "inference_s": spread(scores.inference_s),
         "engine": {
-            "name": scorer.engine,
-            "attention": None if scorer.engine == "reference" else scorer.attention,
-            "note": scorer.note,
+            "name": runtime.engine,
+            "attention": None if runtime.engine == "reference" else runtime.attention,
+            "note": runtime.note,
         },
         "plan": None if scores.workload.plan is None else plan_summary(scores.workload.plan),
-        "model": _model(scorer),
+        "model": _model(runtime),
         "cache": None
-        if scorer.cache_state is None
-        else {"state": scorer.cache_state[0], "reason": scorer.cache_state[1]},
+        if runtime.cache_state is None
+        else {"state": runtime.cache_state[0], "reason": runtime.cache_state[1]},
         "memory": {
-            "limit_bytes": scorer.memory_limit,
-            "predicted_bytes": scorer.predicted_bytes,
-            "peak_bytes": _peak_bytes(scorer.device),
+            "limit_bytes": runtime.sizing.limit,
+            "predicted_bytes": runtime.predicted_bytes,
+            "peak_bytes": _peak_bytes(runtime.device),
         },
         "data": {"name": data, "digest": digest(questions)},
-        "environment": environment(_device_name(scorer.device)),
+        "environment": environment(_device_name(runtime.device)),
     }
     report(results)
     results["phases_s"] = clock.phases()
@@ -102,15 +104,15 @@ def evaluate(
     return Evaluation(results, samples)
 
 
-def _model(scorer: Scorer) -> dict[str, Any]:
-    model = scorer.model
+def _model(runtime: Runtime) -> dict[str, Any]:
+    model = runtime.model
     assert model is not None  # it has just scored
     return {
-        "name": scorer.name,
+        "name": runtime.name,
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "fingerprint": scorer.fingerprint,
+        "fingerprint": runtime.fingerprint,
     }
 
 

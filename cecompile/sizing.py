@@ -88,9 +88,8 @@ class Sizing:
         Raises:
             UserError: none does, or the size was asked for and does not.
         """
-        if self._asked_limit is None:
+        if self.limit is None:  # before anything is loaded: what is loaded later is part of what is needed
             self.limit = memory.available(self._device)
-        assert self.limit is not None
         held = memory.used_already(self._device) if self._asked_limit is not None else 0
         room = int(self.limit * memory.USABLE[self._device.type]) - held
         geometry = wanted
@@ -121,7 +120,9 @@ class Sizing:
 
     def of_size(self, tokens_per_bucket: int) -> "Sizing":
         """The same, asked for this size."""
-        return Sizing(self._name, self._config, self._device, self._dtype, tokens_per_bucket, self._asked_limit)
+        out = Sizing(self._name, self._config, self._device, self._dtype, tokens_per_bucket, self._asked_limit)
+        out.limit = self.limit
+        return out
 
     def step_down(self, geometry: Geometry) -> bool:
         """After memory has run out: from now on at most half as large. False where that is too small to try."""

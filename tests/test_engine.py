@@ -146,9 +146,9 @@ def test_scoring_again_gives_the_same_and_builds_nothing_new(tiny_llama):
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
     questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
     first = scorer.score(questions)
-    engine = scorer._engine
+    engine = scorer.runtime._warm_engine
     assert scorer.score(questions).loglikelihoods == first.loglikelihoods
-    assert scorer._engine is engine
+    assert scorer.runtime._warm_engine is engine
 
 
 def test_weights_are_not_touched():
@@ -207,6 +207,6 @@ def test_a_wrong_compilation_is_found_out_and_not_used(tiny_llama, monkeypatch):
     monkeypatch.setattr(forward, "_compile_options", lambda model: {"post_grad_custom_pre_pass": LosesAResidual()})
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
     got = scorer.score(questions)
-    assert scorer.engine == "eager"
-    assert scorer.note.startswith("ran uncompiled: the compiled pass is ")
+    assert scorer.runtime.engine == "eager"
+    assert scorer.runtime.note.startswith("ran uncompiled: the compiled pass is ")
     np.testing.assert_allclose(got.loglikelihoods, expected.loglikelihoods, rtol=0, atol=1e-3)

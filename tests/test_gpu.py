@@ -51,7 +51,7 @@ def test_scorer_from_end_to_end(tiny_llama):
     expected = Scorer.from_pretrained(tiny_llama, device="cuda", engine="reference").score(questions)
     scorer = Scorer.from_pretrained(tiny_llama, device="cuda")
     got = scorer.score(questions)
-    assert (scorer.engine, scorer.attention, scorer.note) == ("compiled", "flex", None)
+    assert (scorer.runtime.engine, scorer.runtime.attention, scorer.runtime.note) == ("compiled", "flex", None)
     np.testing.assert_allclose(got.loglikelihoods, expected.loglikelihoods, rtol=0, atol=1e-3)
     assert got.greedy == expected.greedy
 

@@ -87,14 +87,14 @@ import re, resource, sys
 from cecompile import Scorer, demo, read_questions
 questions = read_questions(str(demo.HELLASWAG), limit=200)
 scorer = Scorer.from_pretrained(sys.argv[1], device="cpu", engine="eager", tokens_per_bucket=8192)
-scorer._load()
+scorer.runtime.load()
 taken = int(re.search(r"VmSize:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (taken + 700_000_000, resource.RLIM_INFINITY))
 scores = scorer.score(questions)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 plenty = Scorer.from_pretrained(sys.argv[1], device="cpu", engine="eager").score(questions)
 assert max(abs(a - b) for x, y in zip(scores.loglikelihoods, plenty.loglikelihoods) for a, b in zip(x, y)) < 1e-3
-print(scorer.note)
+print(scorer.runtime.note)
 print(scores.workload.plan.buckets[0].slots)
 """
 

@@ -81,18 +81,18 @@ def print_plan(console: Console, plan: dict[str, Any], estimate: dict[str, Any] 
     console.print(table)
 
 
-def print_warmup(console: Console, scorer: Any, built: Any) -> None:
-    """What `cecompile warm` has built (a `scorer.Warmup`)."""
+def print_warmup(console: Console, built: Any, note: str | None) -> None:
+    """What `cecompile warm` has built (a `prewarm.Warmup`)."""
     table = _table()
     _row(table, "cache was", built.before[0], built.before[1])
     for bucket, seconds in built.seconds.items():
         shape = f"{bucket.rows} x {bucket.length} tokens, {bucket.readouts} readouts"
         _row(table, "bucket", f"{seconds:.2f} s", shape)
-    for slots, rate in (built.measured or {}).items():
+    for slots, rate in built.measured.items():
         _row(table, f"{slots:,} slots", f"{rate:,.0f}", "useful tokens a second, measured")
     _row(table, "cache holds", f"{built.bytes / 1e6:.1f} MB", "for this model, device and these versions")
-    if scorer.note:
-        _row(table, "note", "", scorer.note)
+    if note:
+        _row(table, "note", "", note)
     console.print(table)
 
 

@@ -116,7 +116,7 @@ def test_demo_from_questions_to_scores(benchmark):
 def test_demo_is_encoded_and_planned_in_a_second(benchmark):
     questions = read_questions(demo.HELLASWAG)
     scorer = Scorer.from_pretrained(device="cpu")
-    longest = max_input_length(scorer.config, scorer.tokenizer)
+    longest = max_input_length(scorer.runtime.config, scorer.tokenizer)
 
     def prepare():
         return make_plan(encode(questions, scorer.tokenizer, longest).sequences, GEOMETRY)

@@ -1,0 +1,200 @@
+"""A model at work: how it is sized, loaded, checked and warmed up on its device."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from cecompile.engine import memory
+from cecompile.engine.cache import WARM, CompileCache, Entry
+from cecompile.engine.forward import Engine
+from cecompile.engine.model import load_checkpoint
+from cecompile.engine.probe import choose_attention, rope_type
+from cecompile.engine.warm import compile_facts
+from cecompile.errors import CheckError, UserError, printable
+from cecompile.sizing import Sizing
+from cecompile.warming import Ready, Warmed, Warmer
+from cecompile.workload.plan import Bucket, Geometry, Plan, make_plan
+from cecompile.workload.sequences import Sequences
+
+Progress = Callable[[str, int, int], None]  # (phase, done, total)
+
+
+class Runtime:
+    """One model on one device, from its configuration to warm engines.
+
+    Args:
+        name: the model's, for messages; a directory or hub id.
+        config: the model's configuration.
+        device: where it runs.
+        dtype, engine, attention: as asked for.
+        sizing: of buckets.
+        cache: of compiled code; None does without.
+        require_warm: refuse to compile what is not in the cache.
+
+    Attributes:
+        engine, attention: what runs; where it is not what was asked for, `note` says why.
+        model, fingerprint: once loaded.
+        entry: the model's entry in the cache, once opened.
+        cache_state: "warm", "partly warm" or "cold", and why, once known.
+        predicted_bytes: what the memory budget says of the last plan.
+    """
+
+    def __init__(
+        self, name: str, config: Any, device: torch.device, dtype: str, engine: str, attention: str, sizing: Sizing,
+        cache: CompileCache | None, require_warm: bool,
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.config = config
+        self.device = device
+        self.sizing = sizing
+        self.engine = engine
+        self.attention = attention if attention != "auto" else ("flex" if device.type == "cuda" else "sdpa")
+        self.note: str | None = None
+        self.model: PreTrainedModel | None = None
+        self.fingerprint: str | None = None
+        self.entry: Entry | None = None
+        self.cache_state: tuple[str, str] | None = None
+        self.predicted_bytes: int | None = None
+        self._dtype = dtype
+        self._wanted_attention = attention
+        self._cache = cache
+        self._require_warm = require_warm
+        self._stock_attention = "eager"  # what it is, once loaded
+        self._probed = False
+        self._warm_engine: Engine | None = None
+
+    def remark(self, note: str) -> None:
+        """Adds what a reader of the result has to know of how it ran."""
+        self.note = f"{self.note}; {note}" if self.note else note
+
+    def geometry(self, longest: int, fit: bool) -> Geometry:
+        """The largest bucket's shape for sequences of up to `longest` tokens; with `fit`, one that memory holds.
+
+        Raises:
+            UserError: nothing fits, or trees of this length are not exact.
+        """
+        self._check_rope(longest)
+        recorded = self._cache.recorded(self._facts()) if self._cache is not None else None
+        geometry = self.sizing.geometry(longest, blocks=self.attention == "flex", recorded=recorded)
+        return self.sizing.fitting(geometry, longest, self.engine) if fit else geometry
+
+    def plan(self, sequences: Sequences, fit: bool) -> Plan:
+        """The plan for these sequences. Raises UserError: see `geometry`."""
+        plan = make_plan(sequences, self.geometry(int(sequences.input_lengths.max()), fit))
+        held = memory.used_already(self.device) if self.model is None else 0
+        self.predicted_bytes = self.budget(plan).total + held
+        return plan
+
+    def budget(self, plan: Plan, device: str | None = None) -> memory.Budget:
+        """What a run of this plan needs, in bytes by part; on another `device`, "cuda", in 16 bits."""
+        largest = plan.buckets[0]
+        geometry = Geometry(largest.rows, largest.length, plan.geometry.readout_chunk, plan.geometry.blocks)
+        return self.sizing.budget(geometry, self.engine, device)
+
+    def open_cache(self) -> Entry | None:
+        """Points the compiler at what was compiled before. Raises UserError where the file system refuses."""
+        if self._cache is not None and self.engine == "compiled":
+            self.entry = self._cache.open(self._facts())
+        return self.entry
+
+    def look_up(self, buckets: Sequence[Bucket]) -> None:
+        """Sees how much of `buckets` is in the cache.
+
+        Raises:
+            CheckError: not all is, and it has to be.
+        """
+        if self._is_warm(buckets) or self.engine != "compiled":
+            return
+        if self.open_cache() is not None and self.entry is not None:
+            self.cache_state = self.entry.state(buckets)
+            if self._require_warm and self.cache_state[0] != WARM:
+                raise CheckError(f"{self.name}: the compile cache is {self.cache_state[0]}: {self.cache_state[1]}")
+
+    def load(self) -> PreTrainedModel:
+        """The model with its weights, on its device. Raises UserError if the checkpoint cannot be used."""
+        if self.model is None:
+            loaded = load_checkpoint(self.name, self.config, self._dtype, self.device)
+            self.model, self.fingerprint = loaded.model, loaded.fingerprint
+            self._stock_attention = self.model.config._attn_implementation
+        return self.model
+
+    def probe(self) -> bool:
+        """Chooses the attention by a check on the loaded model; whether that is another one than planned for.
+
+        Raises:
+            UserError: no attention computes this model exactly.
+        """
+        planned = self.attention
+        if not self._probed:
+            self.attention, reason = choose_attention(self.load(), self._wanted_attention)
+            if reason:
+                self.remark(f"attention {self.attention}, because {printable(reason, 200)}")
+            self._probed = True
+        return self.attention != planned
+
+    def engine_for(self, ready: Ready, progress: Progress) -> Engine | None:
+        """A warm engine, the last one if it fits; None if memory ran out and a plan of smaller buckets is needed."""
+        if not self._is_warm(ready.buckets):
+            if self.entry is not None:
+                self.cache_state = self.entry.state(ready.buckets)
+            warmed = self.warm(ready, progress)
+            if warmed is None:
+                return None
+            self._warm_engine, self.engine = warmed.engine, warmed.name
+            if warmed.note:
+                self.remark(warmed.note)
+        return self._warm_engine
+
+    def warm(self, ready: Ready, progress: Progress) -> Warmed | None:
+        """A new engine, warm; None if memory ran out and there is a smaller bucket to try.
+
+        Raises:
+            UserError: memory ran out on the smallest.
+        """
+        self._warm_engine = None  # frees its buffers first
+        chunk = self.sizing.tuning.readout_chunk
+        warmer = Warmer(self.load(), self._stock_attention, self.attention, chunk, self.entry)
+        slots = ready.buckets[0].slots
+        try:
+            return warmer.warm(self.engine, ready, Counter("warmup", len(ready.buckets), progress))
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                raise
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not self.sizing.step_down(ready.geometry):
+            raise UserError(f"{self.name}: out of memory on {self.device} with buckets of {slots} tokens")
+        self.remark(f"buckets made smaller: memory ran out with {slots} tokens")
+        return None
+
+    def _is_warm(self, buckets: Sequence[Bucket]) -> bool:
+        return self._warm_engine is not None and self._warm_engine.buckets == tuple(buckets)
+
+    def _check_rope(self, longest: int) -> None:
+        """longrope picks one factor for a whole batch, by its longest sequence: trees on both sides do not mix."""
+        config = self.config.get_text_config()
+        original = getattr(config, "original_max_position_embeddings", None)
+        if rope_type(config) == "longrope" and original is not None and longest > original:
+            raise UserError(
+                f"{self.name}: sequences of up to {longest} tokens, where its longrope changes at {original}: "
+                "cannot be scored as trees; --engine reference scores them"
+            )
+
+    def _facts(self) -> dict[str, Any]:
+        chunk = self.sizing.tuning.readout_chunk
+        return compile_facts(self.config, self._dtype, self.device, self._wanted_attention, chunk)
+
+
+class Counter:
+    """Turns "one more is done" into progress."""
+
+    def __init__(self, phase: str, total: int, progress: Progress) -> None:
+        self._phase, self._total, self._progress = phase, total, progress
+        self._done = 0
+        progress(phase, 0, total)
+
+    def __call__(self, _: Any) -> None:
+        self._done += 1
+        self._progress(self._phase, self._done, self._total)
