@@ -1,7 +1,5 @@
 """An evaluation: scores, judged, with everything that results.json says about the run."""
 
-import resource
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cecompile.engine import memory
 from cecompile.report.clock import Clock, latencies, spread
 from cecompile.report.results import SCHEMA, environment, plan_summary, write_results, write_samples
 from cecompile.runtime import Progress, Runtime
@@ -90,7 +89,7 @@ def evaluate(
         "memory": {
             "limit_bytes": runtime.sizing.limit,
             "predicted_bytes": runtime.predicted_bytes,
-            "peak_bytes": _peak_bytes(runtime.device),
+            "peak_bytes": memory.peak(runtime.device),
         },
         "data": {"name": data, "digest": digest(questions)},
         "environment": environment(_device_name(runtime.device)),
@@ -114,14 +113,6 @@ def _model(runtime: Runtime) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "fingerprint": runtime.fingerprint,
     }
-
-
-def _peak_bytes(device: torch.device) -> int:
-    """Most memory in use at once: of the device on CUDA, of the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _device_name(device: torch.device) -> str:

@@ -35,7 +35,7 @@ def counting(request, monkeypatch):
     return one
 
 
-@pytest.mark.parametrize("kind", ["llama", "phi3", "gemma2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["llama", "phi3", "opt"])
 def test_scores_stay(counting, kind):
     model, sequences = tiny_model(kind), random_sequences()
     expected, _ = score_one_by_one(model, sequences)

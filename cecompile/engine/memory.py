@@ -8,6 +8,8 @@ CPU cores of Llamas of 55 to 625 MB with 512 to 8,192 slots, where it is within 
 
 import os
 import re
+import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,20 @@ def used_already(device: torch.device) -> int:
         return 0
     match = re.search(r"VmRSS:\s+(\d+) kB", _read("/proc/self/status"))
     return int(match[1]) * 1024 if match else 0
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes in use at once: reserved by torch on a CUDA device, resident in the process on the CPU.
+
+    Linux says the latter as VmHWM; getrusage's figure may be that of the process this one was started from.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    match = re.search(r"VmHWM:\s+(\d+) kB", _read("/proc/self/status"))
+    if match:
+        return int(match[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def parse_size(text: str) -> int:
