@@ -12,6 +12,7 @@ from cecompile.report.clock import Clock, latencies, spread
 from cecompile.report.results import SCHEMA, environment, plan_summary, write_results, write_samples
 from cecompile.runtime import Progress, Runtime
 from cecompile.scorer import Scorer
+from cecompile.system import cpu_model
 from cecompile.tasks.judge import Sample, judge, metrics
 from cecompile.tasks.question import Question, digest
 
@@ -63,8 +64,6 @@ def evaluate(
     ]
     if output is not None:
         write_samples(output, samples)
-    phases = clock.phases()
-    seconds = latencies(phases, scores.inference_s)
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "task": task,
@@ -72,9 +71,7 @@ def evaluate(
         "choices": sum(len(q.choices) for q in questions),
         "truncated_questions": scores.workload.truncated_questions,
         "metrics": metrics(samples),
-        "latency_s": seconds,
-        "headline": {"clock": headline, "seconds": seconds[headline]},
-        "phases_s": phases,
+        **_times(clock, scores.inference_s, headline),
         "inference_s": spread(scores.inference_s),
         "engine": {
             "name": runtime.engine,
@@ -95,12 +92,17 @@ def evaluate(
         "environment": environment(_device_name(runtime.device)),
     }
     report(results)
-    results["phases_s"] = clock.phases()
-    results["latency_s"] = latencies(results["phases_s"], scores.inference_s)
-    results["headline"]["seconds"] = results["latency_s"][headline]
+    results.update(_times(clock, scores.inference_s, headline))
     if output is not None:
         write_results(output, results)
     return Evaluation(results, samples)
+
+
+def _times(clock: Clock, inference: Sequence[float], headline: str) -> dict[str, Any]:
+    """What the results say of the clock, up to now."""
+    phases = clock.phases()
+    seconds = latencies(phases, inference)
+    return {"latency_s": seconds, "headline": {"clock": headline, "seconds": seconds[headline]}, "phases_s": phases}
 
 
 def _model(runtime: Runtime) -> dict[str, Any]:
@@ -116,13 +118,7 @@ def _model(runtime: Runtime) -> dict[str, Any]:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"CPU ({names[0]})" if names else "CPU"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = cpu_model()
+    return f"CPU ({name})" if name else "CPU"

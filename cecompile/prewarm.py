@@ -8,8 +8,8 @@ from cecompile.errors import CheckError, UserError
 from cecompile.runtime import Progress
 from cecompile.scorer import Scorer
 from cecompile.tasks.question import Question
-from cecompile.warming import Ready, Warmed, useful_tokens_per_second
-from cecompile.workload.plan import Bucket, Geometry, every_bucket, make_plan
+from cecompile.warming import Ready, useful_tokens_per_second
+from cecompile.workload.plan import Bucket, Plan, every_bucket, make_plan
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import stage_all
 
@@ -63,12 +63,14 @@ def warm(
     runtime.load()
     runtime.probe()
     sequences = None if questions is None else scorer.prepare(questions, fit=True).sequences
-    before = entry.state(_ready(scorer, sequences, max_depth).buckets)
-    measured = _tune(scorer, entry, sequences, progress) if tune and sequences is not None else {}
-    warmed: Warmed | None = None
-    while warmed is None:
-        ready = _ready(scorer, sequences, max_depth)
-        warmed = runtime.warm(ready, progress)
+    ready = _ready(scorer, sequences, max_depth)
+    before = entry.state(ready.buckets)
+    measured: dict[int, float] = {}
+    if tune and sequences is not None:
+        measured = _tune(scorer, entry, sequences, progress)
+        ready = _ready(scorer, sequences, max_depth)  # in the size found fastest
+    while (warmed := runtime.warm(ready, progress)) is None:
+        ready = _ready(scorer, sequences, max_depth)  # memory ran out
     if warmed.name != "compiled":
         raise CheckError(f"{runtime.name}: {warmed.note}")
     if entry.state(ready.buckets)[0] != WARM:
@@ -93,7 +95,7 @@ def _tune(scorer: Scorer, entry: Entry, sequences: Sequences, progress: Progress
     """
     runtime = scorer.runtime
     longest, usual = int(sequences.input_lengths.max()), runtime.sizing.tuning.tokens_per_bucket
-    measured: dict[int, tuple[float, Geometry]] = {}
+    measured: dict[int, tuple[float, Plan]] = {}
     for slots in (usual // 4, usual // 2, usual, 2 * usual):
         sizing = runtime.sizing.of_size(slots)
         wanted = sizing.geometry(longest, blocks=runtime.attention == "flex")
@@ -105,10 +107,10 @@ def _tune(scorer: Scorer, entry: Entry, sequences: Sequences, progress: Progress
         staged = list(stage_all(plan))
         warmed = runtime.warm(Ready(geometry, plan.buckets, sequences, staged), progress)
         if warmed is not None and warmed.name == "compiled":
-            measured[slots] = useful_tokens_per_second(warmed.engine, staged), geometry
+            measured[slots] = useful_tokens_per_second(warmed.engine, staged), plan
         warmed = None  # its buffers are freed before the next one's are made
     if measured:
         best = max(measured, key=lambda slots: measured[slots][0] * (GAIN if slots == usual else 1))
-        geometry = measured[best][1]
-        entry.publish(make_plan(sequences, geometry).buckets, geometry, tuned=True)
+        plan = measured[best][1]
+        entry.publish(plan.buckets, plan.geometry, tuned=True)
     return {slots: rate for slots, (rate, _) in measured.items()}

@@ -95,8 +95,9 @@ class Runtime:
 
     def open_cache(self) -> Entry | None:
         """Points the compiler at what was compiled before. Raises UserError where the file system refuses."""
-        if self._cache is not None and self.engine == "compiled":
-            self.entry = self._cache.open(self._facts())
+        if self._cache is None or self.engine != "compiled":
+            return None
+        self.entry = self._cache.open(self._facts())
         return self.entry
 
     def look_up(self, buckets: Sequence[Bucket]) -> None:
@@ -105,12 +106,12 @@ class Runtime:
         Raises:
             CheckError: not all is, and it has to be.
         """
-        if self._is_warm(buckets) or self.engine != "compiled":
+        entry = None if self._is_warm(buckets) else self.open_cache()
+        if entry is None:
             return
-        if self.open_cache() is not None and self.entry is not None:
-            self.cache_state = self.entry.state(buckets)
-            if self._require_warm and self.cache_state[0] != WARM:
-                raise CheckError(f"{self.name}: the compile cache is {self.cache_state[0]}: {self.cache_state[1]}")
+        self.cache_state = entry.state(buckets)
+        if self._require_warm and self.cache_state[0] != WARM:
+            raise CheckError(f"{self.name}: the compile cache is {self.cache_state[0]}: {self.cache_state[1]}")
 
     def load(self) -> PreTrainedModel:
         """The model with its weights, on its device. Raises UserError if the checkpoint cannot be used."""

@@ -23,8 +23,8 @@ from cecompile.report.machine import (
     gather,
     read_cache,
     read_jetson,
-    read_meminfo,
 )
+from cecompile.system import read_meminfo
 
 ORIN_GPU = Device("Orin", (8, 7), 14, True, 30_698 * 2**20, 28 * GIB)
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 132, False, 79 * GIB, 78 * GIB)

@@ -91,6 +91,8 @@ class CompileCache:
             raise UserError(
                 f"{directory}: cache directory: open to other users (mode {mode:04o}): chmod 700 {directory}"
             )
+        if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+            raise NoCacheError(f"{directory}: cache directory: cannot be written")
 
     def open(self, facts: dict[str, Any]) -> "Entry":
         """The entry for what `facts` describe, there or not; from now on this process compiles in its own copy.
@@ -138,7 +140,7 @@ class CompileCache:
                     _check(self.directory / manifest["directory"] / name, checksum)
             except UnusableError as problem:
                 problem_text = str(problem)
-            shapes = [(b[0], b[1]) for b in manifest["buckets"]]
+            shapes = sorted(_shapes(manifest, "buckets"), reverse=True)
             size = sum(size for size, _ in manifest["files"].values())
             out.append(Summary(path.stem, manifest["facts"], shapes, size, manifest["built"], problem_text))
         return out
@@ -188,13 +190,11 @@ class Entry:
             return
         try:
             manifest = _read_manifest(path)
-            if manifest["facts"] != facts:
-                raise UnusableError(f"{path.name}: is another entry's")
             _copy_checked(cache.directory / manifest["directory"], self._workspace, manifest["files"])
         except UnusableError as problem:
             self.note = f"compile cache: {problem}; it is not used and will be built again"
             return
-        self._buckets = {(b[0], b[1]) for b in manifest["buckets"]}
+        self._buckets = _shapes(manifest, "buckets")
         self._opened = manifest["directory"]
 
     def state(self, buckets: Sequence[Bucket]) -> tuple[str, str]:
@@ -205,7 +205,7 @@ class Entry:
             return WARM, "every bucket was compiled before"
         if self.note:
             return COLD, self.note
-        if missing and len(missing) < len(wanted):
+        if len(missing) < len(wanted):
             shapes = ", ".join(f"{r} x {n}" for r, n in missing)
             return PARTLY, f"not yet compiled: {shapes}"
         if self._buckets:
@@ -228,14 +228,14 @@ class Entry:
         try:
             with self._cache.locked():
                 now = self._cache.recorded(self._facts)
-                if now and now["directory"] != self._opened and now["facts"] == self._facts:
+                if now and now["directory"] != self._opened:
                     with contextlib.suppress(UnusableError):
                         _copy_checked(
                             self._cache.directory / now["directory"], self._workspace, now["files"], keep=True
                         )
-                        shapes |= {(b[0], b[1]) for b in now["buckets"]}
+                        shapes |= _shapes(now, "buckets")
                 largest = (geometry.rows, geometry.length)
-                geometries = {largest} | {(g[0], g[1]) for g in now.get("geometries", ())}
+                geometries = {largest} | _shapes(now, "geometries")
                 self._write(shapes, geometries, largest if tuned else now.get("tuned"))
                 self._cache.sweep()
         except OSError as error:
@@ -302,6 +302,10 @@ def _differing(before: Any, now: Any) -> str:
     return printable(f"{before} (now {now})", 120) if len(str(now)) <= 40 else "than now"
 
 
+def _shapes(manifest: dict[str, Any], name: str) -> set[Shape]:
+    return {(rows, length) for rows, length in manifest.get(name, ())}
+
+
 class UnusableError(Exception):
     """Something in the cache is not what was written there; the text says what."""
 
@@ -356,8 +360,6 @@ def _copy_checked(source: Path, target: Path, files: dict[str, Any], keep: bool 
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
         temporary.write_bytes(data)
-        if name.endswith(".so"):
-            temporary.chmod(0o700)
         temporary.replace(path)
 
 

@@ -5,17 +5,15 @@ what elementwise kernels move through memory, of the head on the readouts, and a
 other phases are one assumed rate each. `MEASURED` holds the runs that the model is held against.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from cecompile.engine.layers import decoder_layers
+from cecompile.engine.layers import decoder_layers, on_meta
 from cecompile.engine.profiles import PROFILES, Profile
-from cecompile.errors import UserError, first_line
+from cecompile.errors import UserError
 from cecompile.workload.plan import BLOCK, Bucket, Plan
 
 VALUE = 2  # bytes of a weight or an activation in bfloat16 or float16
@@ -108,11 +106,7 @@ def model_sizes(config: Any) -> ModelSizes:
     Raises:
         UserError: transformers cannot build a causal model from it.
     """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    except (ValueError, KeyError, AttributeError, ImportError) as error:
-        raise UserError(f"{type(config).__name__}: cannot be counted: {first_line(error)}") from None
+    model = on_meta(config)
     text = config.get_text_config()
     matrices = [
         (name, p.numel())

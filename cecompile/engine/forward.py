@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cecompile.engine import cpu, cuda
 from cecompile.engine.attention import TreeMasks, install
 from cecompile.engine.head import readout_of
-from cecompile.engine.layers import decoder_layers, inputs_are_free, norms_beside
+from cecompile.engine.layers import compiled_parts, inputs_are_free
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, data_size, empty_pass, views
 from cecompile.workload.tree import TARGETS
@@ -50,7 +50,8 @@ class Engine:
         readout_chunk: int,
         captured: bool | None = None,
     ) -> None:
-        for module in (*decoder_layers(model), *norms_beside(model)):
+        parts = compiled_parts(model)
+        for module in parts:
             module._compiled_call_impl = None  # whatever another engine has set
         options = _compile_options(model) if compiled else {}
         install(model, attention)
@@ -61,7 +62,7 @@ class Engine:
         self._device = model.device
         self._capture = self._device.type == "cuda" and (compiled if captured is None else captured)
         if compiled:
-            for module in (*decoder_layers(model), *norms_beside(model)):  # identical ones share a graph per shape
+            for module in parts:  # identical ones share a graph per shape
                 module.compile(fullgraph=True, dynamic=False, options=options)
             self._readout = torch.compile(self._readout, fullgraph=True, dynamic=False, options=options)
         with torch.inference_mode():

@@ -1,11 +1,27 @@
 """The parts of a model that are compiled, and what may be done to what they are given."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from cecompile.errors import UserError, first_line
+
+
+def on_meta(config: Any) -> PreTrainedModel:
+    """The causal model of a configuration without memory for its weights, to be counted.
+
+    Raises:
+        UserError: transformers cannot build a causal model from it.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except (ValueError, KeyError, AttributeError, ImportError) as error:
+        raise UserError(f"{type(config).__name__}: cannot be counted: {first_line(error)}") from None
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -13,11 +29,12 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
-def norms_beside(model: PreTrainedModel) -> list[nn.Module]:
-    """Norms outside the decoder layers, but for those that are one operator of torch already."""
-    inside = {m for layer in decoder_layers(model) for m in layer.modules()}
+def compiled_parts(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers, and norms beside them but for those that are one operator of torch already."""
+    layers = decoder_layers(model)
+    inside = {m for layer in layers for m in layer.modules()}
     beside = [m for m in model.base_model.modules() if m not in inside and not type(m).__module__.startswith("torch.")]
-    return [m for m in beside if any(p.dim() == 1 for p in m.parameters(recurse=False))]
+    return layers + [m for m in beside if any(p.dim() == 1 for p in m.parameters(recurse=False))]
 
 
 @torch.inference_mode()

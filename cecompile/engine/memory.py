@@ -3,7 +3,7 @@
 The parts are counted from the model's configuration, before anything is loaded. How far activations exceed the count,
 and what comes on top, was fitted to measured peaks: on an H100 of Llama 1.1B and 6.7B with 8,192 slots and of
 Phi-3-medium with 4,096, in bfloat16 with FlexAttention, where the sum is within 1 % of what torch reserved; and on two
-CPU cores of Llamas of 55 to 625 MB with 512 to 8,192 slots, where it is within 6 % of the process's peak.
+CPU cores of Llamas of 55 to 625 MB with 512 to 8,192 slots, where it is within 10 % of the process's peak.
 """
 
 import os
@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from cecompile.engine.layers import on_meta
 from cecompile.errors import UserError
+from cecompile.system import read_meminfo, read_status, read_text
 from cecompile.workload.plan import Geometry
 
 MiB = 1 << 20
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,6 @@ class Sizes:
     Attributes:
         parameters: number of weights, each tied one once.
         width, inner, vocabulary: of hidden states, of the MLP's hidden states, of the logits.
-        heads: of queries.
         itemsize: bytes of a weight and of an activation.
     """
 
@@ -64,7 +65,6 @@ class Sizes:
     width: int
     inner: int
     vocabulary: int
-    heads: int
     itemsize: int
 
 
@@ -92,8 +92,7 @@ def model_sizes(config: Any, dtype: str) -> Sizes:
         config: of a causal model.
         dtype: "auto" (the configuration's), "float32", "bfloat16" or "float16".
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = on_meta(config)
     text = config.get_text_config()
     width = text.hidden_size
     named = (getattr(text, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
@@ -103,7 +102,6 @@ def model_sizes(config: Any, dtype: str) -> Sizes:
         width=width,
         inner=next((n for n in named if n), 4 * width),
         vocabulary=text.vocab_size,
-        heads=text.num_attention_heads,
         itemsize=torch.empty(0, dtype=resolved).element_size(),
     )
 
@@ -145,8 +143,7 @@ def used_already(device: torch.device) -> int:
     """Bytes that this process holds before it loads anything: on the CPU the interpreter and its libraries."""
     if device.type == "cuda":
         return 0
-    match = re.search(r"VmRSS:\s+(\d+) kB", _read("/proc/self/status"))
-    return int(match[1]) * 1024 if match else 0
+    return read_status().get("VmRSS", 0)
 
 
 def peak(device: torch.device) -> int:
@@ -156,9 +153,9 @@ def peak(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    match = re.search(r"VmHWM:\s+(\d+) kB", _read("/proc/self/status"))
-    if match:
-        return int(match[1]) * 1024
+    resident = read_status().get("VmHWM")
+    if resident is not None:
+        return resident
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
@@ -203,23 +200,14 @@ def refuse(name: str, device: torch.device, needed: Budget, limit: int, slots: i
 
 
 def _mem_available() -> int:
-    match = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
-    if match:
-        return int(match[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = read_meminfo().get("MemAvailable")
+    return found if found is not None else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _cgroup_left() -> int | None:
     """What a container's limit leaves (cgroup v2), or None without one; its page cache is given up when asked."""
-    limit, current = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    limit, current, stat = (read_text(CGROUP / f"memory.{name}") or "" for name in ("max", "current", "stat"))
     if not limit.isdecimal() or not current.isdecimal():
         return None
-    match = re.search(r"^inactive_file (\d+)$", _read("/sys/fs/cgroup/memory.stat"), re.MULTILINE)
+    match = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)
     return int(limit) - int(current) + (int(match[1]) if match else 0)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

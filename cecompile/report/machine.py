@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cecompile.engine.cache import CompileCache, default_directory
 from cecompile.errors import UserError
+from cecompile.system import cpu_model, read_meminfo, read_text
 
 PACKAGES = ("cecompile", "torch", "transformers", "triton", "safetensors", "tokenizers", "numpy")
 VARIABLES = (
@@ -179,15 +180,9 @@ def read_cache(directory: Path) -> Cache:
     return Cache(str(directory), len(entries), sum(entry.size for entry in entries), None, damaged)
 
 
-def read_meminfo(root: Path) -> dict[str, int]:
-    """/proc/meminfo in bytes, by name."""
-    text = _read(root / "proc/meminfo") or ""
-    return {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
-
-
 def read_jetson(root: Path, search_path: str) -> Jetson | None:
     """The Jetson's own facts, or None on any other machine."""
-    release = _read(root / "etc/nv_tegra_release")
+    release = read_text(root / "etc/nv_tegra_release")
     gpu = next((d for name in GPU_CLOCKS if (d := root / "sys/class/devfreq" / name).is_dir()), None)
     if release is None and gpu is None:
         return None
@@ -195,7 +190,7 @@ def read_jetson(root: Path, search_path: str) -> Jetson | None:
     clock = None
     if gpu is not None:
         current, lowest, highest = (_number(gpu / f"{name}_freq") for name in ("cur", "min", "max"))
-        clock = Clock(current, lowest, highest, _read(gpu / "governor"))
+        clock = Clock(current, lowest, highest, read_text(gpu / "governor"))
     return Jetson(
         release=f"R{first[1]}.{first[2]}" if first else release and release.splitlines()[0],
         power_mode=_power_mode(search_path),
@@ -212,12 +207,12 @@ def _power_mode(search_path: str) -> str | None:
 
 def _temperatures(directory: Path) -> dict[str, float]:
     zones = {zone: _number(zone / "temp") for zone in sorted(directory.glob("thermal_zone*"))}
-    return {_read(zone / "type") or zone.name: value / 1000 for zone, value in zones.items() if value is not None}
+    return {read_text(zone / "type") or zone.name: value / 1000 for zone, value in zones.items() if value is not None}
 
 
 def find_driver(root: Path) -> str | None:
     """What shows that NVIDIA's kernel driver is there, its version or a device node, or None."""
-    version = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", _read(root / "proc/driver/nvidia/version") or "")
+    version = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", read_text(root / "proc/driver/nvidia/version") or "")
     if version:
         return version[1]
     return next((f"/{node}" for node in DRIVER_NODES if (root / node).exists()), None)
@@ -278,11 +273,10 @@ def _device(index: int, memory: Mapping[str, int]) -> Device:
 def _host(root: Path, memory: Mapping[str, int]) -> Host:
     import torch
 
-    cpu = re.search(r"^model name\s*: (.+)$", _read(root / "proc/cpuinfo") or "", re.MULTILINE)
-    board = (_read(root / "proc/device-tree/model") or "").strip("\0")
+    board = (read_text(root / "proc/device-tree/model") or "").strip("\0")
     affinity = getattr(os, "sched_getaffinity", None)
     return Host(
-        cpu=cpu[1] if cpu else board or platform.machine(),
+        cpu=cpu_model(root) or board or platform.machine(),
         cpus=len(affinity(0)) if affinity else os.cpu_count() or 1,
         torch_threads=torch.get_num_threads(),
         total_bytes=memory.get("MemTotal", 0),
@@ -322,14 +316,6 @@ def _run(tool: str | None, argument: str) -> str | None:
     return done.stdout
 
 
-def _read(path: Path) -> str | None:
-    """A small file's text; None if it cannot be read, as some sensors cannot while their part is switched off."""
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return None
-
-
 def _number(path: Path) -> int | None:
-    text = _read(path) or ""
+    text = read_text(path) or ""
     return int(text) if re.fullmatch(r"-?\d+", text) else None
