@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 aten = torch.ops.aten
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_IN_PLACE = aten.addmm_.default
 _FRESH = (aten.add.Tensor, aten.mm.default, aten.addmm.default)  # their results are buffers of the graph's own
 
 
@@ -40,6 +41,10 @@ class FewerMemoryPasses(CustomGraphPass):
         for node in list(graph.nodes):
             if node.target is torch.ops.higher_order.flex_attention:
                 _lay_out_by_token(graph, node)
+        from torch._inductor import lowering  # slow to import, and there already when anything is compiled
+
+        if _IN_PLACE not in lowering.lowerings:  # else Inductor does the same, but fails where $CI is set
+            lowering.make_fallback(_IN_PLACE, warn=False)
         _Accumulation(graph, self._inputs_are_free).apply()
 
     def uuid(self) -> str:
@@ -85,7 +90,7 @@ class _Accumulation:
         with self._graph.inserting_before(node):
             rows = self._graph.call_function(aten.reshape.default, (residual, list(product.meta["val"].shape)))
             rows.meta["val"] = product.meta["val"]
-            into = self._graph.call_function(aten.addmm_.default, (rows, *product.args))
+            into = self._graph.call_function(_IN_PLACE, (rows, *product.args))
             into.meta.update(product.meta)
         self._place[rows] = self._place[into] = self._place[node]
         self._writers.setdefault(_behind_views(residual), []).append(into)
