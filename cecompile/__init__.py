@@ -1,20 +1,37 @@
 """cecompile: multiple-choice benchmarks for language models, scored as packed token trees in static passes.
 
 `Scorer.from_pretrained(model).score(read_questions(file))` gives each choice's loglikelihood; `evaluate` adds metrics,
-latencies and everything that results.json holds.
+latencies and everything that results.json holds. `Answerer` has `answer` instead, for chat questions.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cecompile.answerer import Answer, Answerer, Answers
     from cecompile.evaluation import Evaluation, evaluate
     from cecompile.scorer import Scorer, Scores
+    from cecompile.tasks.chat import ChatQuestion
     from cecompile.tasks.question import Question
     from cecompile.tasks.read import read_questions
 
-__all__ = ["Evaluation", "Question", "Scorer", "Scores", "evaluate", "read_questions"]
+__all__ = [
+    "Answer",
+    "Answerer",
+    "Answers",
+    "ChatQuestion",
+    "Evaluation",
+    "Question",
+    "Scorer",
+    "Scores",
+    "evaluate",
+    "read_questions",
+]
 
 _HOMES = {
+    "Answer": "cecompile.answerer",
+    "Answerer": "cecompile.answerer",
+    "Answers": "cecompile.answerer",
+    "ChatQuestion": "cecompile.tasks.chat",
     "Evaluation": "cecompile.evaluation",
     "evaluate": "cecompile.evaluation",
     "Question": "cecompile.tasks.question",

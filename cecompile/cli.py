@@ -50,6 +50,10 @@ def selection(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--task", type=click.Choice(("auto", *TASKS)), default="auto", help="Row format; auto tells by the fields."
         ),
+        click.option(
+            "--max-new-tokens", type=click.IntRange(1), default=500, show_default=True,
+            help="Longest answer to a chat question.",
+        ),
         click.option("--limit", type=float, callback=_limit, help="First N questions, or a fraction below 1."),
         click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
         click.option(
@@ -103,12 +107,12 @@ def eval_command(
     data: str | None, task: str, limit: float | None, headline: str, output: Path | None, overwrite: bool,
     repeat: int, **how: Any,
 ) -> None:  # fmt: skip
-    """Score a dataset and write results.json and samples.jsonl."""
+    """Score or answer a dataset; write results.json, samples.jsonl and, for answers, predictions.jsonl."""
     from cecompile.report.results import prepare_output
     from cecompile.tasks.read import read_dataset
 
     clock = Clock(process_start())
-    name = data or str(demo.HELLASWAG)
+    name = data or _demo(task)
     output = output or Path("results") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     prepare_output(output, overwrite)
     clock.enter("preprocess")
@@ -124,10 +128,10 @@ def eval_command(
         print_results(Console(), results, output)
         remove_workspaces()
 
-    scorer = _scorer(how)
+    model = _model(how, dataset.task)
     with progress_bars(Console(stderr=True)) as progress:
         evaluate(
-            scorer,
+            model,
             dataset.questions,
             task=dataset.task,
             data=name,
@@ -151,9 +155,9 @@ def plan_command(
 
     With --profile the plan is the one for that device, whatever --device is.
     """
-    from cecompile.tasks.read import read_questions
+    from cecompile.tasks.read import read_dataset
 
-    questions = read_questions(data or str(demo.HELLASWAG), task, limit)
+    dataset = read_dataset(data or _demo(task), task, limit)
     from rich.console import Console
 
     from cecompile.engine.estimate import as_planned_on, estimate
@@ -162,12 +166,12 @@ def plan_command(
 
     if how["engine"] == "reference":
         raise UserError("--engine reference: runs without a plan")
-    scorer = _scorer(as_planned_on(profile, how) if profile else how)
-    workload = scorer.prepare(questions, fit=how["memory_limit"] is not None)
+    model = _model(as_planned_on(profile, how) if profile else how, dataset.task)
+    workload = model.prepare(dataset.questions, fit=how["memory_limit"] is not None)
     assert workload.plan is not None
-    budget = scorer.runtime.budget(workload.plan, "cuda" if profile else None)
+    budget = model.runtime.budget(workload.plan, "cuda" if profile else None)
     summary = plan_summary(workload.plan) | {"memory": dataclasses.asdict(budget)}
-    estimated = estimate(profile, scorer.runtime.config, workload.plan, len(workload.sequences)) if profile else None
+    estimated = estimate(profile, model.runtime.config, workload.plan, len(workload.sequences)) if profile else None
     if as_json:
         click.echo(json.dumps(summary | ({"estimate": estimated} if estimated else {})))
     else:
@@ -176,7 +180,11 @@ def plan_command(
 
 @cli.command("warm")
 @selection
-@click.option("--max-depth", type=click.IntRange(1), help="Longest sequence, in tokens, of data not yet seen.")
+@click.option(
+    "--max-depth",
+    type=click.IntRange(1),
+    help="Longest sequence, in tokens, of data not yet seen; with --task chat the longest prompt.",
+)
 @click.option("--tune", is_flag=True, help="Measure bucket sizes on the data and record the fastest.")
 @click.option("--list", "list_", is_flag=True, help="Show what the cache holds.")
 @click.option("--prune", is_flag=True, help="Remove what can no longer be used.")
@@ -203,13 +211,14 @@ def warm_command(
     if max_depth is not None and (data is not None or tune):
         raise UserError("--max-depth: stands for data not yet seen; it goes with neither --data nor --tune")
     from cecompile.prewarm import warm
-    from cecompile.tasks.read import read_questions
+    from cecompile.tasks.read import read_dataset
 
-    questions = None if max_depth is not None else read_questions(data or str(demo.HELLASWAG), task, limit)
-    scorer = _scorer(how)
+    dataset = None if max_depth is not None else read_dataset(data or _demo(task), task, limit)
+    model = _model(how, task if dataset is None else dataset.task)
+    questions = None if dataset is None else dataset.questions
     with progress_bars(Console(stderr=True)) as progress:
-        built = warm(scorer, questions, max_depth=max_depth or 1, tune=tune, progress=progress)
-    print_warmup(Console(), built, scorer.runtime.note)
+        built = warm(model, questions, max_depth=max_depth or 1, tune=tune, progress=progress)
+    print_warmup(Console(), built, model.runtime.note)
 
 
 @cli.command("doctor")
@@ -229,10 +238,18 @@ def doctor_command(as_json: bool) -> None:
         print_doctor(Console(), facts, findings)
 
 
-def _scorer(how: dict[str, Any]) -> Any:
+def _demo(task: str) -> str:
+    """The embedded questions for a task."""
+    return str(demo.CHAT if task == "chat" else demo.HELLASWAG)
+
+
+def _model(how: dict[str, Any], task: str) -> Any:
+    """A scorer, or an answerer for chat questions."""
+    from cecompile.answerer import Answerer
     from cecompile.scorer import Scorer
 
-    return Scorer.from_pretrained(
+    kind, own = (Answerer, {"new_tokens": how["max_new_tokens"]}) if task == "chat" else (Scorer, {})
+    return kind.from_pretrained(
         how["model"],
         device=how["device"],
         dtype=how["dtype"],
@@ -242,6 +259,7 @@ def _scorer(how: dict[str, Any]) -> Any:
         memory_limit=how["memory_limit"],
         cache_dir=how["cache_dir"],
         require_warm=how.get("require_warm", False),
+        **own,
     )
 
 

@@ -1,4 +1,4 @@
-"""An evaluation: scores, judged, with everything that results.json says about the run."""
+"""An evaluation: scores or answers, judged, with everything that results.json says about the run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,12 +7,22 @@ from typing import Any
 
 import torch
 
+from cecompile.answerer import Answerer
 from cecompile.engine import memory
+from cecompile.packed import Workload
 from cecompile.report.clock import Clock, latencies, spread
-from cecompile.report.results import SCHEMA, environment, plan_summary, write_results, write_samples
+from cecompile.report.results import (
+    SCHEMA,
+    environment,
+    plan_summary,
+    write_predictions,
+    write_results,
+    write_samples,
+)
 from cecompile.runtime import Progress, Runtime
 from cecompile.scorer import Scorer
 from cecompile.system import cpu_model
+from cecompile.tasks.chat import AnswerSample, ChatQuestion, answer_metrics, judge_answer
 from cecompile.tasks.judge import Sample, judge, metrics
 from cecompile.tasks.question import Question, digest
 
@@ -22,12 +32,22 @@ class Evaluation:
     """What results.json and samples.jsonl hold."""
 
     results: dict[str, Any]
-    samples: list[Sample]
+    samples: list[Sample] | list[AnswerSample]
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """A run's outcome: samples, what results.json says of them, and how they came about."""
+
+    samples: list[Any]
+    facts: dict[str, Any]
+    workload: Workload
+    inference_s: list[float]
 
 
 def evaluate(
-    scorer: Scorer,
-    questions: Sequence[Question],
+    model: Scorer | Answerer,
+    questions: Sequence[Question] | Sequence[ChatQuestion],
     *,
     task: str = "choices",
     data: str = "questions",
@@ -38,47 +58,43 @@ def evaluate(
     output: Path | None = None,
     report: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Evaluation:
-    """Scores and judges.
+    """Scores or answers, and judges.
 
     Args:
-        scorer: the model.
+        model: a scorer, or an answerer for chat questions.
         questions: at least one.
         task, data: names for the result.
         headline: which latency the run is known by: "strict", "section3" or "inference".
         clock: already running where reading is to be counted; left in the phase `score`.
         progress: see `Scorer.score`.
         repeat: times the inference phase runs; the latencies then count its median.
-        output: directory for results.json and samples.jsonl; None writes nothing.
+        output: directory for results.json and samples.jsonl, and answers' predictions.jsonl; None writes nothing.
         report: called with the results before they are written, as the last thing that the clock sees.
 
     Raises:
         UserError, CheckError: see `Scorer.score`.
     """
     clock = clock or Clock()
-    scores = scorer.score(questions, clock=clock, progress=progress, repeat=repeat)
-    clock.enter("score")
-    runtime = scorer.runtime
-    samples = [
-        judge(question, values, greedy)
-        for question, values, greedy in zip(questions, scores.loglikelihoods, scores.greedy, strict=True)
-    ]
+    run = _answered if isinstance(model, Answerer) else _scored
+    judged = run(model, questions, clock, progress, repeat)  # type: ignore[arg-type]
+    runtime, plan = model.runtime, judged.workload.plan
     if output is not None:
-        write_samples(output, samples)
+        write_samples(output, judged.samples)
+        if isinstance(model, Answerer):
+            write_predictions(output, [sample.text for sample in judged.samples])
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "task": task,
         "questions": len(questions),
-        "choices": sum(len(q.choices) for q in questions),
-        "truncated_questions": scores.workload.truncated_questions,
-        "metrics": metrics(samples),
-        **_times(clock, scores.inference_s, headline),
-        "inference_s": spread(scores.inference_s),
+        **judged.facts,
+        **_times(clock, judged.inference_s, headline),
+        "inference_s": spread(judged.inference_s),
         "engine": {
             "name": runtime.engine,
             "attention": None if runtime.engine == "reference" else runtime.attention,
             "note": runtime.note,
         },
-        "plan": None if scores.workload.plan is None else plan_summary(scores.workload.plan),
+        "plan": None if plan is None else plan_summary(plan),
         "model": _model(runtime),
         "cache": None
         if runtime.cache_state is None
@@ -92,10 +108,48 @@ def evaluate(
         "environment": environment(_device_name(runtime.device)),
     }
     report(results)
-    results.update(_times(clock, scores.inference_s, headline))
+    results.update(_times(clock, judged.inference_s, headline))
     if output is not None:
         write_results(output, results)
-    return Evaluation(results, samples)
+    return Evaluation(results, judged.samples)
+
+
+def _scored(scorer: Scorer, questions: Sequence[Question], clock: Clock, progress: Progress, repeat: int) -> _Judged:
+    scores = scorer.score(questions, clock=clock, progress=progress, repeat=repeat)
+    clock.enter("score")
+    samples = [
+        judge(question, values, greedy)
+        for question, values, greedy in zip(questions, scores.loglikelihoods, scores.greedy, strict=True)
+    ]
+    facts = {
+        "choices": sum(len(q.choices) for q in questions),
+        "truncated_questions": scores.workload.truncated_questions,
+        "metrics": metrics(samples),
+    }
+    return _Judged(samples, facts, scores.workload, scores.inference_s)
+
+
+def _answered(
+    answerer: Answerer, questions: Sequence[ChatQuestion], clock: Clock, progress: Progress, repeat: int
+) -> _Judged:
+    answers = answerer.answer(questions, clock=clock, progress=progress, repeat=repeat)
+    clock.enter("score")
+    samples = [
+        judge_answer(question, one.text, one.tokens, one.decoded_tokens)
+        for question, one in zip(questions, answers.answers, strict=True)
+    ]
+    known = [s for s in samples if s.tokens is not None]
+    facts = {
+        "choices": sum(len(q.choices) for q in questions),
+        "metrics": answer_metrics(samples),
+        "answers": {
+            "in_tree": sum(bool(s.in_tree) for s in known) if known else None,
+            "tokens": sum(s.tokens or 0 for s in known) if known else None,
+            "decoded_tokens": sum(s.decoded_tokens or 0 for s in known) if known else None,
+            "max_new_tokens": answerer.new_tokens,
+        },
+    }
+    return _Judged(samples, facts, answers.workload, answers.inference_s)
 
 
 def _times(clock: Clock, inference: Sequence[float], headline: str) -> dict[str, Any]:

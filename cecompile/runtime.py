@@ -1,6 +1,7 @@
 """A model at work: how it is sized, loaded, checked and warmed up on its device."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,13 +9,13 @@ from transformers import PreTrainedModel
 
 from cecompile.engine import memory
 from cecompile.engine.cache import WARM, CompileCache, Entry
-from cecompile.engine.forward import Engine
 from cecompile.engine.model import load_checkpoint
 from cecompile.engine.probe import choose_attention, rope_type
 from cecompile.engine.warm import compile_facts
 from cecompile.errors import CheckError, UserError, printable
 from cecompile.sizing import Sizing
 from cecompile.warming import Ready, Warmed, Warmer
+from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import Bucket, Geometry, Plan, make_plan
 from cecompile.workload.sequences import Sequences
 
@@ -39,6 +40,7 @@ class Runtime:
         entry: the model's entry in the cache, once opened.
         cache_state: "warm", "partly warm" or "cold", and why, once known.
         predicted_bytes: what the memory budget says of the last plan.
+        stock_attention: the model's own attention implementation, once loaded.
     """
 
     def __init__(
@@ -61,28 +63,50 @@ class Runtime:
         self._wanted_attention = attention
         self._cache = cache
         self._require_warm = require_warm
-        self._stock_attention = "eager"  # what it is, once loaded
+        self.stock_attention = "eager"  # what it is, once loaded
         self._probed = False
-        self._warm_engine: Engine | None = None
+        self._warmed: Warmed | None = None
 
     def remark(self, note: str) -> None:
         """Adds what a reader of the result has to know of how it ran."""
         self.note = f"{self.note}; {note}" if self.note else note
 
-    def geometry(self, longest: int, fit: bool) -> Geometry:
-        """The largest bucket's shape for sequences of up to `longest` tokens; with `fit`, one that memory holds.
+    def shapes(
+        self, longest: int, answer: int, fit: bool, sizing: Sizing | None = None
+    ) -> tuple[Geometry, DecodeShape | None]:
+        """The largest bucket's shape, and what decodes beside it; with `fit`, shapes that memory holds.
+
+        Args:
+            longest: inputs of the longest sequence.
+            answer: tokens of the longest prompt and its answer together; 0 where nothing is decoded.
+            fit: hold the shapes against the memory there is.
+            sizing: another than this runtime's.
 
         Raises:
             UserError: nothing fits, or trees of this length are not exact.
         """
-        self._check_rope(longest)
+        self._check_rope(max(longest, answer))
         recorded = self._cache.recorded(self._facts()) if self._cache is not None else None
-        geometry = self.sizing.geometry(longest, blocks=self.attention == "flex", recorded=recorded)
-        return self.sizing.fitting(geometry, longest, self.engine) if fit else geometry
+        sizing = sizing or self.sizing
+        geometry = sizing.geometry(longest, blocks=self.attention == "flex", recorded=recorded)
+        if fit:
+            geometry = sizing.fitting(geometry, longest, self.engine, answer)
+        return geometry, sizing.decoding(geometry, self.engine, answer, fit)
 
-    def plan(self, sequences: Sequences, fit: bool) -> Plan:
-        """The plan for these sequences. Raises UserError: see `geometry`."""
-        plan = make_plan(sequences, self.geometry(int(sequences.input_lengths.max()), fit))
+    def plan(self, sequences: Sequences, fit: bool, new_tokens: int = 0, sizing: Sizing | None = None) -> Plan:
+        """The plan for these sequences.
+
+        Args:
+            sequences: at least one.
+            fit, sizing: see `shapes`.
+            new_tokens: the most tokens of an answer; 0 where nothing is decoded.
+
+        Raises:
+            UserError: see `shapes`.
+        """
+        answer = sequences.longest_prompt + new_tokens if new_tokens else 0
+        geometry, decoding = self.shapes(int(sequences.input_lengths.max()), answer, fit, sizing)
+        plan = replace(make_plan(sequences, geometry), decoding=decoding)
         held = memory.used_already(self.device) if self.model is None else 0
         self.predicted_bytes = self.budget(plan).total + held
         return plan
@@ -91,7 +115,7 @@ class Runtime:
         """What a run of this plan needs, in bytes by part; on another `device`, "cuda", in 16 bits."""
         largest = plan.buckets[0]
         geometry = Geometry(largest.rows, largest.length, plan.geometry.readout_chunk, plan.geometry.blocks)
-        return self.sizing.budget(geometry, self.engine, device)
+        return self.sizing.budget(geometry, self.engine, plan.decoding, device)
 
     def open_cache(self) -> Entry | None:
         """Points the compiler at what was compiled before. Raises UserError where the file system refuses."""
@@ -100,16 +124,16 @@ class Runtime:
         self.entry = self._cache.open(self._facts())
         return self.entry
 
-    def look_up(self, buckets: Sequence[Bucket]) -> None:
-        """Sees how much of `buckets` is in the cache.
+    def look_up(self, plan: Plan) -> None:
+        """Sees how much of what a plan needs is in the cache.
 
         Raises:
             CheckError: not all is, and it has to be.
         """
-        entry = None if self._is_warm(buckets) else self.open_cache()
+        entry = None if self._is_warm(plan.compiled) else self.open_cache()
         if entry is None:
             return
-        self.cache_state = entry.state(buckets)
+        self.cache_state = entry.state(plan.compiled)
         if self._require_warm and self.cache_state[0] != WARM:
             raise CheckError(f"{self.name}: the compile cache is {self.cache_state[0]}: {self.cache_state[1]}")
 
@@ -118,7 +142,7 @@ class Runtime:
         if self.model is None:
             loaded = load_checkpoint(self.name, self.config, self._dtype, self.device)
             self.model, self.fingerprint = loaded.model, loaded.fingerprint
-            self._stock_attention = self.model.config._attn_implementation
+            self.stock_attention = self.model.config._attn_implementation
         return self.model
 
     def probe(self) -> bool:
@@ -135,18 +159,18 @@ class Runtime:
             self._probed = True
         return self.attention != planned
 
-    def engine_for(self, ready: Ready, progress: Progress) -> Engine | None:
+    def engine_for(self, ready: Ready, progress: Progress) -> Warmed | None:
         """A warm engine, the last one if it fits; None if memory ran out and a plan of smaller buckets is needed."""
-        if not self._is_warm(ready.buckets):
+        if not self._is_warm(ready.compiled):
             if self.entry is not None:
-                self.cache_state = self.entry.state(ready.buckets)
+                self.cache_state = self.entry.state(ready.compiled)
             warmed = self.warm(ready, progress)
             if warmed is None:
                 return None
-            self._warm_engine, self.engine = warmed.engine, warmed.name
+            self._warmed, self.engine = warmed, warmed.name
             if warmed.note:
                 self.remark(warmed.note)
-        return self._warm_engine
+        return self._warmed
 
     def warm(self, ready: Ready, progress: Progress) -> Warmed | None:
         """A new engine, warm; None if memory ran out and there is a smaller bucket to try.
@@ -154,12 +178,12 @@ class Runtime:
         Raises:
             UserError: memory ran out on the smallest.
         """
-        self._warm_engine = None  # frees its buffers first
+        self._warmed = None  # frees its buffers first
         chunk = self.sizing.tuning.readout_chunk
-        warmer = Warmer(self.load(), self._stock_attention, self.attention, chunk, self.entry)
+        warmer = Warmer(self.load(), self.stock_attention, self.attention, chunk, self.entry)
         slots = ready.buckets[0].slots
         try:
-            return warmer.warm(self.engine, ready, Counter("warmup", len(ready.buckets), progress))
+            return warmer.warm(self.engine, ready, Counter("warmup", ready.steps, progress))
         except Exception as error:
             if not memory.is_out_of_memory(error):
                 raise
@@ -170,8 +194,8 @@ class Runtime:
         self.remark(f"buckets made smaller: memory ran out with {slots} tokens")
         return None
 
-    def _is_warm(self, buckets: Sequence[Bucket]) -> bool:
-        return self._warm_engine is not None and self._warm_engine.buckets == tuple(buckets)
+    def _is_warm(self, compiled: Sequence[Bucket | DecodeShape]) -> bool:
+        return self._warmed is not None and self._warmed.compiled == tuple(compiled)
 
     def _check_rope(self, longest: int) -> None:
         """longrope picks one factor for a whole batch, by its longest sequence: trees on both sides do not mix."""
@@ -180,7 +204,7 @@ class Runtime:
         if rope_type(config) == "longrope" and original is not None and longest > original:
             raise UserError(
                 f"{self.name}: sequences of up to {longest} tokens, where its longrope changes at {original}: "
-                "cannot be scored as trees; --engine reference scores them"
+                "cannot be run as trees; --engine reference runs them"
             )
 
     def _facts(self) -> dict[str, Any]:

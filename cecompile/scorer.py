@@ -1,45 +1,25 @@
-"""The scorer: a model and the way it runs, from questions to loglikelihoods."""
+"""The scorer: from questions to loglikelihoods."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cecompile import demo
-from cecompile.engine import memory
-from cecompile.engine.cache import CompileCache, NoCacheError, default_directory
 from cecompile.engine.forward import Readouts
-from cecompile.engine.model import DTYPES, check_vocabulary, load_config, load_tokenizer, resolve_device
+from cecompile.engine.model import check_vocabulary
 from cecompile.engine.reference import score_one_by_one
-from cecompile.errors import CheckError, UserError
+from cecompile.errors import CheckError
+from cecompile.packed import PackedModel, Workload
 from cecompile.report.clock import Clock
-from cecompile.runtime import Counter, Progress, Runtime
-from cecompile.sizing import Sizing
+from cecompile.runtime import Counter, Progress
 from cecompile.tasks.question import Question
-from cecompile.warming import Ready
 from cecompile.workload.encode import encode, max_input_length
-from cecompile.workload.plan import BLOCK, Plan
-from cecompile.workload.sequences import Sequences
-from cecompile.workload.stage import StagedPass, stage_all
-
-ENGINES = ("compiled", "eager", "reference")
-ATTENTIONS = ("auto", "flex", "sdpa")
+from cecompile.workload.stage import StagedPass
 
 Outcome = tuple[NDArray[np.float64], NDArray[np.bool_]]  # per sequence: loglikelihood, and whether all is the argmax
 Inference = Callable[[], Outcome]
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """Questions made ready to run: their sequences and the plan (None for the reference engine)."""
-
-    sequences: Sequences
-    plan: Plan | None
-    truncated_questions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,92 +35,15 @@ class Scores:
     inference_s: list[float]
 
 
-class Scorer:
-    """Scores questions with one model. Made by `from_pretrained`; weights are loaded by the first `score`.
-
-    Args:
-        runtime: the model on its device.
-        tokenizer: the model's.
-    """
-
-    def __init__(self, runtime: Runtime, tokenizer: Any) -> None:
-        self.runtime = runtime
-        self.tokenizer = tokenizer
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | Path | None = None,
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        engine: str = "compiled",
-        attention: str = "auto",
-        tokens_per_bucket: int | None = None,
-        memory_limit: int | None = None,
-        cache_dir: str | Path | None = None,
-        require_warm: bool = False,
-    ) -> "Scorer":
-        """A scorer for a checkpoint.
-
-        Args:
-            model: a directory or hub id of a decoder-only model with safetensors weights; None is the embedded demo.
-            device: "auto", "cpu", "cuda" or "cuda:N".
-            dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
-            engine: "compiled", "eager" (the same pass uncompiled) or "reference" (each choice alone, stock model).
-            attention: "auto", "flex" or "sdpa"; "auto" picks by device and by a probe.
-            tokens_per_bucket: token slots of a pass; None picks by device and memory.
-            memory_limit: bytes the run may take, of the device's memory; None is what there is.
-            cache_dir: of compiled code; None is CECOMPILE_CACHE, else the user's cache directory.
-            require_warm: refuse to compile what is not in the cache.
-
-        Raises:
-            UserError: there is no such model, device or option, or the cache directory is not safe.
-        """
-        checks = (
-            (engine, ENGINES, "engine"),
-            (attention, ATTENTIONS, "attention"),
-            (dtype, ("auto", *DTYPES), "dtype"),
-        )
-        for value, known, option in checks:
-            if value not in known:
-                raise UserError(f"{option} '{value}': one of {', '.join(known)}")
-        if tokens_per_bucket is not None and tokens_per_bucket < BLOCK:
-            raise UserError(f"tokens per bucket: {tokens_per_bucket} is too few, at least {BLOCK}")
-        path = str(demo.MODEL if model is None else model)
-        resolved = resolve_device(device)
-        config, tokenizer = load_config(path), load_tokenizer(path)
-        if memory_limit is not None:
-            memory.enforce(resolved, memory_limit)
-        sizing = Sizing(path, config, resolved, dtype, tokens_per_bucket, memory_limit)
-        cache, note = None, None
-        if engine == "compiled":
-            try:
-                cache = CompileCache(Path(cache_dir) if cache_dir else default_directory())
-            except NoCacheError as error:
-                if cache_dir or require_warm:
-                    raise
-                note = f"compiled without a cache: {error}"
-        runtime = Runtime(path, config, resolved, dtype, engine, attention, sizing, cache, require_warm)
-        if note:
-            runtime.remark(note)
-        return cls(runtime, tokenizer)
+class Scorer(PackedModel):
+    """Scores questions with one model. Made by `from_pretrained`; weights are loaded by the first `score`."""
 
     def prepare(self, questions: Sequence[Question], *, fit: bool = False) -> Workload:
-        """Encodes the questions and makes the plan. Loads no weights.
-
-        Args:
-            questions: at least one.
-            fit: hold the plan against the memory there is.
-
-        Raises:
-            UserError: a question cannot be encoded for this model, or nothing fits.
-        """
+        """See `PackedModel.prepare`."""
         runtime = self.runtime
         encoded = encode(questions, self.tokenizer, max_input_length(runtime.config, self.tokenizer))
         check_vocabulary(runtime.name, self.tokenizer, runtime.config, int(encoded.sequences.token_ids.max()))
-        plan = None if runtime.engine == "reference" else runtime.plan(encoded.sequences, fit)
-        return Workload(encoded.sequences, plan, encoded.truncated_questions)
+        return Workload(encoded.sequences, self.plan(encoded.sequences, fit), encoded.truncated_questions)
 
     def score(
         self, questions: Sequence[Question], *, clock: Clock | None = None, progress: Progress = lambda *_: None,
@@ -163,7 +66,7 @@ class Scorer:
         clock.enter("preprocess")
         workload = self.prepare(questions, fit=True)
         ready = self._one_by_one if workload.plan is None else self._packed
-        run, workload = ready(questions, workload, clock, progress)
+        run, workload = ready(workload, clock, progress)
         clock.enter("inference")
         outcomes, seconds = [], []
         for _ in range(repeat):
@@ -173,39 +76,19 @@ class Scorer:
         loglikelihoods, greedy = _by_question(questions, workload, *outcomes[0])
         return Scores(loglikelihoods, greedy, workload, seconds)
 
-    def _one_by_one(
-        self, questions: Sequence[Question], workload: Workload, clock: Clock, progress: Progress
-    ) -> tuple[Inference, Workload]:
+    def _one_by_one(self, workload: Workload, clock: Clock, progress: Progress) -> tuple[Inference, Workload]:
         """Loads the stock model; returns what scores each sequence alone."""
         clock.enter("load_model")
         model, sequences = self.runtime.load(), workload.sequences
         return lambda: score_one_by_one(model, sequences, Counter("inference", len(sequences), progress)), workload
 
-    def _packed(
-        self, questions: Sequence[Question], workload: Workload, clock: Clock, progress: Progress
-    ) -> tuple[Inference, Workload]:
+    def _packed(self, workload: Workload, clock: Clock, progress: Progress) -> tuple[Inference, Workload]:
         """Loads and warms up; returns what runs the passes, and the workload as it is planned in the end."""
-        assert workload.plan is not None
-        clock.enter("warmup")
-        self.runtime.look_up(workload.plan.buckets)
-        clock.enter("load_model")
-        self.runtime.load()
-        clock.enter("warmup")
-        replan = self.runtime.probe()
-        engine = None
-        while engine is None:
-            clock.enter("preprocess")
-            if replan:
-                workload = self.prepare(questions, fit=True)
-            plan, sequences = workload.plan, workload.sequences
-            assert plan is not None
-            staged = list(stage_all(plan))
-            clock.enter("warmup")
-            engine = self.runtime.engine_for(Ready(plan.geometry, plan.buckets, sequences, staged), progress)
-            replan = True  # memory ran out
+        warmed, staged, workload = self.warm(workload, clock, progress)
+        count = len(workload.sequences)
 
         def run() -> Outcome:
-            return collect(len(sequences), staged, engine.run(staged, Counter("inference", len(staged), progress)))
+            return collect(count, staged, warmed.engine.run(staged, Counter("inference", len(staged), progress)))
 
         return run, workload
 

@@ -1,12 +1,13 @@
 """How large a bucket may be: what is asked for, what is recorded in the cache, what pays on the device, what fits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from cecompile.engine import memory
 from cecompile.errors import UserError
+from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import BLOCK, Geometry, choose_geometry
 
 
@@ -17,13 +18,18 @@ class Tuning:
     Attributes:
         tokens_per_bucket: slots a pass.
         readout_chunk: readouts whose logits are held at once.
+        decoding: the cache where memory leaves the choice, and its steps.
     """
 
     tokens_per_bucket: int
     readout_chunk: int
+    decoding: DecodeShape
 
 
-TUNING = {"cpu": Tuning(2048, 256), "cuda": Tuning(8192, 1024)}
+TUNING = {
+    "cpu": Tuning(2048, 256, DecodeShape(slots=4096, lanes=16, step_tokens=(256, 16))),
+    "cuda": Tuning(8192, 1024, DecodeShape(slots=16384, lanes=64, step_tokens=(512, 64))),
+}
 
 
 class Sizing:
@@ -57,6 +63,7 @@ class Sizing:
         self._sizes: memory.Sizes | None = None
         self.tuning = TUNING[device.type]
         self.limit: int | None = limit
+        self._held: int | None = None  # bytes in use before anything is loaded, where they count
 
     def geometry(self, longest: int, *, blocks: bool, recorded: dict[str, Any] | None = None) -> Geometry:
         """The shape that pays, whatever the memory.
@@ -82,19 +89,22 @@ class Sizing:
                 return Geometry(rows, length, own.readout_chunk, blocks)
         return own
 
-    def fitting(self, wanted: Geometry, longest: int, engine: str) -> Geometry:
+    def fitting(self, wanted: Geometry, longest: int, engine: str, answer: int = 0) -> Geometry:
         """`wanted`, or the largest shape below it that fits the memory there is.
+
+        Args:
+            wanted: what `geometry` says.
+            longest: inputs of the longest sequence.
+            engine: "compiled" or "eager".
+            answer: tokens of the longest prompt and its answer together, where answers are decoded.
 
         Raises:
             UserError: none does, or the size was asked for and does not.
         """
-        if self.limit is None:  # before anything is loaded: what is loaded later is part of what is needed
-            self.limit = memory.available(self._device)
-        held = memory.used_already(self._device) if self._asked_limit is not None else 0
-        room = int(self.limit * memory.USABLE[self._device.type]) - held
+        room, beside = self._room(), self._least_decoding(answer)
         geometry = wanted
         while True:
-            needed = self.budget(geometry, engine)
+            needed = self.budget(geometry, engine, beside)
             if needed.total <= room:
                 break
             slots = geometry.rows * geometry.length
@@ -105,23 +115,42 @@ class Sizing:
         if geometry != wanted and self._asked is not None:
             slots, most = wanted.rows * wanted.length, geometry.rows * geometry.length
             raise UserError(
-                f"{self._name}: needs {self.budget(wanted, engine).total / 1e9:.1f} GB with buckets of {slots} tokens, "
-                f"{room / 1e9:.1f} GB are there on {self._device}; --tokens-per-bucket {most} fits"
+                f"{self._name}: needs {self.budget(wanted, engine, beside).total / 1e9:.1f} GB with buckets of {slots} "
+                f"tokens, {room / 1e9:.1f} GB are there on {self._device}; --tokens-per-bucket {most} fits"
             )
         return geometry
 
-    def budget(self, geometry: Geometry, engine: str, elsewhere: str | None = None) -> memory.Budget:
+    def decoding(self, geometry: Geometry, engine: str, answer: int, fit: bool) -> DecodeShape | None:
+        """The decoder beside buckets of this geometry: the largest cache that pays and, with `fit`, memory holds.
+
+        Args:
+            answer: tokens of the longest prompt and its answer together; 0 where nothing is decoded.
+        """
+        least, usual = self._least_decoding(answer), self.tuning.decoding
+        if least is None:
+            return None
+        slots = least.slots if self._ceiling is not None else max(usual.slots, least.slots)
+        while slots > least.slots:
+            larger = replace(usual, slots=slots)
+            if not fit or self.budget(geometry, engine, larger).total <= self._room():
+                return larger
+            slots = max(least.slots, slots // 2)
+        return least
+
+    def budget(
+        self, geometry: Geometry, engine: str, decoding: DecodeShape | None = None, elsewhere: str | None = None
+    ) -> memory.Budget:
         """Bytes that a run with this geometry needs, by part; or, on a kind of device `elsewhere`, in 16 bits."""
         if elsewhere is not None:
-            return memory.budget(memory.model_sizes(self._config, "bfloat16"), geometry, elsewhere, engine)
+            return memory.budget(memory.model_sizes(self._config, "bfloat16"), geometry, elsewhere, engine, decoding)
         if self._sizes is None:
             self._sizes = memory.model_sizes(self._config, self._dtype)
-        return memory.budget(self._sizes, geometry, self._device.type, engine)
+        return memory.budget(self._sizes, geometry, self._device.type, engine, decoding)
 
     def of_size(self, tokens_per_bucket: int) -> "Sizing":
         """The same, asked for this size."""
         out = Sizing(self._name, self._config, self._device, self._dtype, tokens_per_bucket, self._asked_limit)
-        out.limit = self.limit
+        out.limit, out._held = self.limit, self._held
         return out
 
     def step_down(self, geometry: Geometry) -> bool:
@@ -131,6 +160,19 @@ class Sizing:
             return False
         self._ceiling = slots
         return True
+
+    def _room(self) -> int:
+        """Bytes that a prediction may fill."""
+        if self._held is None or self.limit is None:  # before anything is loaded: that is part of what is needed
+            self.limit = self._asked_limit if self._asked_limit is not None else memory.available(self._device)
+            self._held = memory.used_already(self._device) if self._asked_limit is not None else 0
+        return int(self.limit * memory.USABLE[self._device.type]) - self._held
+
+    def _least_decoding(self, answer: int) -> DecodeShape | None:
+        """The smallest decoder for answers of this length."""
+        if not answer:
+            return None
+        return replace(self.tuning.decoding, slots=-(-(answer + 1) // BLOCK) * BLOCK)
 
     def _geometry(self, longest: int, tokens: int, blocks: bool) -> Geometry:
         return choose_geometry(

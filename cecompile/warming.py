@@ -3,19 +3,22 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 
 from cecompile.engine.cache import WARM, Entry
+from cecompile.engine.decode import Decoder, NotDecodableError
 from cecompile.engine.forward import Engine
-from cecompile.engine.verify import disagreement
+from cecompile.engine.verify import decoding_disagreement, disagreement
 from cecompile.errors import CheckError, UserError, first_line, printable
-from cecompile.workload.plan import Bucket, Geometry
+from cecompile.workload.lanes import DecodeShape
+from cecompile.workload.plan import Bucket, Geometry, Plan
 from cecompile.workload.sequences import Sequences
-from cecompile.workload.stage import StagedPass
+from cecompile.workload.stage import StagedPass, stage_all
 
-Done = Callable[[Bucket], None]
+Done = Callable[[Any], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +26,30 @@ class Ready:
     """What there is to warm up for.
 
     Attributes:
-        geometry, buckets: the plan's.
+        geometry, buckets, decoding: the plan's.
         sequences, staged: what will run, of which a few sequences are checked; None where that is not known yet.
     """
 
     geometry: Geometry
     buckets: tuple[Bucket, ...]
+    decoding: DecodeShape | None = None
     sequences: Sequences | None = None
     staged: Sequence[StagedPass] = ()
+
+    @classmethod
+    def for_plan(cls, plan: Plan, sequences: Sequences) -> "Ready":
+        """All that running these sequences takes."""
+        return cls(plan.geometry, plan.buckets, plan.decoding, sequences, list(stage_all(plan)))
+
+    @property
+    def compiled(self) -> tuple[Bucket | DecodeShape, ...]:
+        """Everything that is compiled."""
+        return self.buckets if self.decoding is None else (*self.buckets, self.decoding)
+
+    @property
+    def steps(self) -> int:
+        """How many fixed shapes that is."""
+        return len(self.buckets) + (0 if self.decoding is None else len(self.decoding.step_tokens))
 
 
 @dataclass(slots=True)
@@ -39,14 +58,23 @@ class Warmed:
 
     Attributes:
         name: "compiled" or "eager".
+        compiled: what for.
+        decoder: what decodes answers; None where nothing is decoded, or this model cannot be so.
         note: why it is not what was asked for, or None.
-        seconds: per bucket, of compiling, running and capturing it.
+        seconds: per fixed shape, in words, of compiling, running and capturing it.
     """
 
     engine: Engine
     name: str
+    compiled: tuple[Bucket | DecodeShape, ...]
+    decoder: Decoder | None = None
     note: str | None = None
-    seconds: dict[Bucket, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def remark(self, note: str | None) -> None:
+        """Adds to the note, if there is something to add."""
+        if note:
+            self.note = f"{self.note}; {note}" if self.note else note
 
 
 class Warmer:
@@ -89,13 +117,13 @@ class Warmer:
                 # no C++ compiler, no Triton, or a layer that does not compile
                 note = printable(first_line(error), 200)
             if note is None:
-                warmed.note = self._publish(ready)
+                warmed.remark(self._publish(ready))
                 return warmed
         warmed = self._engine("eager", ready, done)
         wrong = self._wrong(warmed, ready)
         if wrong:
             raise CheckError(f"{wrong}; nothing was written")
-        warmed.note = note and f"ran uncompiled: {note}"
+        warmed.remark(note and f"ran uncompiled: {note}")
         return warmed
 
     def _engine(self, name: str, ready: Ready, done: Done) -> Warmed:
@@ -104,29 +132,39 @@ class Warmer:
         engine = Engine(
             self._model, ready.buckets, attention=self._attention, compiled=compiled, readout_chunk=self._chunk
         )
-        warmed = Warmed(engine, name)
+        warmed = Warmed(engine, name, ready.compiled)
 
-        def book(bucket: Bucket) -> None:
+        def book(what: str) -> None:
             nonlocal began
-            warmed.seconds[bucket], began = perf_counter() - began, perf_counter()
-            done(bucket)
+            warmed.seconds[what], began = perf_counter() - began, perf_counter()
+            done(what)
 
-        engine.warm_up(book)
+        engine.warm_up(lambda b: book(f"{b.rows} x {b.length} tokens, {b.readouts} readouts"))
+        if ready.decoding is not None:
+            slots = ready.decoding.slots
+            try:
+                decoder = engine.decoder(ready.decoding)
+                decoder.warm_up(lambda tokens: book(f"decoding, {tokens} tokens a step, cache of {slots}"))
+                warmed.decoder = decoder
+            except NotDecodableError as reason:
+                warmed.remark(f"answers outside the tree by the stock model alone: {reason}")
         return warmed
 
     def _wrong(self, warmed: Warmed, ready: Ready) -> str | None:
         if ready.sequences is None:
             return None
         off = disagreement(warmed.engine, self._model, self._stock, ready.sequences, ready.staged)
+        if warmed.decoder is not None:
+            off = max(off, decoding_disagreement(warmed.decoder, self._model, self._stock, ready.sequences))
         if off <= 1:
             return None
         return f"the {warmed.name} pass is {off:.2g} times as far from the stock model as rounding explains"
 
     def _publish(self, ready: Ready) -> str | None:
         """Writes what is new into the cache; what hinders it is a note, not a failure."""
-        if self._entry is not None and self._entry.state(ready.buckets)[0] != WARM:
+        if self._entry is not None and self._entry.state(ready.compiled)[0] != WARM:
             try:
-                self._entry.publish(ready.buckets, ready.geometry)
+                self._entry.publish(ready.compiled, ready.geometry)
             except UserError as error:
                 return f"compile cache not written: {printable(str(error), 200)}"
         return None

@@ -10,6 +10,7 @@ from cecompile.cli import cli
 GOOD = {"query": "q", "choices": ["a", "b"], "gold": 0}
 HELLASWAG = {"activity_label": "l", "ctx_a": "a", "ctx_b": "b", "endings": ["x", "y"], "label": 1}
 ARC = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+CHAT = {"message": [{"role": "user", "content": "x"}], "answer": "a"}
 PIQA = {"goal": "g", "sol1": "a", "sol2": "b", "label": 0}
 
 
@@ -42,7 +43,15 @@ CONTENTS = {
         b'{"context_options": ["a", "b"], "continuation": "c", "gold": 0}\n',
         ["bad.jsonl: line 1", "context_options", "no known format"],
     ),
-    "chat rows": (b'{"message": [{"role": "user", "content": "x"}], "answer": "a"}\n', ["line 1", "'message'", "chat"]),
+    "a chat without messages": (line(CHAT, message=[]), ["bad.jsonl: line 1", "'message'", "an empty list"]),
+    "a chat that is a text": (line(CHAT, message="x"), ["bad.jsonl: line 1", "'message'", "a text"]),
+    "a message that is a text": (line(CHAT, message=["x"]), ["bad.jsonl: line 1", "'message[0]'", "a text"]),
+    "a message without a role": (line(CHAT, message=[{"content": "x"}]), ["'message[0].role'", "nothing"]),
+    "a message without content": (line(CHAT, message=[{"role": "user"}]), ["'message[0].content'", "nothing"]),
+    "content in parts": (line(CHAT, message=[{"role": "user", "content": ["x"]}]), ["'message[0].content'", "a list"]),
+    "an answer that is no text": (line(CHAT, answer=True), ["bad.jsonl: line 1", "'answer'", "truth"]),
+    "an answer to some chats": (line(CHAT) + line(CHAT, answer=...), ["bad.jsonl: line 2", "'answer'", "missing"]),
+    "a surrogate in a chat": (line(CHAT, answer="\ud800"), ["bad.jsonl: line 1", "'answer'", "surrogate"]),
     "no choices": (good + line(GOOD, choices=[]), ["bad.jsonl: line 2", "'choices'", "0 choices"]),
     "one choice": (good + line(GOOD, choices=["a"]), ["bad.jsonl: line 2", "'choices'", "1 choices"]),
     "an empty choice": (good + line(GOOD, choices=["a", ""]), ["bad.jsonl: line 2", "'choices[1]'", "empty"]),

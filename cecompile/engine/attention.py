@@ -27,7 +27,30 @@ def install(model: PreTrainedModel, attention: str) -> None:
     model.set_attn_implementation(NAMES[attention])
 
 
-class TreeMasks:
+class Masks:
+    """What a model with our attention is told about who sees whom, while it is active."""
+
+    def get(self, window: int | None, dtype: torch.dtype) -> Tensor | BlockMask:
+        """The mask of layers that see `window` tokens back along their path (None: all of it)."""
+        raise NotImplementedError
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """While this lasts, a model with our attention asks this object for its masks."""
+        global _active
+        before, _active = _active, self
+        try:
+            yield
+        finally:
+            _active = before
+
+
+def dense(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask for dense attention: (rows, 1, queries, keys), 0 where `visible` (without the 1), else minus infinity."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)[:, None]
+
+
+class TreeMasks(Masks):
     """The attention masks of one bucket, read from its static buffers.
 
     Args:
@@ -41,11 +64,7 @@ class TreeMasks:
         self._made: dict[tuple[int | None, torch.dtype], Tensor | BlockMask] = {}
 
     def get(self, window: int | None, dtype: torch.dtype) -> Tensor | BlockMask:
-        """The mask of layers that see `window` tokens back along their path (None: all of it).
-
-        Block-sparse masks are views of the buffers and made once. Dense ones, (rows, 1, length, length) in `dtype`,
-        are computed anew in every pass.
-        """
+        """See `Masks`. Block-sparse masks are views of the buffers and made once, dense ones anew in every pass."""
         key = (window, dtype)
         if key not in self._made:
             self._made[key] = self._block_mask(window) if self._blocks else self._dense_mask(window, dtype)
@@ -53,15 +72,11 @@ class TreeMasks:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """While this lasts, a model with our attention asks this object for its masks."""
-        global _active
-        _active = self
+        """See `Masks`."""
         if not self._blocks:
             self._made.clear()
-        try:
+        with super().active():
             yield
-        finally:
-            _active = None
 
     def _dense_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         end, depth = self._part["end"], self._part["depth"]
@@ -69,7 +84,7 @@ class TreeMasks:
         visible = (slot[None, None, :] <= slot[None, :, None]) & (slot[None, :, None] < end[:, None, :])
         if window is not None:
             visible &= depth[:, :, None] - depth[:, None, :] < window
-        return torch.zeros(visible.shape, dtype=dtype, device=end.device).masked_fill_(~visible, -torch.inf)[:, None]
+        return dense(visible, dtype)
 
     def _block_mask(self, window: int | None) -> BlockMask:
         end, depth = self._part["end"], self._part["depth"]
@@ -91,11 +106,11 @@ class TreeMasks:
         )
 
 
-_active: TreeMasks | None = None
+_active: Masks | None = None
 
 
 def _mask(*, dtype: torch.dtype, local_size: int | None = None, **_: Any) -> Tensor | BlockMask:
-    assert _active is not None, "tree attention outside TreeMasks.active()"
+    assert _active is not None, "tree attention outside Masks.active()"
     return _active.get(local_size, dtype)
 
 
@@ -104,11 +119,13 @@ def _flex(
     query: Tensor,  # (rows, heads, length, head size)
     key: Tensor,  # (rows, key-value heads, length, head size)
     value: Tensor,
-    attention_mask: BlockMask,
+    attention_mask: BlockMask | Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    if isinstance(attention_mask, Tensor):  # a step of decoding
+        return _sdpa(module, query, key, value, attention_mask, scaling, softcap, **kwargs)
     _refuse_unknown(module, kwargs)
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex
     if query.device.type == "cpu":  # where the kernel forgets a view's offset (seen in torch 2.13, fused projections)
@@ -170,15 +187,21 @@ def _sdpa(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     _refuse_unknown(module, kwargs)
-    groups = query.shape[1] // key.shape[1]
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
     if groups > 1:  # with a mask, torch's grouped attention falls back to the slow path
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+        if query.shape[2] == key.shape[2]:
+            key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+        else:  # a few tokens of one row against a cache, which is read once as it lies
+            query = query.reshape(1, key.shape[1], -1, query.shape[3])
+            attention_mask = attention_mask.repeat(1, 1, groups, 1)
     if softcap is None:
         out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     else:
         scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         scores = softcap * torch.tanh(scores / softcap) + attention_mask
         out = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    if out.shape[1] != heads:
+        out = out.reshape(1, heads, -1, out.shape[3])
     return out.transpose(1, 2).contiguous(), None
 
 

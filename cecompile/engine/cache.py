@@ -22,15 +22,15 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
 from cecompile.errors import UserError, printable
-from cecompile.workload.plan import Bucket, Geometry
+from cecompile.workload.plan import Geometry
 
 SCHEMA = 1
 WARM, PARTLY, COLD = "warm", "partly warm", "cold"
@@ -38,7 +38,15 @@ _SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-
 _ENTRY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}")
 _NOT_KEPT = (".lock", ".tmp", ".pid")
 
-Shape = tuple[int, int]
+Shape = tuple[int, ...]
+
+
+class HasShape(Protocol):
+    """What is compiled for a fixed shape."""
+
+    @property
+    def shape(self) -> Shape:
+        """Tells it from others of the same model."""
 
 
 class NoCacheError(UserError):
@@ -182,7 +190,7 @@ class Entry:
         self._facts = facts
         self._key = key_of(facts)
         self._workspace = _workspace(cache)
-        self._buckets: set[Shape] = set()
+        self._shapes: set[Shape] = set()
         self._opened: str | None = None
         self.note: str | None = None
         path = cache.manifest_path(self._key)
@@ -194,26 +202,24 @@ class Entry:
         except UnusableError as problem:
             self.note = f"compile cache: {problem}; it is not used and will be built again"
             return
-        self._buckets = _shapes(manifest, "buckets")
+        self._shapes = _shapes(manifest, "buckets")
         self._opened = manifest["directory"]
 
-    def state(self, buckets: Sequence[Bucket]) -> tuple[str, str]:
+    def state(self, buckets: Iterable[HasShape]) -> tuple[str, str]:
         """ "warm", "partly warm" or "cold" for these buckets, and why."""
-        wanted = {(b.rows, b.length) for b in buckets}
-        missing = sorted(wanted - self._buckets, reverse=True)
+        wanted = {bucket.shape for bucket in buckets}
+        missing = sorted(wanted - self._shapes, reverse=True)
         if not missing:
             return WARM, "every bucket was compiled before"
         if self.note:
             return COLD, self.note
         if len(missing) < len(wanted):
-            shapes = ", ".join(f"{r} x {n}" for r, n in missing)
-            return PARTLY, f"not yet compiled: {shapes}"
-        if self._buckets:
-            have = ", ".join(f"{r} x {n}" for r, n in sorted(self._buckets, reverse=True))
-            return COLD, f"compiled before were buckets of {have} only"
+            return PARTLY, f"not yet compiled: {shown(missing)}"
+        if self._shapes:
+            return COLD, f"compiled before were buckets of {shown(sorted(self._shapes, reverse=True))} only"
         return COLD, self._nearest_miss()
 
-    def publish(self, buckets: Sequence[Bucket], geometry: Geometry, tuned: bool = False) -> None:
+    def publish(self, buckets: Iterable[HasShape], geometry: Geometry, tuned: bool = False) -> None:
         """Writes what this process has compiled as the entry, with what others have added meanwhile.
 
         Args:
@@ -224,7 +230,7 @@ class Entry:
         Raises:
             NoCacheError: the file system refuses.
         """
-        shapes = self._buckets | {(b.rows, b.length) for b in buckets}
+        shapes = self._shapes | {bucket.shape for bucket in buckets}
         try:
             with self._cache.locked():
                 now = self._cache.recorded(self._facts)
@@ -270,7 +276,7 @@ class Entry:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._cache.manifest_path(self._key))
-        self._buckets, self._opened, self.note = shapes, name, None
+        self._shapes, self._opened, self.note = shapes, name, None
 
     def size(self) -> int:
         """Bytes of the entry's files on disk."""
@@ -290,6 +296,11 @@ class Entry:
         return best[1] if best else "this model was not compiled before"
 
 
+def shown(shapes: Iterable[Shape]) -> str:
+    """Shapes in a line: a bucket's rows x tokens, a decoder's cache slots x rows in flight x tokens of each step."""
+    return ", ".join(" x ".join(map(str, shape)) for shape in shapes)
+
+
 def key_of(facts: dict[str, Any]) -> str:
     """32 hex digits over the facts, whatever their order."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
@@ -303,7 +314,7 @@ def _differing(before: Any, now: Any) -> str:
 
 
 def _shapes(manifest: dict[str, Any], name: str) -> set[Shape]:
-    return {(rows, length) for rows, length in manifest.get(name, ())}
+    return {tuple(shape) for shape in manifest.get(name, ())}
 
 
 class UnusableError(Exception):
@@ -320,7 +331,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             and key_of(facts) == path.stem
             and re.fullmatch(rf"{path.stem}-[0-9a-f]{{8}}", directory)
             and all(_SAFE_PATH.fullmatch(n) and len(f) == 2 for n, f in files.items())
-            and all(len(b) == 2 and all(isinstance(x, int) for x in b) for b in manifest["buckets"])
+            and all(len(b) >= 2 and all(isinstance(x, int) for x in b) for b in manifest["buckets"])
             and isinstance(manifest["built"], (int, float))
         )
     except (ValueError, KeyError, TypeError, AttributeError):

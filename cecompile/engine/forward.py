@@ -13,8 +13,11 @@ from transformers import PreTrainedModel
 
 from cecompile.engine import cpu, cuda
 from cecompile.engine.attention import TreeMasks, install
+from cecompile.engine.capture import capture
+from cecompile.engine.decode import Decoder
 from cecompile.engine.head import readout_of
 from cecompile.engine.layers import compiled_parts, inputs_are_free
+from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, data_size, empty_pass, views
 from cecompile.workload.tree import TARGETS
@@ -56,6 +59,7 @@ class Engine:
         options = _compile_options(model) if compiled else {}
         install(model, attention)
         self.buckets = tuple(buckets)
+        self._model = model
         self._body = model.base_model
         self._readout = readout_of(model)
         self._chunk = readout_chunk
@@ -74,11 +78,19 @@ class Engine:
         """Compiles, runs and captures every bucket, largest first. `done` is called after each."""
         for slot in self._slots:
             if self._capture:
-                slot.capture(functools.partial(self._forward, slot), self._pool)
+                slot.graph = capture(functools.partial(self._forward, slot), self._pool)
             else:
                 self._forward(slot)
             self._wait()
             done(slot.bucket)
+
+    def decoder(self, shape: DecodeShape) -> Decoder:
+        """What decodes with this engine's model, compiled and captured as this engine is. Not warm yet.
+
+        Raises:
+            NotDecodableError: see `Decoder`.
+        """
+        return Decoder(self._model, self._readout, shape, self._pool)
 
     @torch.inference_mode()
     def run(self, passes: Iterable[StagedPass], done: Callable[[StagedPass], None] = lambda _: None) -> list[Readouts]:
@@ -158,18 +170,6 @@ class _Slot:
         """Waits for the outputs of a pass and picks those in use."""
         logprob, argmax = self._turns[turn].fetched()
         return Readouts(logprob.numpy().reshape(-1)[one.entry], argmax.numpy()[one.entry // TARGETS])
-
-    def capture(self, forward: Callable[[], None], pool: Any) -> None:
-        """Runs `forward` until it is compiled and settled, then captures it in a graph on the shared pool."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            forward()
 
 
 class _Transfer:

@@ -19,6 +19,7 @@ import torch
 from cecompile.engine.layers import on_meta
 from cecompile.errors import UserError
 from cecompile.system import read_meminfo, read_status, read_text
+from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import Geometry
 
 MiB = 1 << 20
@@ -58,6 +59,8 @@ class Sizes:
     Attributes:
         parameters: number of weights, each tied one once.
         width, inner, vocabulary: of hidden states, of the MLP's hidden states, of the logits.
+        cached: values of keys and values per token, over all layers.
+        groups: queries' heads per keys' head.
         itemsize: bytes of a weight and of an activation.
     """
 
@@ -65,6 +68,8 @@ class Sizes:
     width: int
     inner: int
     vocabulary: int
+    cached: int
+    groups: int
     itemsize: int
 
 
@@ -76,13 +81,14 @@ class Budget:
     activations: int
     mask: int
     head: int
+    cache: int
     fixed: int
     loading: int
 
     @property
     def total(self) -> int:
         """The peak: reading is over when the rest begins."""
-        return self.weights + max(self.loading, self.activations + self.mask + self.head + self.fixed)
+        return self.weights + max(self.loading, self.activations + self.mask + self.head + self.cache + self.fixed)
 
 
 def model_sizes(config: Any, dtype: str) -> Sizes:
@@ -96,22 +102,34 @@ def model_sizes(config: Any, dtype: str) -> Sizes:
     text = config.get_text_config()
     width = text.hidden_size
     named = (getattr(text, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
+    heads = text.num_attention_heads
+    kept = getattr(text, "num_key_value_heads", None) or heads
     resolved = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     return Sizes(
         parameters=sum(p.numel() for p in model.parameters()),
         width=width,
         inner=next((n for n in named if n), 4 * width),
         vocabulary=text.vocab_size,
+        cached=text.num_hidden_layers * kept * _head_sizes(text),
+        groups=heads // kept,
         itemsize=torch.empty(0, dtype=resolved).element_size(),
     )
 
 
-def budget(sizes: Sizes, geometry: Geometry, device: str, engine: str) -> Budget:
+def _head_sizes(text: Any) -> int:
+    """Values of one head's key and value together."""
+    if getattr(text, "kv_lora_rank", None):
+        return int(text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
+    return 2 * int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def budget(sizes: Sizes, geometry: Geometry, device: str, engine: str, decoding: DecodeShape | None = None) -> Budget:
     """What a run with buckets of at most this geometry needs on the device.
 
     Args:
         device: "cpu" or "cuda".
         engine: "compiled" or "eager".
+        decoding: what decodes beside the buckets. Its activations take turns with theirs, its keys and values do not.
     """
     slots = geometry.rows * geometry.length
     fit = FITS[device, engine]
@@ -123,9 +141,16 @@ def budget(sizes: Sizes, geometry: Geometry, device: str, engine: str) -> Budget
         activations=int(fit.factor * slots * per_slot),
         mask=pairs * (sizes.itemsize + 1),
         head=logits * (sizes.itemsize if engine == "compiled" else sizes.itemsize + 8),
+        cache=0 if decoding is None else _cache(sizes, decoding),
         fixed=fit.fixed,
         loading=min(LOADING[device], sizes.parameters * sizes.itemsize),
     )
+
+
+def _cache(sizes: Sizes, decoding: DecodeShape) -> int:
+    """Bytes of all keys and values, and of a step's mask over them."""
+    mask = decoding.step_tokens[0] * decoding.slots * (1 + (1 + sizes.groups) * sizes.itemsize)
+    return decoding.slots * sizes.cached * sizes.itemsize + mask
 
 
 def available(device: torch.device) -> int:

@@ -4,15 +4,20 @@ Compilers have bugs, and a wrong score looks like any other. So of one real pass
 scored again, one by one, by the stock model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from cecompile.engine.decode import Decoder
 from cecompile.engine.forward import Engine, Readouts
 from cecompile.engine.probe import TOLERANCE
 from cecompile.engine.reference import stock_logits
+from cecompile.workload.lanes import Step
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import StagedPass
 
@@ -37,23 +42,58 @@ def disagreement(
     """
     first = {one.bucket: one for one in reversed(staged)}.values()
     got = engine.run(first)
+    with stock_attention(model, stock):
+        return max(_difference(model, sequences, _picked(one, out)) for one, out in zip(first, got, strict=True))
+
+
+@torch.inference_mode()
+def decoding_disagreement(decoder: Decoder, model: PreTrainedModel, stock: str, sequences: Sequences) -> float:
+    """The same of a decoder, which reads a few sequences: all but the last token at once, then that one."""
+    got: dict[int, NDArray[np.float32]] = {}
+    for i in _spread(np.arange(len(sequences))):
+        inputs, target = sequences.inputs(i), sequences.targets(i)[-1:]
+        slots = np.arange(len(inputs), dtype=np.int32)
+        size, none = decoder.shape.step_tokens[0], np.zeros(0, dtype=np.int32)
+        for at in range(0, len(inputs) - 1, size):
+            part = slice(at, min(at + size, len(inputs) - 1))
+            decoder.run(Step(inputs[part], slots[part], np.zeros_like(slots[part]), none, none))
+        zero = np.zeros(1, dtype=np.int32)
+        got[i], _ = decoder.run(Step(inputs[-1:], slots[-1:], zero, zero, target))
+    with stock_attention(model, stock):
+        return _difference(model, sequences, got)
+
+
+@contextmanager
+def stock_attention(model: PreTrainedModel, stock: str) -> Iterator[None]:
+    """While this lasts, the model runs as it was loaded, with nothing of ours."""
     ours = model.config._attn_implementation
     model.set_attn_implementation(stock)
     try:
         with torch.compiler.set_stance("force_eager"):
-            return max(_difference(model, sequences, one, out) for one, out in zip(first, got, strict=True))
+            yield
     finally:
         model.set_attn_implementation(ours)
 
 
-def _difference(model: PreTrainedModel, sequences: Sequences, one: StagedPass, out: Readouts) -> float:
-    present = np.unique(one.choice)
+def _picked(one: StagedPass, out: Readouts) -> dict[int, NDArray[np.float32]]:
+    """The log-probabilities of a few of a pass's sequences."""
+    return {i: out.logprob[one.choice == i] for i in _spread(np.unique(one.choice))}
+
+
+def _spread(sequences: NDArray[Any]) -> list[int]:
+    """A few of them, from first to last."""
+    chosen: list[int] = sequences[np.linspace(0, len(sequences) - 1, min(CHECKED, len(sequences))).astype(int)].tolist()
+    return chosen
+
+
+def _difference(model: PreTrainedModel, sequences: Sequences, got: dict[int, NDArray[np.float32]]) -> float:
+    """How far off the log-probabilities of the last tokens of these sequences are."""
     errors, spread = [], []
-    for i in present[np.linspace(0, len(present) - 1, min(CHECKED, len(present))).astype(int)].tolist():
+    for i, ours in got.items():
         logits = stock_logits(model, sequences, i)
         target = torch.from_numpy(sequences.targets(i).astype(np.int64)).to(logits.device)
         logprob = logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
-        errors.append(torch.from_numpy(out.logprob[one.choice == i]) - logprob.cpu())
+        errors.append(torch.from_numpy(ours) - logprob.cpu()[-len(ours) :])
         spread.append(logits.std().item())
     if not np.isfinite(spread).all():
         return 0.0

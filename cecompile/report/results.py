@@ -1,4 +1,4 @@
-"""Result files: results.json and samples.jsonl in the output directory, written whole or not at all."""
+"""Result files: results.json, samples.jsonl and predictions.jsonl, each written whole or not at all."""
 
 import contextlib
 import dataclasses
@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from cecompile.errors import UserError
-from cecompile.tasks.judge import Sample
 from cecompile.workload.plan import Plan
 
 SCHEMA = 1
-RESULTS, SAMPLES = "results.json", "samples.jsonl"
+RESULTS, SAMPLES, PREDICTIONS = "results.json", "samples.jsonl", "predictions.jsonl"
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
     """results.json's `plan`: token counts, and how often each bucket runs."""
-    return {
+    summary: dict[str, Any] = {
         "useful_tokens": plan.useful_tokens,
         "slots": plan.slots,
         "unshared_tokens": plan.unshared_tokens,
@@ -32,6 +31,9 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
             for i, b in enumerate(plan.buckets)
         ],
     }
+    if plan.decoding is not None:
+        summary["decoding"] = dataclasses.asdict(plan.decoding)
+    return summary
 
 
 def environment(device_name: str) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def prepare_output(directory: Path, overwrite: bool) -> None:
     if is_file:
         raise UserError(f"{directory}: is a file; --output names a directory")
     if held:
-        if not held & {RESULTS, SAMPLES}:
+        if not held & {RESULTS, SAMPLES, PREDICTIONS}:
             raise UserError(f"{directory}: not empty and not a result directory; choose another --output")
         if not overwrite:
             raise UserError(f"{directory}: holds results already; --overwrite replaces them")
@@ -80,15 +82,25 @@ def prepare_output(directory: Path, overwrite: bool) -> None:
         raise UserError(f"{directory}: cannot be written: {parent}: {error.strerror}") from None
 
 
-def write_samples(directory: Path, samples: Sequence[Sample]) -> None:
-    """Writes samples.jsonl, a line per sample, and removes an earlier run's results.json first.
+def write_samples(directory: Path, samples: Sequence[Any]) -> None:
+    """Writes samples.jsonl, a line per sample (a dataclass), and removes an earlier run's other files first.
 
     Raises:
         UserError: the file system refuses.
     """
-    with contextlib.suppress(FileNotFoundError):
-        (directory / RESULTS).unlink()
+    for name in (RESULTS, PREDICTIONS):
+        with contextlib.suppress(FileNotFoundError):
+            (directory / name).unlink()
     _write(directory / SAMPLES, (json.dumps(dataclasses.asdict(s)) + "\n" for s in samples))
+
+
+def write_predictions(directory: Path, texts: Sequence[str]) -> None:
+    """Writes predictions.jsonl, a line per answer as the text-generation pipeline returns it.
+
+    Raises:
+        UserError: the file system refuses.
+    """
+    _write(directory / PREDICTIONS, (json.dumps([{"generated_text": text}]) + "\n" for text in texts))
 
 
 def write_results(directory: Path, results: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from cecompile.engine.cache import shown
 from cecompile.errors import printable
 from cecompile.report.clock import PHASES
 
@@ -39,10 +40,15 @@ def print_results(console: Console, results: dict[str, Any], output: Path) -> No
     _row(table, "device", "", environment["device"])
     if results["engine"]["note"]:
         _row(table, "note", "", results["engine"]["note"])
-    if results["truncated_questions"]:
+    if results.get("truncated_questions"):
         _row(table, "truncated", str(results["truncated_questions"]), "questions cut on the left to fit the model")
     table.add_section()
     _metrics(table, results["metrics"])
+    if results.get("answers", {}).get("tokens") is not None:
+        answers = results["answers"]
+        _row(table, "in the tree", f"{answers['in_tree']}", f"of {results['questions']} answers, read in the same pass")
+        outside = f"of {answers['tokens']:,} tokens written"
+        _row(table, "decoded outside", f"{answers['decoded_tokens']:,}", outside)
     table.add_section()
     for phase in PHASES:
         _row(table, phase, f"{results['phases_s'][phase]:.2f} s", "")
@@ -85,8 +91,7 @@ def print_warmup(console: Console, built: Any, note: str | None) -> None:
     """What `cecompile warm` has built (a `prewarm.Warmup`)."""
     table = _table()
     _row(table, "cache was", built.before[0], built.before[1])
-    for bucket, seconds in built.seconds.items():
-        shape = f"{bucket.rows} x {bucket.length} tokens, {bucket.readouts} readouts"
+    for shape, seconds in built.seconds.items():
         _row(table, "bucket", f"{seconds:.2f} s", shape)
     for slots, rate in built.measured.items():
         _row(table, f"{slots:,} slots", f"{rate:,.0f}", "useful tokens a second, measured")
@@ -109,7 +114,7 @@ def print_cache(console: Console, directory: Path, entries: Sequence[Any]) -> No
             facts.get("dtype", ""),
             facts.get("device", {}).get("name", ""),
             facts.get("versions", {}).get("torch", ""),
-            ", ".join(f"{r} x {n}" for r, n in entry.buckets),
+            shown(entry.buckets),
             f"{entry.size / 1e6:.1f} MB",
             built,
             entry.problem or "",
@@ -139,6 +144,10 @@ def _plan_rows(table: Table, plan: dict[str, Any]) -> None:
     for b in plan["buckets"]:
         shape = f"{b['rows']} x {b['length']} tokens, {b['readouts']} readouts"
         _row(table, "bucket", f"{b['runs']:,} runs", shape)
+    if "decoding" in plan:
+        decoding = plan["decoding"]
+        shape = f"{' or '.join(map(str, decoding['step_tokens']))} tokens a step, cache of {decoding['slots']}"
+        _row(table, "decoding", "", shape)
 
 
 def _table() -> Table:
@@ -150,7 +159,7 @@ def _table() -> Table:
 
 
 def _metrics(table: Table, metrics: dict[str, float | None]) -> None:
-    for name in ("acc", "acc_norm"):
+    for name in (name for name in metrics if f"{name}_stderr" in metrics):
         value, error = metrics[name], metrics[f"{name}_stderr"]
         shown = "no labels" if value is None else f"{value:.4f}"
         _row(table, name, shown, "" if error is None else f"± {error:.4f}")

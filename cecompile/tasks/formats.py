@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cecompile.errors import UserError
+from cecompile.tasks.chat import ChatQuestion
 from cecompile.tasks.question import Question
 
 Row = Mapping[str, Any]
@@ -25,7 +26,7 @@ class Format:
     task: str
     fields: frozenset[str]
     label_field: str
-    convert: Callable[[Row, str, str], Question]  # (row, where, id)
+    convert: Callable[[Row, str, str], Question | ChatQuestion]  # (row, where, id)
 
 
 def preprocess(text: str) -> str:
@@ -68,8 +69,22 @@ def _piqa(row: Row, where: str, id: str) -> Question:
     )
 
 
-def _chat(row: Row, where: str, id: str) -> Question:
-    raise UserError(f"{where}: field 'message': chat rows are answered, not scored, and this version only scores")
+def _chat(row: Row, where: str, id: str) -> ChatQuestion:
+    listed = row["message"]
+    if not isinstance(listed, list) or not listed:
+        raise UserError(f"{where}: field 'message': expected a list of messages, found {_kind(listed)}")
+    messages = []
+    for i, message in enumerate(listed):
+        if not isinstance(message, Mapping):
+            raise UserError(f"{where}: field 'message[{i}]': expected an object, found {_kind(message)}")
+        for part in ("role", "content"):
+            if not isinstance(message.get(part), str):
+                found = _kind(message[part]) if part in message else "nothing"
+                raise UserError(f"{where}: field 'message[{i}].{part}': expected a text, found {found}")
+        role, content = (_clean(message[part], f"message[{i}].{part}", where) for part in ("role", "content"))
+        messages.append((role, content))
+    answer = None if row.get("answer") is None else _text(row, "answer", where)
+    return ChatQuestion(id, tuple(messages), answer)
 
 
 FORMATS = (
@@ -78,9 +93,9 @@ FORMATS = (
     Format("arc", "choices", frozenset({"question", "choices"}), "answerKey", _arc),
     Format("openbookqa", "choices", frozenset({"question_stem", "choices"}), "answerKey", _openbookqa),
     Format("piqa", "choices", frozenset({"goal", "sol1", "sol2"}), "label", _piqa),
-    Format("chat", "chat", frozenset({"message", "answer"}), "answer", _chat),
+    Format("chat", "chat", frozenset({"message"}), "answer", _chat),
 )
-TASKS = ("hellaswag", "choices")
+TASKS = ("hellaswag", "choices", "chat")
 
 
 def detect(row: Row, task: str, where: str) -> Format:
@@ -106,7 +121,7 @@ def detect(row: Row, task: str, where: str) -> Format:
     return matches[0]
 
 
-def to_question(row: Row, fmt: Format, where: str, position: int) -> Question:
+def to_question(row: Row, fmt: Format, where: str, position: int) -> Question | ChatQuestion:
     """`row` as a question; `position` (from 0) is its id where it has none of its own.
 
     Raises:
@@ -205,5 +220,5 @@ def _lettered(row: Row, where: str) -> tuple[tuple[str, ...], int | None]:
 def _kind(value: Any) -> str:
     names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "a text"}
     names |= {list: "a list", dict: "an object"}
-    name = names.get(type(value), type(value).__name__)
+    name = "an empty list" if value == [] else names.get(type(value), type(value).__name__)
     return f"{name} ({value!r:.40})" if isinstance(value, (bool, int, float, str)) else name

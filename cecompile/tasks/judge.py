@@ -43,16 +43,20 @@ def judge(question: Question, loglikelihoods: Sequence[float], greedy: Sequence[
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float | None]:
-    """`acc`, `acc_norm` (fractions of 1) and their standard errors; None where there are no labels.
+    """`acc`, `acc_norm` (fractions of 1) and their standard errors; None where there are no labels."""
+    labelled = all(s.label is not None for s in samples)
+    right = [s.prediction == s.label if labelled else None for s in samples]
+    right_norm = [s.prediction_norm == s.label if labelled else None for s in samples]
+    return fraction("acc", right) | fraction("acc_norm", right_norm)
+
+
+def fraction(name: str, right: Sequence[bool | None]) -> dict[str, float | None]:
+    """The fraction of those right, as `name`, and its standard error, as `name`_stderr; None where not all are known.
 
     The standard error is the sample standard deviation (n - 1) over the square root of n.
     """
-    labelled = all(s.label is not None for s in samples)
-    right = [float(s.prediction == s.label) for s in samples]
-    right_norm = [float(s.prediction_norm == s.label) for s in samples]
-    out: dict[str, float | None] = {}
-    for name, values in (("acc", right), ("acc_norm", right_norm)):
-        out[name] = float(np.mean(values)) if labelled else None
-        enough = labelled and len(values) > 1
-        out[f"{name}_stderr"] = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if enough else None
-    return out
+    values = [float(r) for r in right if r is not None]
+    if len(values) < len(right):
+        return {name: None, f"{name}_stderr": None}
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {name: float(np.mean(values)), f"{name}_stderr": error}

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,22 @@ class Question:
     label: int | None
     delimiter: str = " "
 
+    def content(self) -> list[Any]:
+        """What the question consists of, as plain JSON values."""
+        return [self.id, self.context, self.choices, self.label, self.delimiter]
 
-def digest(questions: Iterable[Question]) -> str:
+
+class HasContent(Protocol):
+    """A question of any kind."""
+
+    def content(self) -> list[Any]:
+        """What it consists of, as plain JSON values."""
+
+
+def digest(questions: Iterable[HasContent]) -> str:
     """SHA-256 (hex) of the questions' content, the same whatever file format they came in."""
     sha = hashlib.sha256()
     for q in questions:
-        sha.update(json.dumps([q.id, q.context, q.choices, q.label, q.delimiter]).encode("ascii"))
+        sha.update(json.dumps(q.content()).encode("ascii"))
         sha.update(b"\n")
     return sha.hexdigest()

@@ -12,7 +12,6 @@ from typing import Any
 
 from cecompile.errors import UserError
 from cecompile.tasks.formats import detect, to_question
-from cecompile.tasks.question import Question
 
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%+-]+))?")
 SPLITS = ("validation", "test", "train")
@@ -20,13 +19,13 @@ SPLITS = ("validation", "test", "train")
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Questions in the order of the file, and the task they were read as."""
+    """Questions in the order of the file (`Question`, or `ChatQuestion` for the task "chat"), and that task."""
 
     task: str
-    questions: list[Question]
+    questions: list[Any]
 
 
-def read_questions(data: str | Path, task: str = "auto", limit: float | None = None) -> list[Question]:
+def read_questions(data: str | Path, task: str = "auto", limit: float | None = None) -> list[Any]:
     """The questions of a dataset; see `read_dataset`."""
     return read_dataset(data, task, limit).questions
 
@@ -36,7 +35,7 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
 
     Args:
         data: a .jsonl, .json, .parquet or .csv file, or a hub id `owner/name[/config][:split]`.
-        task: "auto" recognises the format from the fields; "hellaswag" or "choices" narrows it down.
+        task: "auto" recognises the format from the fields; "hellaswag", "choices" or "chat" narrows it down.
         limit: keep the first `limit` questions; below 1, that fraction of them, rounded up.
 
     Returns:
@@ -45,7 +44,7 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
     Raises:
         UserError: the data cannot be read, or a row is not a question; names the file, the line and the field.
     """
-    questions: list[Question] = []
+    questions: list[Any] = []
     fmt = None
     last = int(limit) if limit is not None and limit >= 1 else None
     for position, (where, row) in enumerate(itertools.islice(_rows(data), last)):

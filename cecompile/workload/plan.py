@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.order import Order, sort_sequences
 from cecompile.workload.pack import MIN_SHARED, fill_rows, split_items
 from cecompile.workload.sequences import Longs, Sequences, shared_prefixes
@@ -43,6 +44,10 @@ class Bucket:
     def slots(self) -> int:
         return self.rows * self.length
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows, self.length
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -64,6 +69,7 @@ class Plan:
         unshared_tokens: what one padding-free sequence per choice would compute.
         question_tree_tokens: nodes of a prefix tree per question.
         prefix_tree_tokens: nodes of one prefix tree over the whole dataset, the floor.
+        decoding: what decodes answers that leave their tree; None where nothing is answered.
     """
 
     geometry: Geometry
@@ -73,6 +79,12 @@ class Plan:
     unshared_tokens: int
     question_tree_tokens: int
     prefix_tree_tokens: int
+    decoding: DecodeShape | None = None
+
+    @property
+    def compiled(self) -> tuple[Bucket | DecodeShape, ...]:
+        """Everything that is compiled for this plan."""
+        return self.buckets if self.decoding is None else (*self.buckets, self.decoding)
 
     @property
     def slots(self) -> int:

@@ -35,6 +35,11 @@ class Sequences:
         """(n,) tokens a model reads of each sequence."""
         return np.diff(self.starts) - 1
 
+    @property
+    def longest_prompt(self) -> int:
+        """Most tokens that a sequence has before those predicted."""
+        return int((self.input_lengths - self.predicted).max()) + 1
+
     def inputs(self, i: int) -> Ints:
         """Tokens a model reads of sequence i."""
         return self.token_ids[self.starts[i] : self.starts[i + 1] - 1]

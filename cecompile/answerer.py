@@ -1,0 +1,189 @@
+"""The answerer: from chat questions to the text that greedy decoding writes, read from token trees."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from cecompile.engine.decode import Decoder
+from cecompile.engine.forward import Readouts
+from cecompile.engine.model import check_vocabulary
+from cecompile.engine.stock import StockPipeline, stop_tokens
+from cecompile.engine.verify import stock_attention
+from cecompile.errors import CheckError, UserError
+from cecompile.packed import PackedModel, Workload
+from cecompile.report.clock import Clock
+from cecompile.runtime import Counter, Progress, Runtime
+from cecompile.tasks.chat import ChatQuestion
+from cecompile.workload.encode import max_input_length
+from cecompile.workload.graft import Walk, graft, prompts_of, walk
+from cecompile.workload.lanes import Lanes
+from cecompile.workload.sequences import Ints
+from cecompile.workload.stage import StagedPass
+
+NEW_TOKENS = 500  # what the 2024 contest's script allows
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One question's answer.
+
+    Attributes:
+        text: as `transformers`' text-generation pipeline returns it.
+        tokens: how many the model wrote, the end token included; None where the pipeline itself ran.
+        decoded_tokens: how many of them were decoded outside the tree; None likewise.
+    """
+
+    text: str
+    tokens: int | None = None
+    decoded_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The answers in the order of the questions; `inference_s` are the seconds of each run of the inference phase."""
+
+    answers: list[Answer]
+    workload: Workload
+    inference_s: list[float]
+
+
+class Answerer(PackedModel):
+    """Answers chat questions with one model. Made by `from_pretrained`; weights are loaded by the first `answer`.
+
+    Args:
+        new_tokens: the most tokens of an answer.
+    """
+
+    def __init__(self, runtime: Runtime, tokenizer: object, new_tokens: int = NEW_TOKENS) -> None:
+        if new_tokens < 1:
+            raise UserError(f"new tokens: {new_tokens} is too few, at least 1")
+        super().__init__(runtime, tokenizer, new_tokens)
+
+    def prepare(self, questions: Sequence[ChatQuestion], *, fit: bool = False) -> Workload:
+        """See `PackedModel.prepare`."""
+        runtime = self.runtime
+        longest = max_input_length(runtime.config, self.tokenizer)
+        sequences = graft(questions, self.tokenizer, longest, self.new_tokens)
+        check_vocabulary(runtime.name, self.tokenizer, runtime.config, int(sequences.token_ids.max()))
+        return Workload(sequences, self.plan(sequences, fit))
+
+    def answer(
+        self, questions: Sequence[ChatQuestion], *, clock: Clock | None = None,
+        progress: Progress = lambda *_: None, repeat: int = 1,
+    ) -> Answers:  # fmt: skip
+        """What greedy decoding says to every question.
+
+        Args, raises: see `Scorer.score`.
+        """
+        clock = clock or Clock()
+        clock.enter("preprocess")
+        workload = self.prepare(questions, fit=True)
+        if workload.plan is None:
+            run = self._one_by_one(questions, clock, progress)
+        else:
+            run, workload = self._packed(questions, workload, clock, progress)
+        clock.enter("inference")
+        outcomes, seconds = [], []
+        for _ in range(repeat):
+            began = perf_counter()
+            outcomes.append(run())
+            seconds.append(perf_counter() - began)
+        return Answers(outcomes[0], workload, seconds)
+
+    def _one_by_one(
+        self, questions: Sequence[ChatQuestion], clock: Clock, progress: Progress
+    ) -> Callable[[], list[Answer]]:
+        """Loads the stock model; returns what asks the pipeline one question after another."""
+        clock.enter("load_model")
+        stock = StockPipeline(self.runtime.load(), self.tokenizer)
+
+        def run() -> list[Answer]:
+            done = Counter("inference", len(questions), progress)
+            out = []
+            for question in questions:
+                messages = [{"role": role, "content": content} for role, content in question.messages]
+                out.append(Answer(stock.answer(messages, self.new_tokens)))
+                done(question)
+            return out
+
+        return run
+
+    def _packed(
+        self, questions: Sequence[ChatQuestion], workload: Workload, clock: Clock, progress: Progress
+    ) -> tuple[Callable[[], list[Answer]], Workload]:
+        """Loads and warms up; returns what runs the passes and reads the answers, and the workload in the end."""
+        warmed, staged, workload = self.warm(workload, clock, progress)
+        model, sequences = self.runtime.load(), workload.sequences
+        stop = stop_tokens(self.runtime.name, model)
+        stock = StockPipeline(model, self.tokenizer)
+        prompts = prompts_of(sequences)
+
+        def run() -> list[Answer]:
+            readouts = warmed.engine.run(staged, Counter("inference", len(staged), progress))
+            _refuse_nonsense(questions, sequences.questions, staged, readouts)
+            walks = walk(sequences, most_likely(staged, readouts), stop, self.new_tokens)
+            left = [i for i, one in enumerate(walks) if not one.complete]
+            begun = [np.array([*prompts[i], *walks[i].tokens], dtype=np.int32) for i in left]
+            room = [self.new_tokens - len(walks[i].tokens) for i in left]
+            done = Counter("decoding", len(left), progress) if left else None
+            if warmed.decoder is not None:
+                written = decode(warmed.decoder, begun, room, stop, done)
+            else:
+                with stock_attention(model, self.runtime.stock_attention):
+                    written = [stock.continued(one.tolist(), most) for one, most in zip(begun, room, strict=True)]
+            outside = dict(zip(left, written, strict=True))
+            return [_answer(stock, prompts[i], one, outside.get(i, [])) for i, one in enumerate(walks)]
+
+        return run, workload
+
+
+def most_likely(staged: Sequence[StagedPass], readouts: Sequence[Readouts]) -> Ints:
+    """For every predicted token of every sequence, in order, the most likely one there."""
+    sequence = np.concatenate([one.choice for one in staged])
+    argmax = np.concatenate([out.argmax for out in readouts])
+    ordered: Ints = argmax[np.argsort(sequence, kind="stable")]
+    return ordered
+
+
+def decode(
+    decoder: Decoder,
+    begun: Sequence[Ints],
+    room: Sequence[int],
+    stop: frozenset[int],
+    done: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """What greedy decoding writes after each of these token sequences.
+
+    Args:
+        decoder: warm.
+        begun: at least one token each.
+        room: the most tokens to write after each.
+        stop: tokens that end an answer.
+        done: called with each row that is done.
+    """
+    lanes = Lanes(begun, room, stop, decoder.shape)
+    while (step := lanes.next()) is not None:
+        _, argmax = decoder.run(step)
+        for row in lanes.take(argmax):
+            if done is not None:
+                done(row)
+    return lanes.written
+
+
+def _answer(stock: StockPipeline, prompt: Ints, begun: Walk, outside: list[int]) -> Answer:
+    tokens = begun.tokens + outside
+    return Answer(stock.text(prompt.tolist(), tokens), len(tokens), len(outside))
+
+
+def _refuse_nonsense(
+    questions: Sequence[ChatQuestion], owner: Ints, staged: Sequence[StagedPass], readouts: Sequence[Readouts]
+) -> None:
+    for one, out in zip(staged, readouts, strict=True):
+        bad = np.flatnonzero(~np.isfinite(out.logprob))
+        if len(bad):
+            question = questions[int(owner[one.choice[bad[0]]])]
+            raise CheckError(
+                f"question '{question.id}': the model's log-probability is {out.logprob[bad[0]]}; nothing was written"
+            )

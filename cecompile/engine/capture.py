@@ -1,0 +1,25 @@
+"""CUDA graphs: a pass recorded once and replayed as a whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def capture(forward: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """Runs `forward` until it is compiled and settled, then captures it in a graph.
+
+    Args:
+        forward: works on static buffers only.
+        pool: handle of the memory pool that graphs which never run at the same time share.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            forward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        forward()
+    return graph

@@ -1,0 +1,234 @@
+"""Greedy decoding of many rows at once: the static pass with a key-value cache.
+
+All rows in flight share one cache, a row of `shape.slots` token slots in every layer, of which each has a segment of
+its own. A step reads a few tokens, each with its slot and the first slot of its segment; it sees its segment up to
+itself, and its position id is its place there. So one fixed shape serves any mix of prompts being read and answers
+being written, whatever their lengths, and the keys and values of the whole cache are read once a step, not once a row.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cecompile.engine.attention import Masks, dense
+from cecompile.engine.capture import capture
+from cecompile.engine.head import Readout
+from cecompile.engine.layers import decoder_layers
+from cecompile.workload.lanes import DecodeShape, Step
+
+
+class NotDecodableError(Exception):
+    """This model's layers do not take a key-value cache in the form that is used here; the text says why."""
+
+
+class Decoder:
+    """A model ready to read and write a token at a time.
+
+    Args:
+        model: with our attention installed and, where it is to be compiled, its layers compiled.
+        readout: the model's head, as `head.readout_of` makes it.
+        shape: of the cache and of its steps.
+        pool: memory pool of the CUDA graphs that each size of step is captured in; None captures nothing.
+
+    Raises:
+        NotDecodableError: the model has its own way with keys and values.
+    """
+
+    def __init__(self, model: PreTrainedModel, readout: Readout, shape: DecodeShape, pool: Any) -> None:
+        self.shape = shape
+        self._body = model.base_model
+        self._readout = readout
+        self._device = model.device
+        self._layers = decoder_layers(model)
+        self._pool = pool
+        with torch.inference_mode():
+            sizes = _cache_sizes(model, self._layers)
+            self._caches = [_LayerCache(shape.slots, *size, model.dtype, self._device) for size in sizes]
+            self._steps = [_StepBuffers(size, shape, self._device) for size in shape.step_tokens]
+
+    @torch.inference_mode()
+    def warm_up(self, done: Callable[[int], None] = lambda _: None) -> None:
+        """Compiles, runs and captures every size of step, largest first. `done` is called with each."""
+        for step in self._steps:
+            forward = functools.partial(self._forward, step)
+            if self._pool is not None:
+                step.graph = capture(forward, self._pool)
+            else:
+                forward()
+            done(step.size)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Reads the step's tokens into the cache.
+
+        Returns:
+            Per token read out (`step.read`), (n,) each: the log-probability of its target, natural logarithm, and the
+            token of the highest.
+        """
+        buffers = next(b for b in reversed(self._steps) if b.size >= len(step.token_ids))
+        buffers.load(step)
+        if buffers.graph is not None:
+            buffers.graph.replay()
+        else:
+            self._forward(buffers)
+        return buffers.collect(len(step.read))
+
+    def _forward(self, step: "_StepBuffers") -> None:
+        part = step.part
+        masks = _StepMasks(part["slot"], part["first"], self.shape.slots)
+        with masks.active(), self._caching(part["slot"]):
+            hidden = self._body(
+                input_ids=part["token_ids"].long()[None],
+                position_ids=(part["slot"] - part["first"]).long()[None],
+                use_cache=False,
+            ).last_hidden_state
+        chosen = hidden[0].index_select(0, part["read"])
+        logprob, argmax = self._readout(chosen, part["target"][:, None])
+        step.logprob.copy_(logprob[:, 0])
+        step.argmax.copy_(argmax)
+
+    @contextmanager
+    def _caching(self, slot: Tensor) -> Iterator[None]:
+        """While this lasts, the decoder layers are called with their own part of the cache."""
+        slots = slot.long()
+        with ExitStack() as stack:
+            for layer, cache in zip(self._layers, self._caches, strict=True):
+                cache.slots = slots
+                stack.enter_context(_called_with(layer, cache))
+            yield
+
+
+class _LayerCache:
+    """One layer's keys and values, and what a layer calls to add to them."""
+
+    def __init__(
+        self, slots: int, key: tuple[int, int], value: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.keys = torch.zeros(1, key[0], slots, key[1], dtype=dtype, device=device)
+        self.values = torch.zeros(1, value[0], slots, value[1], dtype=dtype, device=device)
+        self.slots = torch.zeros(0, dtype=torch.long, device=device)
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Writes (1, heads, tokens, head size) at the step's slots; returns everything there is."""
+        self.keys.index_copy_(2, self.slots, key)
+        self.values.index_copy_(2, self.slots, value)
+        return self.keys, self.values
+
+
+class _Recorder:
+    """Stands in for a layer's cache and notes what it would hold."""
+
+    def __init__(self) -> None:
+        self.sizes: list[tuple[tuple[int, int], tuple[int, int]]] = []
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Notes heads and head size of keys and of values."""
+        self.sizes.append(((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])))
+        return key, value
+
+
+class _StepMasks(Masks):
+    """The masks of a step: a token sees its segment up to itself."""
+
+    def __init__(self, slot: Tensor, first: Tensor, slots: int) -> None:
+        self._slot, self._first, self._slots = slot, first, slots
+
+    def get(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(1, 1, tokens, slots), 0 where visible, else minus infinity."""
+        key = torch.arange(self._slots, device=self._slot.device, dtype=self._slot.dtype)
+        slot, first = self._slot[:, None], self._first[:, None]
+        visible = (first <= key) & (key <= slot)
+        if window is not None:
+            visible &= slot - key < window
+        return dense(visible[None], dtype)
+
+
+class _StepBuffers:
+    """The static buffers of one size of step, and its graph once captured."""
+
+    def __init__(self, size: int, shape: DecodeShape, device: torch.device) -> None:
+        self.size = size
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._unused = shape.slots - 1
+        lengths = {"token_ids": size, "slot": size, "first": size, "read": shape.lanes, "target": shape.lanes}
+        on_cuda = device.type == "cuda"
+        self._host = torch.zeros(sum(lengths.values()), dtype=torch.int32, pin_memory=on_cuda)
+        self._data = self._host.to(device, copy=True)
+        self.part = dict(zip(lengths, self._data.split(list(lengths.values())), strict=True))
+        self._given = {n: t.numpy() for n, t in zip(lengths, self._host.split(list(lengths.values())), strict=True)}
+        self.logprob = torch.zeros(shape.lanes, dtype=torch.float32, device=device)
+        self.argmax = torch.zeros(shape.lanes, dtype=torch.int32, device=device)
+
+    def load(self, step: Step) -> None:
+        """Copies a step into the static buffers; slots that it does not use read a token nobody sees."""
+        used, read = len(step.token_ids), len(step.read)
+        for name, values in (("token_ids", step.token_ids), ("slot", step.slot), ("first", step.first)):
+            self._given[name][:used] = values
+            self._given[name][used:] = 0 if name == "token_ids" else self._unused
+        self._given["read"][:read] = step.read
+        self._given["read"][read:] = 0
+        self._given["target"][:read] = step.target
+        self._data.copy_(self._host, non_blocking=True)
+
+    def collect(self, read: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """The outputs in use, on the host."""
+        logprob, argmax = (t[:read].to("cpu", copy=True).numpy() for t in (self.logprob, self.argmax))
+        return logprob, argmax
+
+
+@contextmanager
+def _called_with(layer: nn.Module, cache: Any) -> Iterator[None]:
+    """While this lasts, calling `layer` passes it `cache` as its key-value cache."""
+    call: Callable[..., Any] | None = layer._compiled_call_impl
+    name, place = _cache_argument(layer)
+
+    def with_cache(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > place:
+            return (call or layer._call_impl)(*args[:place], cache, *args[place + 1 :], **kwargs)
+        return (call or layer._call_impl)(*args, **(kwargs | {name: cache}))
+
+    layer._compiled_call_impl = with_cache
+    try:
+        yield
+    finally:
+        layer._compiled_call_impl = call
+
+
+def _cache_argument(layer: nn.Module) -> tuple[str, int]:
+    """Name and place of the argument by which a decoder layer takes its cache.
+
+    Raises:
+        NotDecodableError: it has none.
+    """
+    names = list(inspect.signature(layer.forward).parameters)
+    for name in ("past_key_values", "layer_past"):
+        if name in names:
+            return name, names.index(name)
+    raise NotDecodableError(f"{type(layer).__name__} takes no key-value cache")
+
+
+def _cache_sizes(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Per layer, heads and head size of its keys and of its values, as one token through the model shows them.
+
+    Raises:
+        NotDecodableError: a layer takes no cache, or not in this form.
+    """
+    recorder = _Recorder()
+    zero = torch.zeros(1, dtype=torch.int32, device=model.device)
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_StepMasks(zero, zero, 1).active())
+        for layer in layers:
+            stack.enter_context(_called_with(layer, recorder))
+        model.base_model(input_ids=zero.long()[None], position_ids=zero.long()[None], use_cache=False)
+    if len(recorder.sizes) != len(layers):
+        raise NotDecodableError(f"{type(model).__name__} does not add to the cache once a layer")
+    return recorder.sizes

@@ -1,0 +1,98 @@
+"""`transformers`' own text generation: what an answer has to equal, and what is left to it.
+
+The 2024 contest times `pipeline("text-generation", ...)` with greedy decoding, and only output of that form counts. So
+text is made from tokens by the pipeline's own code, whatever version of it is installed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, TextGenerationPipeline
+from transformers.pipelines.text_generation import ReturnType
+
+from cecompile.errors import UserError
+
+# What of a generation config makes greedy decoding take another token than the most likely, or stop elsewhere; the
+# values are those that change nothing.
+_PLAIN: dict[str, Any] = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "watermarking_config": None,
+    "stop_strings": None,
+    "max_time": None,
+}
+
+
+class StockPipeline:
+    """The text-generation pipeline around a model that is loaded already.
+
+    Args:
+        model: on its device.
+        tokenizer: the model's.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        self._model = model
+        self._pipeline = TextGenerationPipeline(model=model, tokenizer=tokenizer, device=model.device)
+
+    def answer(self, messages: list[dict[str, str]], new_tokens: int) -> str:
+        """What the pipeline says to a conversation, greedily, in at most `new_tokens` tokens."""
+        options = {"max_new_tokens": new_tokens, "return_full_text": False, "do_sample": False}
+        text: str = self._pipeline(messages, **options)[0]["generated_text"]
+        return text
+
+    def text(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        """What the pipeline makes of these new tokens after this prompt."""
+        outputs = {
+            "generated_sequence": torch.tensor([[[*prompt, *tokens]]]),
+            "input_ids": torch.tensor([list(prompt)]),
+            "prompt_text": "",
+        }
+        records: list[dict[str, str]] = self._pipeline.postprocess(outputs, return_type=ReturnType.NEW_TEXT)
+        return records[0]["generated_text"]
+
+    def continued(self, tokens: Sequence[int], new_tokens: int) -> list[int]:
+        """The tokens that greedy decoding puts after these, at most `new_tokens`."""
+        ids = torch.tensor([list(tokens)], device=self._model.device)
+        pad = self._model.generation_config.pad_token_id
+        out = self._model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
+            pad_token_id=0 if pad is None else pad,
+        )  # fmt: skip
+        written: list[int] = out[0, len(tokens) :].tolist()
+        return written
+
+
+def stop_tokens(name: str, model: PreTrainedModel) -> frozenset[int]:
+    """The tokens at which this model's answers end.
+
+    Args:
+        name: the model's, for the message.
+
+    Raises:
+        UserError: the model's generation config asks for more than the most likely token each time.
+    """
+    config: GenerationConfig = model.generation_config
+    for field, plain in _PLAIN.items():
+        value = getattr(config, field, None)
+        if value is not None and value != plain and value != []:
+            raise UserError(
+                f"{name}: generation_config.json: {field} {value!r:.40}: more than greedy decoding; "
+                "--engine reference answers so"
+            )
+    ends = config.eos_token_id
+    return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)

@@ -1,0 +1,156 @@
+"""A model whose work is packed into passes: what scoring and answering have in common."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cecompile import demo
+from cecompile.engine import memory
+from cecompile.engine.cache import CompileCache, NoCacheError, default_directory
+from cecompile.engine.model import DTYPES, load_config, load_tokenizer, resolve_device
+from cecompile.errors import UserError
+from cecompile.report.clock import Clock
+from cecompile.runtime import Progress, Runtime
+from cecompile.sizing import Sizing
+from cecompile.warming import Ready, Warmed
+from cecompile.workload.plan import BLOCK, Plan
+from cecompile.workload.sequences import Sequences
+from cecompile.workload.stage import StagedPass
+
+ENGINES = ("compiled", "eager", "reference")
+ATTENTIONS = ("auto", "flex", "sdpa")
+
+Model = TypeVar("Model", bound="PackedModel")
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Questions made ready to run: their sequences and the plan (None for the reference engine)."""
+
+    sequences: Sequences
+    plan: Plan | None
+    truncated_questions: int = 0
+
+
+class PackedModel:
+    """A model and its tokenizer, made by `from_pretrained`. Weights are loaded when they are first needed.
+
+    Attributes:
+        runtime: the model on its device.
+        tokenizer: the model's.
+        new_tokens: the most tokens of an answer; 0 where nothing is decoded.
+    """
+
+    def __init__(self, runtime: Runtime, tokenizer: Any, new_tokens: int = 0) -> None:
+        self.runtime = runtime
+        self.tokenizer = tokenizer
+        self.new_tokens = new_tokens
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        model: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        engine: str = "compiled",
+        attention: str = "auto",
+        tokens_per_bucket: int | None = None,
+        memory_limit: int | None = None,
+        cache_dir: str | Path | None = None,
+        require_warm: bool = False,
+        **own: Any,
+    ) -> Model:
+        """One for a checkpoint.
+
+        Args:
+            model: a directory or hub id of a decoder-only model with safetensors weights; None is the embedded demo.
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+            engine: "compiled", "eager" (the same pass uncompiled) or "reference" (the stock model, one by one).
+            attention: "auto", "flex" or "sdpa"; "auto" picks by device and by a probe.
+            tokens_per_bucket: token slots of a pass; None picks by device and memory.
+            memory_limit: bytes the run may take, of the device's memory; None is what there is.
+            cache_dir: of compiled code; None is CECOMPILE_CACHE, else the user's cache directory.
+            require_warm: refuse to compile what is not in the cache.
+            own: what the class itself takes.
+
+        Raises:
+            UserError: there is no such model, device or option, or the cache directory is not safe.
+        """
+        checks = (
+            (engine, ENGINES, "engine"),
+            (attention, ATTENTIONS, "attention"),
+            (dtype, ("auto", *DTYPES), "dtype"),
+        )
+        for value, known, option in checks:
+            if value not in known:
+                raise UserError(f"{option} '{value}': one of {', '.join(known)}")
+        if tokens_per_bucket is not None and tokens_per_bucket < BLOCK:
+            raise UserError(f"tokens per bucket: {tokens_per_bucket} is too few, at least {BLOCK}")
+        path = str(demo.MODEL if model is None else model)
+        resolved = resolve_device(device)
+        config, tokenizer = load_config(path), load_tokenizer(path)
+        if memory_limit is not None:
+            memory.enforce(resolved, memory_limit)
+        sizing = Sizing(path, config, resolved, dtype, tokens_per_bucket, memory_limit)
+        cache, note = None, None
+        if engine == "compiled":
+            try:
+                cache = CompileCache(Path(cache_dir) if cache_dir else default_directory())
+            except NoCacheError as error:
+                if cache_dir or require_warm:
+                    raise
+                note = f"compiled without a cache: {error}"
+        runtime = Runtime(path, config, resolved, dtype, engine, attention, sizing, cache, require_warm)
+        if note:
+            runtime.remark(note)
+        return cls(runtime, tokenizer, **own)
+
+    def prepare(self, questions: Sequence[Any], *, fit: bool = False) -> Workload:
+        """Encodes the questions and makes the plan. Loads no weights.
+
+        Args:
+            questions: at least one.
+            fit: hold the plan against the memory there is.
+
+        Raises:
+            UserError: a question cannot be encoded for this model, or nothing fits.
+        """
+        raise NotImplementedError
+
+    def plan(self, sequences: Sequences, fit: bool) -> Plan | None:
+        """The plan for these sequences; None for the reference engine. Raises UserError: see `Runtime.plan`."""
+        runtime = self.runtime
+        return None if runtime.engine == "reference" else runtime.plan(sequences, fit, self.new_tokens)
+
+    def warm(
+        self, workload: Workload, clock: Clock, progress: Progress
+    ) -> tuple[Warmed, Sequence[StagedPass], Workload]:
+        """Loads the model and warms up for a workload that has a plan.
+
+        Returns:
+            The warm engine, the passes it has to run, and the workload as it is planned in the end.
+
+        Raises:
+            UserError, CheckError: see `Runtime`.
+        """
+        assert workload.plan is not None
+        clock.enter("warmup")
+        self.runtime.look_up(workload.plan)
+        clock.enter("load_model")
+        self.runtime.load()
+        clock.enter("warmup")
+        plan_again = self.runtime.probe()
+        while True:
+            clock.enter("preprocess")
+            if plan_again:
+                workload = replace(workload, plan=self.plan(workload.sequences, fit=True))
+            assert workload.plan is not None
+            ready = Ready.for_plan(workload.plan, workload.sequences)
+            clock.enter("warmup")
+            warmed = self.runtime.engine_for(ready, progress)
+            if warmed is not None:
+                return warmed, ready.staged, workload
+            plan_again = True  # memory ran out

@@ -1,0 +1,151 @@
+"""Chat questions as token trees: the choices grafted onto the prompt, and the walk that reads the answer from them.
+
+Greedy decoding takes the most likely token again and again. A pass over the tree says the most likely token after every
+node, so walking from the prompt's last token along it is greedy decoding for as long as the walk stays on nodes. What
+is grafted decides how far that is, never where it leads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+
+from cecompile.errors import UserError, first_line
+from cecompile.tasks.chat import ChatQuestion
+from cecompile.workload.sequences import Ints, Sequences
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """An answer as far as the tree holds it.
+
+    Attributes:
+        tokens: of the answer, each the most likely one after those before.
+        complete: whether that is all of it.
+    """
+
+    tokens: list[int]
+    complete: bool
+
+
+def graft(questions: Sequence[ChatQuestion], tokenizer: Any, max_length: int, new_tokens: int) -> Sequences:
+    """Token sequences of every question: its prompt with each form of each choice, or alone where it has no choices.
+
+    The prompt is what the tokenizer's chat template makes of the messages, as `transformers`' text-generation pipeline
+    calls it: a last message of the assistant's is continued, after any other an answer begins. A choice's forms are
+    what the tokenizer makes of it right after the prompt, with and without a space, and of its text alone. Each is
+    followed by one more token to predict, where the answer may end.
+
+    Args:
+        questions: at least one.
+        tokenizer: a `transformers` tokenizer with a chat template.
+        max_length: the most tokens the model can read. Choices that go past it are left out.
+        new_tokens: the most an answer may have; longer choices are cut.
+
+    Raises:
+        UserError: there is no chat template, or it refuses a question; a prompt is longer than `max_length`.
+    """
+    texts = [_render(question, tokenizer) for question in questions]
+    prompts = _ids(tokenizer, texts)
+    for question, prompt in zip(questions, prompts, strict=True):
+        if not prompt and tokenizer.bos_token_id is not None:
+            prompt.append(tokenizer.bos_token_id)  # what generating begins with, given nothing
+        if not prompt or len(prompt) > max_length:
+            raise UserError(f"question '{question.id}': a prompt of {len(prompt)} tokens, the model reads {max_length}")
+    ending = tokenizer.eos_token_id or 0  # any token: the most likely one is what is asked
+    flat: list[np.ndarray] = []
+    predicted, owners = [], []
+    for number, forms in enumerate(_forms(questions, texts, prompts, tokenizer)):
+        prompt = prompts[number]
+        cut = {form[:new_tokens] for form in forms}
+        for form in sorted(form for form in cut if len(prompt) + len(form) <= max_length) or [()]:
+            flat.append(np.array([*prompt, *form, ending], dtype=np.int32))
+            predicted.append(len(form) + 1)
+            owners.append(number)
+    return Sequences(
+        token_ids=np.concatenate(flat),
+        starts=np.cumsum([0] + [len(part) for part in flat]).astype(np.int64),
+        predicted=np.array(predicted, dtype=np.int32),
+        questions=np.array(owners, dtype=np.int32),
+    )
+
+
+def prompts_of(sequences: Sequences) -> list[Ints]:
+    """Per question its prompt, from what `graft` has made."""
+    first = np.searchsorted(sequences.questions, np.arange(sequences.questions[-1] + 1))
+    return [sequences.inputs(i)[: len(sequences.inputs(i)) - int(sequences.predicted[i]) + 1] for i in first.tolist()]
+
+
+def walk(sequences: Sequences, argmax: Ints, stop: frozenset[int], new_tokens: int) -> list[Walk]:
+    """Per question, the answer as far as its tree holds it.
+
+    Args:
+        sequences: what `graft` has made.
+        argmax: (predictions,) for every predicted token of every sequence, in order, the most likely one there.
+        stop: tokens that end an answer.
+        new_tokens: the most an answer may have; at least 1.
+    """
+    begin = np.concatenate(([0], np.cumsum(sequences.predicted)))
+    bounds = np.searchsorted(sequences.questions, np.arange(int(sequences.questions[-1]) + 2))
+    out = []
+    for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        here = [
+            (sequences.targets(i).tolist()[:-1], argmax[begin[i] : begin[i + 1]].tolist()) for i in range(first, last)
+        ]
+        tokens: list[int] = []
+        while here and len(tokens) < new_tokens and not (tokens and tokens[-1] in stop):
+            at = len(tokens)
+            tokens.append(here[0][1][at])
+            here = [(form, likely) for form, likely in here if len(form) > at and form[at] == tokens[at]]
+        out.append(Walk(tokens, tokens[-1] in stop or len(tokens) == new_tokens))
+    return out
+
+
+def _render(question: ChatQuestion, tokenizer: Any) -> str:
+    messages = [{"role": role, "content": content} for role, content in question.messages]
+    continued = messages[-1]["role"] == "assistant"
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
+        )
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"question '{question.id}': chat template: {first_line(error)}") from None
+    return text
+
+
+def _forms(
+    questions: Sequence[ChatQuestion], texts: Sequence[str], prompts: Sequence[list[int]], tokenizer: Any
+) -> list[set[tuple[int, ...]]]:
+    """Per question the token forms that its choices may take. Each distinct text is tokenised once."""
+    marks = sorted(tokenizer.get_added_vocab())
+    tails = [text[max([0, *(text.rfind(mark) for mark in marks)]) :] for text in texts]
+    known = dict(zip(dict.fromkeys(tails), _ids(tokenizer, list(dict.fromkeys(tails))), strict=True))
+    for number, (tail, prompt) in enumerate(zip(tails, prompts, strict=True)):
+        if prompt[len(prompt) - len(known[tail]) :] != known[tail]:  # its tokens are others without what is before
+            tails[number] = texts[number]
+            known[texts[number]] = prompt
+    wanted: dict[str, None] = {}
+    for question, tail in zip(questions, tails, strict=True):
+        for choice in question.choices:
+            wanted |= dict.fromkeys((tail + choice, f"{tail} {choice}", choice))
+    ids = dict(zip(wanted, _ids(tokenizer, list(wanted)), strict=True))
+    out = []
+    for question, tail in zip(questions, tails, strict=True):
+        head = known[tail]
+        forms = {tuple(ids[choice]) for choice in question.choices}
+        for choice in question.choices:
+            for whole in (ids[tail + choice], ids[f"{tail} {choice}"]):
+                if whole[: len(head)] == head:
+                    forms.add(tuple(whole[len(head) :]))
+        out.append(forms - {()})
+    return out
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = batch["input_ids"]
+    return ids

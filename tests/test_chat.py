@@ -1,0 +1,384 @@
+"""Chat questions: what is read from them, and that answers are those of transformers' text-generation pipeline."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import save_tiny_llama, shared_file
+from hypothesis import given
+from hypothesis import strategies as st
+from test_engine import ARCHITECTURES, VOCABULARY, prepared, random_sequences, tiny_model
+from transformers import Phi3Config, Phi3ForCausalLM, pipeline
+
+from cecompile import Answerer, ChatQuestion, demo, read_questions
+from cecompile.answerer import decode
+from cecompile.cli import cli
+from cecompile.engine import decode as decode_module
+from cecompile.errors import UserError
+from cecompile.tasks.chat import find_choices, judge_answer
+from cecompile.workload.graft import graft, prompts_of, walk
+from cecompile.workload.lanes import DecodeShape, Lanes
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def ask(text: str, id: str = "0", label: str | None = None, before=()) -> ChatQuestion:
+    return ChatQuestion(id, (*before, ("user", text)), label)
+
+
+LISTS = {
+    "choices: ['a', 'b']": ("a", "b"),
+    "question: x\nchoices: ['the sun', 'it is']\n": ("the sun", "it is"),
+    "choices: [True, False]": ("True", "False"),
+    "choices: [1, 2.5, -3]": ("1", "2.5", "-3"),
+    'choices: ["it\'s", \'a "quoted" word\']': ("it's", 'a "quoted" word'),
+    r"choices: ['it\'s', 'back\\slash', 'two\nlines']": ("it's", "back\\slash", "two\nlines"),
+    "choices: ['it's', 'the dogs' tails']": ("it's", "the dogs' tails"),
+    "choices: ['[in] brackets', 'a, comma', \"', '\"]": ("[in] brackets", "a, comma", "', '"),
+    "choices: ['only one']": ("only one",),
+    "choices: ['a', 'a', '', '  ', 'b']": ("a", "b"),
+    "choices: []": (),
+    "choices: none": (),
+    "choices: ['a', 'b'": (),
+    "my choices: ['a', 'b']": (),
+    "Choices:['a','b'] and more": ("a", "b"),
+    "choices: ['a', 'b']\nquestion: again\nchoices: ['c', 'd']": ("c", "d"),
+    "choices: ['a', __import__('os').system('touch pwned')]": (),
+    "choices: [__import__('os').system('touch pwned') or 'a', 'b']": (),
+    "choices: ['a' + __import__('os').system('touch pwned') + 'b', 'c']": (
+        "a' + __import__('os').system('touch pwned') + 'b",
+        "c",
+    ),
+    "choices: [[1, 2], {'a': 1}]": (),
+    "no list": (),
+    "": (),
+}
+
+
+@pytest.mark.parametrize("text", LISTS)
+def test_choices_are_found(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_choices(text) == LISTS[text]
+    assert not list(tmp_path.iterdir())
+
+
+@given(st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=20, unique=True))
+def test_what_python_writes_as_a_list_is_read_back(choices):
+    assert find_choices(f"question: x\nchoices: {choices}\n") == tuple(choices)
+
+
+@given(st.text())
+def test_any_text_is_searched_for_choices(text):
+    find_choices(f"choices: [{text}]")
+
+
+def test_the_last_user_message_is_asked():
+    turns = (("user", "choices: ['a', 'b']"), ("assistant", "choices: ['x', 'y']"))
+    assert ask("which?\nchoices: ['c', 'd']", before=turns).choices == ("c", "d")
+    assert ChatQuestion("0", turns, None).choices == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "correct"),
+    [
+        ("a", "a", True),
+        (" \na", "a", True),
+        ("a\n", "a", True),
+        ("a ", "a", False),
+        ("b", "a", False),
+        ("a", None, None),
+    ],
+)
+def test_answers_are_judged_as_the_contest_does(text, answer, correct):
+    assert judge_answer(ask("x", label=answer), text, 1, 0).correct is correct
+
+
+# How the host runs a decoder: a cache that holds tokens instead of keys, and a next token made of all that is seen.
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 12)), max_size=12),
+    st.integers(1, 4),
+    st.integers(0, 60),
+)
+def test_lanes_show_every_row_its_own_tokens_only(rows, lanes, spare):
+    prompts = [np.array(prompt, dtype=np.int32) for prompt, _ in rows]
+    room = [most for _, most in rows]
+
+    def follow(seen):
+        return (sum((i + 1) * t for i, t in enumerate(seen)) + len(seen)) % 10
+
+    least = max((len(p) + r for p, r in zip(prompts, room, strict=True)), default=1)
+    shape = DecodeShape(least + spare, lanes, (8, lanes))
+    table = Lanes(prompts, room, frozenset([7]), shape)
+    cache = np.full(shape.slots, -1)
+    done = []
+    while (step := table.next()) is not None:
+        assert 0 < len(step.token_ids) <= (8 if len(step.token_ids) > lanes else max(8, lanes))
+        assert len(set(step.slot.tolist())) == len(step.slot)
+        assert step.slot.max() < shape.slots - 1
+        cache[step.slot] = step.token_ids
+        seen = [cache[step.first[i] : step.slot[i] + 1].tolist() for i in step.read]
+        done += table.take(np.array([follow(s) for s in seen], dtype=np.int32))
+    assert sorted(done) == list(range(len(rows)))
+    for prompt, most, written in zip(prompts, room, table.written, strict=True):
+        expected: list[int] = []
+        while len(expected) < most and (not expected or expected[-1] != 7):
+            expected.append(follow(prompt.tolist() + expected))
+        assert written == expected
+
+
+def test_a_row_larger_than_the_cache_is_refused():
+    with pytest.raises(ValueError, match="12 slots in a cache of 11"):
+        Lanes([np.zeros(10, dtype=np.int32)], [3], frozenset(), DecodeShape(12, 1, (4, 1)))
+
+
+def generated(model, prompt, new_tokens, stop):
+    ids = torch.from_numpy(prompt).long()[None]
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, eos_token_id=stop,
+        pad_token_id=0,
+    )  # fmt: skip
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention", "compiled"),
+    [(kind, "sdpa", False) for kind in ARCHITECTURES] + [("llama", "sdpa", True), ("mistral", "flex", True)],
+)
+def test_decodes_as_generate_does(kind, attention, compiled):
+    model, random = tiny_model(kind), np.random.default_rng(1)
+    prompts = [random.integers(3, VOCABULARY, n).astype(np.int32) for n in (1, 40, 7, 23, 16, 17, 9)]
+    stop = generated(model, prompts[1], 12, None)[5]
+    expected = [generated(model, prompt, 12, stop) for prompt in prompts]
+    assert min(len(tokens) for tokens in expected) <= 6
+    engine, _ = prepared(model, random_sequences(), attention, compiled=compiled)
+    decoder = engine.decoder(DecodeShape(128, 3, (16, 3)))
+    decoder.warm_up()
+    for _ in range(2):
+        assert decode(decoder, prompts, [12] * len(prompts), frozenset([stop])) == expected
+
+
+@pytest.fixture(scope="module", params=["llama", "phi3", "llama with the Llama-2 tokenizer"])
+def babbler(request, tmp_path_factory):
+    """A tiny random model with a chat template: it says nothing that anybody would graft."""
+    directory = tmp_path_factory.mktemp("babbler")
+    if request.param.endswith("tokenizer"):
+        (directory / "tokenizer.model").write_bytes(shared_file("llama_tokenizer.model").read_bytes())
+        special = ["<|user|>", "<|assistant|>", "<|end|>", "<|system|>"]
+        (directory / "tokenizer_config.json").write_text(
+            json.dumps(
+                {
+                    "tokenizer_class": "LlamaTokenizer",
+                    "bos_token": "<s>",
+                    "eos_token": "</s>",
+                    "unk_token": "<unk>",
+                    "chat_template": TEMPLATE,
+                    "extra_special_tokens": special,
+                }
+            )
+        )
+        return save_tiny_llama(directory, 32_008, max_position_embeddings=4096)
+    for file in demo.MODEL.glob("token*"):
+        shutil.copy(file, directory)
+    if request.param == "llama":
+        return save_tiny_llama(directory, 1024, max_position_embeddings=4096)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Phi3Config(
+        vocab_size=1024, num_key_value_heads=2, max_position_embeddings=4096, original_max_position_embeddings=4096,
+        initializer_range=0.3, pad_token_id=3, eos_token_id=2, bos_token_id=1, **sizes,
+    )  # fmt: skip
+    Phi3ForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def stock_texts(model, questions, new_tokens):
+    """What the official loop gets: one conversation after another through the pipeline."""
+    pipe = pipeline("text-generation", model=str(model), tokenizer=str(model), device="cpu", dtype=torch.float32)
+    options = {"max_new_tokens": new_tokens, "return_full_text": False, "do_sample": False}
+    chats = [[{"role": role, "content": content} for role, content in q.messages] for q in questions]
+    return [pipe(chat, **options)[0]["generated_text"] for chat in chats]
+
+
+TWENTY = [f"answer number {i}" for i in range(20)]
+MADE_UP = [
+    ask("question: quotes?\nchoices: [\"it's\", 'a \"quoted\" word', 'plain']\n"),
+    ask("question: brackets?\nchoices: ['[a]', ']', '[', 'b, c']\n"),
+    ask("question: one?\nchoices: ['the only one']"),
+    ask(f"question: twenty?\nchoices: {TWENTY}\n"),
+    ask("question: prefixes?\nchoices: ['red', 'red bread', 'red bread table', 're', 'r']\n"),
+    ask("question: numbers?\nchoices: [1, 10, 100, 1.5, True, False]\n"),
+    ask(""),
+    ask("\n"),
+    ask("no list at all, only a text that asks for something"),
+    ask("choices: ['cut', 'off'"),
+    ask("choices: [__import__('os').system('true'), 'b']"),
+    ask("Ünïcödé — 漢字 🙂\nchoices: ['ist schön', 'は良い', '🙂🙂']\n"),
+    ask("and now?\nchoices: ['a', 'b']", before=[("user", "first"), ("assistant", "then"), ("user", "more")]),
+    ask("with a system\nchoices: ['yes', 'no']", before=[("system", "You choose.")]),
+    ChatQuestion("0", (("user", "go on\nchoices: ['well then', 'well now']"), ("assistant", "well")), None),
+    ask("<|end|> and <|assistant|> written out\nchoices: ['<|end|>', 'a<|end|>b', '<s>']"),
+    ask("the same twice\nchoices: ['a', 'b']"),
+    ask("the same twice\nchoices: ['a', 'b']"),
+]
+
+
+def test_babble_equals_the_pipelines(babbler):
+    """Nothing is in the tree: all is decoded outside."""
+    questions = [*MADE_UP, *read_questions(demo.CHAT, limit=4)]
+    answers = Answerer.from_pretrained(babbler, engine="eager", device="cpu", new_tokens=40).answer(questions).answers
+    assert [a.text for a in answers] == stock_texts(babbler, questions, 40)
+    assert sum(a.decoded_tokens for a in answers) > 0.9 * sum(a.tokens for a in answers)
+
+
+def test_official_rows_equal_the_pipelines(babbler):
+    questions = [
+        question
+        for name in ("ce2024_test_dataset.jsonl", "ce2024_sample_longest.jsonl")
+        for question in read_questions(shared_file(name))
+    ]
+    assert len(questions) == 31
+    assert all(len(q.choices) >= 2 and q.label in q.choices for q in questions)
+    answers = Answerer.from_pretrained(babbler, device="cpu", new_tokens=40).answer(questions).answers
+    assert [a.text for a in answers] == stock_texts(babbler, questions, 40)
+
+
+@pytest.mark.parametrize(("engine", "new_tokens"), [("compiled", 500), ("eager", 3), ("reference", 500)])
+def test_demo_answers_equal_the_pipelines(engine, new_tokens):
+    questions = [*read_questions(demo.CHAT), *MADE_UP]
+    answers = Answerer.from_pretrained(device="cpu", engine=engine, new_tokens=new_tokens).answer(questions).answers
+    assert [a.text for a in answers] == stock_texts(demo.MODEL, questions, new_tokens)
+    if engine != "reference":
+        assert sum(a.decoded_tokens == 0 for a in answers[:80]) >= 0.9 * 80
+        assert all(a.tokens <= new_tokens for a in answers)
+
+
+def test_a_model_that_cannot_be_decoded_here_is_left_to_generate(monkeypatch):
+    def refuse(layer):
+        raise decode_module.NotDecodableError(f"{type(layer).__name__} takes no key-value cache")
+
+    monkeypatch.setattr(decode_module, "_cache_argument", refuse)
+    questions = MADE_UP[:6]
+    answerer = Answerer.from_pretrained(device="cpu", engine="eager", new_tokens=12)
+    answers = answerer.answer(questions).answers
+    assert any(a.decoded_tokens for a in answers)
+    assert [a.text for a in answers] == stock_texts(demo.MODEL, questions, 12)
+    assert "stock model alone: LlamaDecoderLayer takes no key-value cache" in answerer.runtime.note
+
+
+def test_the_answer_does_not_depend_on_what_is_grafted():
+    """Choices that the model never says, cut choices, and none give the answers of the right ones."""
+    questions = read_questions(demo.CHAT, limit=8)
+    answerer = Answerer.from_pretrained(device="cpu", engine="eager", new_tokens=20)
+    texts = [a.text for a in answerer.answer(questions).answers]
+    tokenizer = answerer.tokenizer
+    full = graft(questions, tokenizer, 1024, 20)
+    bare = graft(questions, tokenizer, int(full.longest_prompt), 20)  # the longest prompt leaves no room
+    assert [p.tolist() for p in prompts_of(full)] == [p.tolist() for p in prompts_of(bare)]
+    assert len(bare) < len(full)
+    other = [ChatQuestion(q.id, q.messages, q.label) for q in questions]
+    assert [a.text for a in answerer.answer(other).answers] == texts
+
+
+def test_the_walk_stops_where_the_tree_ends():
+    question = ask("choices: ['ab', 'a']")
+    tokenizer = Answerer.from_pretrained(device="cpu").tokenizer
+    sequences = graft([question], tokenizer, 1024, 9)
+    forms = [sequences.targets(i)[:-1].tolist() for i in range(len(sequences))]
+    prompt = prompts_of(sequences)[0]
+    longest = max(forms, key=len)
+    stop = frozenset([7])
+
+    def argmax_along(answer):
+        """What a model that says `answer` would have most likely everywhere: its next token, or 0 off its path."""
+        out = []
+        for form in forms:
+            for at in range(len(form) + 1):
+                on_path = form[:at] == answer[:at] and at < len(answer)
+                out.append(answer[at] if on_path else 0)
+        return np.array(out, dtype=np.int32)
+
+    assert all(sequences.inputs(i)[: len(prompt)].tolist() == prompt.tolist() for i in range(len(sequences)))
+    (whole,) = walk(sequences, argmax_along([*longest, 7]), stop, 9)
+    assert (whole.tokens, whole.complete) == ([*longest, 7], True)
+    (nothing,) = walk(sequences, argmax_along([7]), stop, 9)
+    assert (nothing.tokens, nothing.complete) == ([7], True)
+    (left,) = walk(sequences, argmax_along([*longest, 9, 9, 7]), stop, 9)
+    assert (left.tokens, left.complete) == ([*longest, 9], False)
+    (cut,) = walk(sequences, argmax_along([*longest, 7]), stop, len(longest))
+    assert (cut.tokens, cut.complete) == (longest, True)
+
+
+def copy_demo(directory, **changes):
+    """The demo model with other JSON files; a value of None removes the file."""
+    shutil.copytree(demo.MODEL, directory)
+    for name, change in changes.items():
+        path = directory / f"{name}.json"
+        content = json.loads(path.read_text()) | change
+        path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokenizer_config": {"chat_template": None}}, ["question '0'", "chat template"]),
+        ({"tokenizer_config": {"chat_template": "{{ raise_exception('roles!') }}"}}, ["question '0'", "roles!"]),
+        ({"tokenizer_config": {"chat_template": "{{ nothing.at.all }}"}}, ["question '0'", "chat template"]),
+        ({"generation_config": {"repetition_penalty": 1.1}}, ["generation_config.json", "repetition_penalty 1.1"]),
+        ({"generation_config": {"num_beams": 4}}, ["num_beams 4", "--engine reference"]),
+        ({"generation_config": {"suppress_tokens": [5]}}, ["suppress_tokens"]),
+    ],
+)
+def test_models_that_cannot_answer_are_refused(changes, words, tmp_path):
+    model = copy_demo(tmp_path / "model", **changes)
+    args = ["--model", str(model), "--task", "chat", "--limit", "2", "--engine", "eager", "--device", "cpu"]
+    result = CliRunner().invoke(cli, ["eval", *args, "--output", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()
+    assert len(result.stderr.splitlines()) == 1
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_a_prompt_longer_than_the_model_is_refused():
+    with pytest.raises(UserError, match=r"question 'long': a prompt of \d+ tokens, the model reads 1024"):
+        Answerer.from_pretrained(device="cpu").prepare([ask("a b c " * 1000, id="long")])
+
+
+def test_eval_writes_predictions_as_the_pipeline_does_and_warm_prepares_it(tmp_path):
+    runner, out = CliRunner(), tmp_path / "out"
+    same = ["--task", "chat", "--limit", "8", "--device", "cpu", "--max-new-tokens", "30"]
+    cache = ["--cache-dir", str(tmp_path / "cache")]
+    built = runner.invoke(cli, ["warm", *same, *cache])
+    assert built.exit_code == 0, built.output
+    assert "decoding" in built.stdout
+    done = runner.invoke(cli, ["eval", *same, *cache, "--require-warm", "--output", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "exact_match" in done.stdout
+
+    results = json.loads((out / "results.json").read_text())
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    questions = read_questions(demo.CHAT, limit=8)
+    assert results["task"] == "chat"
+    assert results["cache"]["state"] == "warm"
+    assert predictions == [[{"generated_text": s["text"]}] for s in samples]
+    right = [s["text"].lstrip().replace("\n", "") == q.label for s, q in zip(samples, questions, strict=True)]
+    assert [s["correct"] for s in samples] == right
+    assert results["metrics"]["exact_match"] == sum(right) / 8
+    assert results["answers"]["in_tree"] == sum(s["in_tree"] for s in samples)
+    assert results["answers"]["decoded_tokens"] == sum(s["decoded_tokens"] for s in samples)
+    assert results["plan"]["decoding"]["slots"] >= 30
+
+    again = runner.invoke(cli, ["eval", "--limit", "4", "--engine", "eager", "--device", "cpu", "--output", str(out)])
+    assert again.exit_code == 2
+    scored = ["eval", "--limit", "4", "--engine", "eager", "--device", "cpu", "--output", str(out), "--overwrite"]
+    assert runner.invoke(cli, scored).exit_code == 0
+    assert not (out / "predictions.jsonl").exists()
