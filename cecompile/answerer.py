@@ -31,13 +31,17 @@ class Answer:
 
     Attributes:
         text: as `transformers`' text-generation pipeline returns it.
-        tokens: how many the model wrote, the end token included; None where the pipeline itself ran.
+        token_ids: what the model wrote, the end token included; None where the pipeline itself ran.
         decoded_tokens: how many of them were decoded outside the tree; None likewise.
     """
 
     text: str
-    tokens: int | None = None
+    token_ids: tuple[int, ...] | None = None
     decoded_tokens: int | None = None
+
+    @property
+    def tokens(self) -> int | None:
+        return None if self.token_ids is None else len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +178,7 @@ def decode(
 
 def _answer(stock: StockPipeline, prompt: Ints, begun: Walk, outside: list[int]) -> Answer:
     tokens = begun.tokens + outside
-    return Answer(stock.text(prompt.tolist(), tokens), len(tokens), len(outside))
+    return Answer(stock.text(prompt.tolist(), tokens), tuple(tokens), len(outside))
 
 
 def _refuse_nonsense(

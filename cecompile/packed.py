@@ -5,6 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from transformers import PreTrainedModel
+
 from cecompile import demo
 from cecompile.engine import memory
 from cecompile.engine.cache import CompileCache, NoCacheError, default_directory
@@ -79,33 +82,46 @@ class PackedModel:
         Raises:
             UserError: there is no such model, device or option, or the cache directory is not safe.
         """
-        checks = (
-            (engine, ENGINES, "engine"),
-            (attention, ATTENTIONS, "attention"),
-            (dtype, ("auto", *DTYPES), "dtype"),
-        )
-        for value, known, option in checks:
-            if value not in known:
-                raise UserError(f"{option} '{value}': one of {', '.join(known)}")
-        if tokens_per_bucket is not None and tokens_per_bucket < BLOCK:
-            raise UserError(f"tokens per bucket: {tokens_per_bucket} is too few, at least {BLOCK}")
         path = str(demo.MODEL if model is None else model)
+        options = {"engine": engine, "attention": attention, "dtype": dtype}
+        _check(tokens_per_bucket, **options)
         resolved = resolve_device(device)
         config, tokenizer = load_config(path), load_tokenizer(path)
-        if memory_limit is not None:
-            memory.enforce(resolved, memory_limit)
         sizing = Sizing(path, config, resolved, dtype, tokens_per_bucket, memory_limit)
-        cache, note = None, None
-        if engine == "compiled":
-            try:
-                cache = CompileCache(Path(cache_dir) if cache_dir else default_directory())
-            except NoCacheError as error:
-                if cache_dir or require_warm:
-                    raise
-                note = f"compiled without a cache: {error}"
-        runtime = Runtime(path, config, resolved, dtype, engine, attention, sizing, cache, require_warm)
-        if note:
-            runtime.remark(note)
+        return cls(_runtime(path, config, resolved, sizing, cache_dir, require_warm, **options), tokenizer, **own)
+
+    @classmethod
+    def from_model(
+        cls: type[Model],
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        name: str = "model",
+        engine: str = "compiled",
+        attention: str = "auto",
+        tokens_per_bucket: int | None = None,
+        memory_limit: int | None = None,
+        cache_dir: str | Path | None = None,
+        require_warm: bool = False,
+        **own: Any,
+    ) -> Model:
+        """One for a model that is loaded already. From the first use on it has our attention, and compiled layers.
+
+        Args:
+            model: a stock causal model in evaluation mode, on one device.
+            tokenizer: the model's.
+            name: for messages and results.
+            engine, attention, tokens_per_bucket, memory_limit, cache_dir, require_warm, own: see `from_pretrained`.
+
+        Raises:
+            UserError: there is no such option, or the cache directory is not safe.
+        """
+        dtype = str(model.dtype).removeprefix("torch.")
+        options = {"engine": engine, "attention": attention, "dtype": dtype}
+        _check(tokens_per_bucket, **options)
+        sizing = Sizing(name, model.config, model.device, dtype, tokens_per_bucket, memory_limit)
+        runtime = _runtime(name, model.config, model.device, sizing, cache_dir, require_warm, **options)
+        runtime.adopt(model)
         return cls(runtime, tokenizer, **own)
 
     def prepare(self, questions: Sequence[Any], *, fit: bool = False) -> Workload:
@@ -124,6 +140,38 @@ class PackedModel:
         """The plan for these sequences; None for the reference engine. Raises UserError: see `Runtime.plan`."""
         runtime = self.runtime
         return None if runtime.engine == "reference" else runtime.plan(sequences, fit, self.new_tokens)
+
+    def warm_up(self, questions: Sequence[Any], longest: int, *, progress: Progress = lambda *_: None) -> None:
+        """Loads the model and warms up for data not yet seen: later calls find all that they need warm.
+
+        Args:
+            questions: a few, on which the warm engine is checked.
+            longest: tokens of the longest input to come; of chat questions, of the longest prompt. A longer one is
+                warmed up for when it comes.
+            progress: called as (phase, done, total).
+
+        Raises:
+            UserError, CheckError: see `Runtime`.
+        """
+        runtime = self.runtime
+        if runtime.engine == "reference":
+            runtime.load()
+            return
+        answer = longest + self.new_tokens if self.new_tokens else 0
+        runtime.plan_ahead(longest, answer)
+        workload = self.prepare(questions, fit=True)
+        assert workload.plan is not None
+        runtime.look_up(workload.plan)
+        runtime.load()
+        plan_again = runtime.probe()
+        warmed = None
+        while warmed is None:
+            if plan_again:
+                runtime.plan_ahead(longest, answer)
+                workload = replace(workload, plan=self.plan(workload.sequences, fit=True))
+            assert workload.plan is not None
+            warmed = runtime.engine_for(Ready.for_plan(workload.plan, workload.sequences), progress)
+            plan_again = True  # memory ran out
 
     def warm(
         self, workload: Workload, clock: Clock, progress: Progress
@@ -154,3 +202,32 @@ class PackedModel:
             if warmed is not None:
                 return warmed, ready.staged, workload
             plan_again = True  # memory ran out
+
+
+def _check(tokens_per_bucket: int | None, engine: str, attention: str, dtype: str) -> None:
+    checks = ((engine, ENGINES, "engine"), (attention, ATTENTIONS, "attention"), (dtype, ("auto", *DTYPES), "dtype"))
+    for value, known, option in checks:
+        if value not in known:
+            raise UserError(f"{option} '{value}': one of {', '.join(known)}")
+    if tokens_per_bucket is not None and tokens_per_bucket < BLOCK:
+        raise UserError(f"tokens per bucket: {tokens_per_bucket} is too few, at least {BLOCK}")
+
+
+def _runtime(
+    name: str, config: Any, device: torch.device, sizing: Sizing, cache_dir: str | Path | None, require_warm: bool,
+    *, engine: str, attention: str, dtype: str,
+) -> Runtime:  # fmt: skip
+    if sizing.limit is not None:
+        memory.enforce(device, sizing.limit)
+    cache, note = None, None
+    if engine == "compiled":
+        try:
+            cache = CompileCache(Path(cache_dir) if cache_dir else default_directory())
+        except NoCacheError as error:
+            if cache_dir or require_warm:
+                raise
+            note = f"compiled without a cache: {error}"
+    runtime = Runtime(name, config, device, dtype, engine, attention, sizing, cache, require_warm)
+    if note:
+        runtime.remark(note)
+    return runtime

@@ -66,6 +66,7 @@ class Runtime:
         self.stock_attention = "eager"  # what it is, once loaded
         self._probed = False
         self._warmed: Warmed | None = None
+        self._ahead: tuple[Geometry, DecodeShape | None] | None = None
 
     def remark(self, note: str) -> None:
         """Adds what a reader of the result has to know of how it ran."""
@@ -105,11 +106,22 @@ class Runtime:
             UserError: see `shapes`.
         """
         answer = sequences.longest_prompt + new_tokens if new_tokens else 0
-        geometry, decoding = self.shapes(int(sequences.input_lengths.max()), answer, fit, sizing)
-        plan = replace(make_plan(sequences, geometry), decoding=decoding)
+        longest = int(sequences.input_lengths.max())
+        ahead = sizing is None and self._holds(longest, answer)
+        shapes = self._ahead if ahead else None
+        geometry, decoding = shapes or self.shapes(longest, answer, fit, sizing)
+        plan = replace(make_plan(sequences, geometry, every=ahead), decoding=decoding)
         held = memory.used_already(self.device) if self.model is None else 0
         self.predicted_bytes = self.budget(plan).total + held
         return plan
+
+    def plan_ahead(self, longest: int, answer: int) -> None:
+        """From now on plans for up to these lengths (see `shapes`) all have the same buckets.
+
+        Raises:
+            UserError: see `shapes`.
+        """
+        self._ahead = self.shapes(longest, answer, fit=True)
 
     def budget(self, plan: Plan, device: str | None = None) -> memory.Budget:
         """What a run of this plan needs, in bytes by part; on another `device`, "cuda", in 16 bits."""
@@ -144,6 +156,11 @@ class Runtime:
             self.model, self.fingerprint = loaded.model, loaded.fingerprint
             self.stock_attention = self.model.config._attn_implementation
         return self.model
+
+    def adopt(self, model: PreTrainedModel) -> None:
+        """Takes a model that is loaded already, on this runtime's device, instead of loading one."""
+        self.model, self.stock_attention = model, model.config._attn_implementation
+        self.sizing.count_as_loaded(sum(p.numel() * p.element_size() for p in model.parameters()))
 
     def probe(self) -> bool:
         """Chooses the attention by a check on the loaded model; whether that is another one than planned for.
@@ -193,6 +210,13 @@ class Runtime:
             raise UserError(f"{self.name}: out of memory on {self.device} with buckets of {slots} tokens")
         self.remark(f"buckets made smaller: memory ran out with {slots} tokens")
         return None
+
+    def _holds(self, longest: int, answer: int) -> bool:
+        """Whether what was planned ahead holds these lengths."""
+        if self._ahead is None:
+            return False
+        geometry, decoding = self._ahead
+        return longest <= geometry.length and (decoding is None or answer < decoding.slots)
 
     def _is_warm(self, compiled: Sequence[Bucket | DecodeShape]) -> bool:
         return self._warmed is not None and self._warmed.compiled == tuple(compiled)

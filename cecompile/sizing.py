@@ -65,6 +65,12 @@ class Sizing:
         self.limit: int | None = limit
         self._held: int | None = None  # bytes in use before anything is loaded, where they count
 
+    def count_as_loaded(self, size: int) -> None:
+        """Weights of `size` bytes are on the device already: they are part of what is needed, and of what there is."""
+        self._held = 0
+        if self._asked_limit is None:
+            self.limit = memory.available(self._device) + (size if self._device.type == "cpu" else 0)
+
     def geometry(self, longest: int, *, blocks: bool, recorded: dict[str, Any] | None = None) -> Geometry:
         """The shape that pays, whatever the memory.
 

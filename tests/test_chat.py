@@ -1,7 +1,10 @@
 """Chat questions: what is read from them, and that answers are those of transformers' text-generation pipeline."""
 
 import json
+import re
+import runpy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from conftest import save_tiny_llama, shared_file
 from hypothesis import given
 from hypothesis import strategies as st
 from test_engine import ARCHITECTURES, VOCABULARY, prepared, random_sequences, tiny_model
-from transformers import Phi3Config, Phi3ForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM, pipeline
 
 from cecompile import Answerer, ChatQuestion, demo, read_questions
 from cecompile.answerer import decode
@@ -22,6 +25,7 @@ from cecompile.tasks.chat import find_choices, judge_answer
 from cecompile.workload.graft import graft, prompts_of, walk
 from cecompile.workload.lanes import DecodeShape, Lanes
 
+CONTEST = Path(__file__).parents[1] / "scripts" / "contest_2024.py"
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -140,7 +144,7 @@ def test_a_row_larger_than_the_cache_is_refused():
 
 
 def generated(model, prompt, new_tokens, stop):
-    ids = torch.from_numpy(prompt).long()[None]
+    ids = torch.from_numpy(prompt).long()[None].to(model.device)
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, eos_token_id=stop,
         pad_token_id=0,
@@ -382,3 +386,57 @@ def test_eval_writes_predictions_as_the_pipeline_does_and_warm_prepares_it(tmp_p
     scored = ["eval", "--limit", "4", "--engine", "eager", "--device", "cpu", "--output", str(out), "--overwrite"]
     assert runner.invoke(cli, scored).exit_code == 0
     assert not (out / "predictions.jsonl").exists()
+
+
+def test_warm_up_without_the_data_serves_any_data_up_to_its_length():
+    answerer = Answerer.from_pretrained(device="cpu", engine="eager", new_tokens=20)
+    answerer.warm_up(MADE_UP[:2], longest=300)
+    warmed = answerer.runtime._warmed
+    questions = read_questions(demo.CHAT, limit=20)
+    answers = answerer.answer(questions).answers
+    assert answerer.runtime._warmed is warmed
+    fresh = Answerer.from_pretrained(device="cpu", engine="eager", new_tokens=20).answer(questions).answers
+    assert [a.text for a in answers] == [a.text for a in fresh]
+    long = ask("the long road " * 180)
+    (answer,) = answerer.answer([long]).answers
+    assert answerer.runtime._warmed is not warmed
+    assert [answer.text] == stock_texts(demo.MODEL, [long], 20)
+
+
+def test_a_loaded_model_is_taken_as_it_is(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(demo.MODEL).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+    questions = read_questions(demo.CHAT, limit=6)
+    answers = Answerer.from_model(model, tokenizer, engine="eager", new_tokens=20).answer(questions).answers
+    assert [a.text for a in answers] == stock_texts(demo.MODEL, questions, 20)
+    with pytest.raises(UserError, match="engine 'fast': one of"):
+        Answerer.from_model(model, tokenizer, engine="fast")
+
+
+@pytest.mark.parametrize("engine", ["eager", "reference"])
+def test_the_contests_script(engine, tmp_path, monkeypatch, capsys):
+    rows = demo.CHAT.read_text().splitlines()[:6]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    arguments = [str(demo.MODEL), "rows.jsonl", "--engine", engine, "--device", "cpu", "--predictions", "out.jsonl"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["contest_2024.py", *arguments, "--longest", "300", "--max-new-tokens", "30"])
+    runpy.run_path(str(CONTEST), run_name="__main__")
+    printed = capsys.readouterr().out.splitlines()
+    texts = stock_texts(demo.MODEL, read_questions("rows.jsonl"), 30)
+    answers = printed.index("===== Answers =====")
+    assert printed[answers + 1 : answers + 7] == texts
+    assert printed[answers + 7] == "===== Perf result ====="
+    assert re.fullmatch(r"Elapsed_time:  \d+\.\d+", printed[answers + 8])
+    right = sum(text == json.loads(row)["answer"] for text, row in zip(texts, rows, strict=True))
+    assert printed[answers + 9 :] == [f"Correctness: {right}/6"]
+    assert [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()] == [
+        [{"generated_text": text}] for text in texts
+    ]
+
+
+def test_the_contests_script_says_what_is_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["contest_2024.py", str(tmp_path / "none"), "rows.jsonl"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(CONTEST), run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [f"contest_2024: {tmp_path / 'none'}: no such directory"]

@@ -3,12 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from test_engine import prepared, random_sequences, score, tiny_model
+from test_chat import MADE_UP, generated
+from test_engine import VOCABULARY, prepared, random_sequences, score, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from cecompile import Question, Scorer
+from cecompile import Answerer, Question, Scorer, demo, read_questions
+from cecompile.answerer import decode
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import score_one_by_one
 from cecompile.scorer import collect
+from cecompile.workload.graft import prompts_of
+from cecompile.workload.lanes import DecodeShape
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -92,3 +97,66 @@ def test_half_precision_is_as_good_as_the_stock_models(kind, dtype, attention):
         return float(np.sqrt(np.mean((values - exact) ** 2)))
 
     assert error(ours) <= 1.1 * error(stock)
+
+
+@pytest.mark.parametrize("attention", ["flex", "sdpa"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "phi3", "opt"])
+def test_decodes_as_generate_does(kind, attention):
+    model, random = on_gpu(kind), np.random.default_rng(1)
+    prompts = [random.integers(3, VOCABULARY, n).astype(np.int32) for n in (1, 40, 7, 23, 16, 17, 9)]
+    stop = generated(model, prompts[1], 12, None)[5]
+    expected = [generated(model, prompt, 12, stop) for prompt in prompts]
+    engine, _ = prepared(model, random_sequences(), attention, compiled=True)
+    decoder = engine.decoder(DecodeShape(128, 3, (16, 3)))
+    decoder.warm_up()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(2):
+        assert decode(decoder, prompts, [12] * len(prompts), frozenset([stop])) == expected
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_demo_answers_equal_the_references():
+    questions = [*read_questions(demo.CHAT), *MADE_UP]
+    expected = Answerer.from_pretrained(device="cuda", engine="reference", new_tokens=60).answer(questions).answers
+    answerer = Answerer.from_pretrained(device="cuda", new_tokens=60)
+    got = answerer.answer(questions).answers
+    assert (answerer.runtime.engine, answerer.runtime.attention, answerer.runtime.note) == ("compiled", "flex", None)
+    assert [a.text for a in got] == [a.text for a in expected]
+
+
+TINY = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
+ONE_B = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+
+
+@pytest.mark.parametrize("sizes", [TINY, ONE_B | {"num_key_value_heads": 4}], ids=["tiny", "1b"])
+def test_half_precision_answers_part_from_generates_only_at_near_ties(sizes, capsys):
+    """Where they part, the stock model's two best logits are nearer than its own error in bfloat16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=1024, max_position_embeddings=1024, **sizes)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+    answerer = Answerer.from_model(model, tokenizer, new_tokens=40)
+    questions = read_questions(demo.CHAT, limit=40)
+    workload = answerer.prepare(questions)
+    expected = [generated(model, prompt, 40, 2) for prompt in prompts_of(workload.sequences)]
+    got = answerer.answer(questions).answers
+    model.set_attn_implementation("eager")
+    parted = 0
+    with torch.compiler.set_stance("force_eager"), torch.inference_mode():
+        exact = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").to("cuda")
+        exact.load_state_dict(model.state_dict())
+        for prompt, theirs, ours in zip(prompts_of(workload.sequences), expected, got, strict=True):
+            at = next((i for i, (a, b) in enumerate(zip(theirs, ours.token_ids, strict=False)) if a != b), None)
+            if at is None:
+                assert theirs == list(ours.token_ids)
+                continue
+            parted += 1
+            ids = torch.tensor([[*prompt.tolist(), *theirs[:at]]], device="cuda")
+            true, rounded = (m(ids, use_cache=False).logits[0, -1].float() for m in (exact, model))
+            gap = (true[theirs[at]] - true[ours.token_ids[at]]).abs()
+            assert gap <= (true - rounded).abs().max()
+    with capsys.disabled():
+        print(f" {parted} of {len(got)} answers part at a near tie ", end="")
+    assert parted < len(got)

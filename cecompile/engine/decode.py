@@ -176,7 +176,7 @@ class _StepBuffers:
         self._given["read"][:read] = step.read
         self._given["read"][read:] = 0
         self._given["target"][:read] = step.target
-        self._data.copy_(self._host, non_blocking=True)
+        self._data.copy_(self._host)  # waits: a step without readouts returns before the device has read its tokens
 
     def collect(self, read: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """The outputs in use, on the host."""

@@ -78,9 +78,9 @@ class Engine:
         """Compiles, runs and captures every bucket, largest first. `done` is called after each."""
         for slot in self._slots:
             if self._capture:
-                slot.graph = capture(functools.partial(self._forward, slot), self._pool)
+                slot.graph = capture(functools.partial(self._forward, slot, slot.bucket.readouts), self._pool)
             else:
-                self._forward(slot)
+                self._forward(slot, slot.bucket.readouts)
             self._wait()
             done(slot.bucket)
 
@@ -113,7 +113,7 @@ class Engine:
             if slot.graph is not None:
                 slot.graph.replay()
             else:
-                self._forward(slot)
+                self._forward(slot, int(one.entry.max()) // TARGETS + 1)
             slot.unload(turn)
             collect()
             queued = one, slot, turn
@@ -124,14 +124,15 @@ class Engine:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _forward(self, slot: "_Slot") -> None:
+    def _forward(self, slot: "_Slot", readouts: int) -> None:
+        """The pass, with at least its first `readouts` readouts."""
         part = slot.part
         with slot.masks.active():
             hidden = self._body(
                 input_ids=part["token_ids"].long(), position_ids=part["depth"].long(), use_cache=False
             ).last_hidden_state
         hidden = hidden.flatten(0, 1)
-        for at in range(0, slot.bucket.readouts, self._chunk):
+        for at in range(0, readouts, self._chunk):
             chunk = slice(at, at + self._chunk)
             chosen = hidden.index_select(0, part["position"][chunk])
             logprob, argmax = self._readout(chosen, part["target"][chunk])

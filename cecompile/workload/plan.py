@@ -114,8 +114,13 @@ def choose_geometry(longest: int, *, tokens_per_bucket: int, blocks: bool, reado
     return Geometry(max(1, budget // length), length, readout_chunk, blocks)
 
 
-def make_plan(sequences: Sequences, geometry: Geometry) -> Plan:
+def make_plan(sequences: Sequences, geometry: Geometry, *, every: bool = False) -> Plan:
     """Sorts, merges and packs all sequences. Deterministic; near n log n in the number of tokens.
+
+    Args:
+        sequences: at least one.
+        geometry: what to pack for.
+        every: the plan has the buckets of `every_bucket`, in use or not, as warmed up for data not yet seen.
 
     Raises:
         ValueError: a sequence is longer than a row.
@@ -126,7 +131,7 @@ def make_plan(sequences: Sequences, geometry: Geometry) -> Plan:
     items = split_items(sequences, order, geometry.length)
     rows = [_row(sequences, order, items.start, row) for row in fill_rows(items, geometry.length)]
     shapes = _cover(rows, geometry)
-    buckets, passes = _passes(shapes, geometry.readout_chunk)
+    buckets, passes = _passes(shapes, geometry, every)
     new_question = np.diff(sequences.questions[order.sequence], prepend=-1) != 0
     lengths = sequences.input_lengths
     return Plan(
@@ -206,12 +211,13 @@ def _cover_with(rows: list[Layout], shapes: list[tuple[int, int]]) -> Shaped:
     return out
 
 
-def _passes(shaped: Shaped, readout_chunk: int) -> tuple[tuple[Bucket, ...], tuple[Pass, ...]]:
-    readouts: dict[tuple[int, int], int] = {}
+def _passes(shaped: Shaped, geometry: Geometry, every: bool) -> tuple[tuple[Bucket, ...], tuple[Pass, ...]]:
+    readouts = {(b.rows, b.length): b.readouts for b in every_bucket(geometry)} if every else {}
     for shape, rows in shaped:
         readouts[shape] = max(readouts.get(shape, 1), sum(len(r.position) for r in rows))
     shapes = sorted(readouts, key=lambda s: (-s[0] * s[1], s))
-    buckets = tuple(Bucket(*shape, -(-readouts[shape] // readout_chunk) * readout_chunk) for shape in shapes)
+    chunk = geometry.readout_chunk
+    buckets = tuple(Bucket(*shape, -(-readouts[shape] // chunk) * chunk) for shape in shapes)
     index = {shape: i for i, shape in enumerate(shapes)}
     passes = sorted((Pass(index[shape], rows) for shape, rows in shaped), key=lambda p: p.bucket)
     return buckets, tuple(passes)
