@@ -238,6 +238,21 @@ def doctor_command(as_json: bool) -> None:
         print_doctor(Console(), facts, findings)
 
 
+@cli.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def lm_eval_command(arguments: tuple[str, ...]) -> None:
+    """lm-evaluation-harness's command line, with `--model cecompile` known to it.
+
+    For example: cecompile lm-eval -- --model cecompile --model_args pretrained=DIR --tasks hellaswag
+    """
+    try:
+        from cecompile.lm_eval import run_command_line
+    except ImportError as error:
+        raise UserError(f"lm-eval: {error}; pip install 'cecompile[lm-eval]'") from None
+
+    run_command_line(arguments)
+
+
 def _demo(task: str) -> str:
     """The embedded questions for a task."""
     return str(demo.CHAT if task == "chat" else demo.HELLASWAG)

@@ -16,6 +16,7 @@ from cecompile.errors import CheckError, UserError, printable
 from cecompile.sizing import Sizing
 from cecompile.warming import Ready, Warmed, Warmer
 from cecompile.workload.lanes import DecodeShape
+from cecompile.workload.order import sort_sequences
 from cecompile.workload.plan import Bucket, Geometry, Plan, make_plan
 from cecompile.workload.sequences import Sequences
 
@@ -73,7 +74,7 @@ class Runtime:
         self.note = f"{self.note}; {note}" if self.note else note
 
     def shapes(
-        self, longest: int, answer: int, fit: bool, sizing: Sizing | None = None
+        self, longest: int, answer: int, fit: bool, sizing: Sizing | None = None, shared: int = 0
     ) -> tuple[Geometry, DecodeShape | None]:
         """The largest bucket's shape, and what decodes beside it; with `fit`, shapes that memory holds.
 
@@ -82,6 +83,7 @@ class Runtime:
             answer: tokens of the longest prompt and its answer together; 0 where nothing is decoded.
             fit: hold the shapes against the memory there is.
             sizing: another than this runtime's.
+            shared: tokens that questions side by side typically share.
 
         Raises:
             UserError: nothing fits, or trees of this length are not exact.
@@ -89,7 +91,7 @@ class Runtime:
         self._check_rope(max(longest, answer))
         recorded = self._cache.recorded(self._facts()) if self._cache is not None else None
         sizing = sizing or self.sizing
-        geometry = sizing.geometry(longest, blocks=self.attention == "flex", recorded=recorded)
+        geometry = sizing.geometry(longest, blocks=self.attention == "flex", recorded=recorded, shared=shared)
         if fit:
             geometry = sizing.fitting(geometry, longest, self.engine, answer)
         return geometry, sizing.decoding(geometry, self.engine, answer, fit)
@@ -109,8 +111,10 @@ class Runtime:
         longest = int(sequences.input_lengths.max())
         ahead = sizing is None and self._holds(longest, answer)
         shapes = self._ahead if ahead else None
-        geometry, decoding = shapes or self.shapes(longest, answer, fit, sizing)
-        plan = replace(make_plan(sequences, geometry, every=ahead), decoding=decoding)
+        order = sort_sequences(sequences)
+        shared = order.typically_shared(sequences)
+        geometry, decoding = shapes or self.shapes(longest, answer, fit, sizing, shared)
+        plan = replace(make_plan(sequences, geometry, every=ahead, order=order), decoding=decoding)
         held = memory.used_already(self.device) if self.model is None else 0
         self.predicted_bytes = self.budget(plan).total + held
         return plan

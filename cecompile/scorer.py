@@ -16,6 +16,7 @@ from cecompile.report.clock import Clock
 from cecompile.runtime import Counter, Progress
 from cecompile.tasks.question import Question
 from cecompile.workload.encode import encode, max_input_length
+from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import StagedPass
 
 Outcome = tuple[NDArray[np.float64], NDArray[np.bool_]]  # per sequence: loglikelihood, and whether all is the argmax
@@ -75,6 +76,27 @@ class Scorer(PackedModel):
             seconds.append(perf_counter() - began)
         loglikelihoods, greedy = _by_question(questions, workload, *outcomes[0])
         return Scores(loglikelihoods, greedy, workload, seconds)
+
+    def score_sequences(self, sequences: Sequences, *, progress: Progress = lambda *_: None) -> Outcome:
+        """The same for token sequences: (n,) loglikelihoods, and (n,) whether greedy decoding says all of each.
+
+        Args:
+            sequences: at least one.
+            progress: see `score`.
+
+        Raises:
+            UserError, CheckError: see `score`.
+        """
+        runtime = self.runtime
+        check_vocabulary(runtime.name, self.tokenizer, runtime.config, int(sequences.token_ids.max()))
+        workload = Workload(sequences, self.plan(sequences, fit=True))
+        ready = self._one_by_one if workload.plan is None else self._packed
+        run, _ = ready(workload, Clock(), progress)
+        loglikelihood, greedy = run()
+        bad = np.flatnonzero(~np.isfinite(loglikelihood))
+        if len(bad):
+            raise CheckError(f"request {bad[0]}: the model's loglikelihood is {loglikelihood[bad[0]]}")
+        return loglikelihood, greedy
 
     def _one_by_one(self, workload: Workload, clock: Clock, progress: Progress) -> tuple[Inference, Workload]:
         """Loads the stock model; returns what scores each sequence alone."""

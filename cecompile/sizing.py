@@ -30,6 +30,7 @@ TUNING = {
     "cpu": Tuning(2048, 256, DecodeShape(slots=4096, lanes=16, step_tokens=(256, 16))),
     "cuda": Tuning(8192, 1024, DecodeShape(slots=16384, lanes=64, step_tokens=(512, 64))),
 }
+DENSE_ATTENTION = 2.0  # how many times as long as in a matrix product arithmetic takes there
 
 
 class Sizing:
@@ -71,7 +72,9 @@ class Sizing:
         if self._asked_limit is None:
             self.limit = memory.available(self._device) + (size if self._device.type == "cpu" else 0)
 
-    def geometry(self, longest: int, *, blocks: bool, recorded: dict[str, Any] | None = None) -> Geometry:
+    def geometry(
+        self, longest: int, *, blocks: bool, recorded: dict[str, Any] | None = None, shared: int = 0
+    ) -> Geometry:
         """The shape that pays, whatever the memory.
 
         Args:
@@ -79,6 +82,7 @@ class Sizing:
             blocks: whether attention is block-sparse.
             recorded: the cache entry's manifest. A size found fastest before is taken; and where rows have to be
                 longer than usual, those of a geometry that is compiled already.
+            shared: tokens that questions side by side typically share.
         """
         recorded = recorded or {}
         tokens = self._asked or self.tuning.tokens_per_bucket
@@ -86,7 +90,7 @@ class Sizing:
             tokens = recorded["tuned"][0] * recorded["tuned"][1]
         if self._ceiling is not None:
             tokens = min(tokens, self._ceiling)
-        own = self._geometry(longest, tokens, blocks)
+        own = self._geometry(longest, tokens, blocks, shared)
         usual = self._geometry(1, tokens, blocks)
         if self._asked is None and own.length > usual.length:
             known = [(g[1], g[0]) for g in recorded.get("geometries", ()) if g[1] >= own.length]
@@ -149,9 +153,13 @@ class Sizing:
         """Bytes that a run with this geometry needs, by part; or, on a kind of device `elsewhere`, in 16 bits."""
         if elsewhere is not None:
             return memory.budget(memory.model_sizes(self._config, "bfloat16"), geometry, elsewhere, engine, decoding)
+        return memory.budget(self.model_sizes(), geometry, self._device.type, engine, decoding)
+
+    def model_sizes(self) -> memory.Sizes:
+        """What of the model decides memory and cost."""
         if self._sizes is None:
             self._sizes = memory.model_sizes(self._config, self._dtype)
-        return memory.budget(self._sizes, geometry, self._device.type, engine, decoding)
+        return self._sizes
 
     def of_size(self, tokens_per_bucket: int) -> "Sizing":
         """The same, asked for this size."""
@@ -180,7 +188,12 @@ class Sizing:
             return None
         return replace(self.tuning.decoding, slots=-(-(answer + 1) // BLOCK) * BLOCK)
 
-    def _geometry(self, longest: int, tokens: int, blocks: bool) -> Geometry:
+    def _geometry(self, longest: int, tokens: int, blocks: bool, shared: int = 0) -> Geometry:
         return choose_geometry(
-            longest, tokens_per_bucket=tokens, blocks=blocks, readout_chunk=self.tuning.readout_chunk
+            longest,
+            tokens_per_bucket=tokens,
+            blocks=blocks,
+            readout_chunk=self.tuning.readout_chunk,
+            shared=shared,
+            key_cost=DENSE_ATTENTION * self.model_sizes().key_cost if shared and not blocks else 0.0,
         )

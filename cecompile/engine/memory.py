@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cecompile.engine.layers import on_meta
 from cecompile.errors import UserError
@@ -61,6 +62,7 @@ class Sizes:
         width, inner, vocabulary: of hidden states, of the MLP's hidden states, of the logits.
         cached: values of keys and values per token, over all layers.
         groups: queries' heads per keys' head.
+        key_cost: arithmetic of a token looking at one more key, in that of its weights outside embedding and head.
         itemsize: bytes of a weight and of an activation.
     """
 
@@ -70,6 +72,7 @@ class Sizes:
     vocabulary: int
     cached: int
     groups: int
+    key_cost: float
     itemsize: int
 
 
@@ -105,13 +108,20 @@ def model_sizes(config: Any, dtype: str) -> Sizes:
     heads = text.num_attention_heads
     kept = getattr(text, "num_key_value_heads", None) or heads
     resolved = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    parameters = sum(p.numel() for p in model.parameters())
+    outside = sum(p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+    head = model.get_output_embeddings()
+    tied = head is None or head.weight is model.get_input_embeddings().weight
+    inside = parameters - outside - (0 if tied else head.weight.numel())
+    queries = text.num_hidden_layers * heads * (getattr(text, "head_dim", None) or width // heads)
     return Sizes(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
         width=width,
         inner=next((n for n in named if n), 4 * width),
         vocabulary=text.vocab_size,
         cached=text.num_hidden_layers * kept * _head_sizes(text),
         groups=heads // kept,
+        key_cost=2 * queries / max(1, inside),
         itemsize=torch.empty(0, dtype=resolved).element_size(),
     )
 

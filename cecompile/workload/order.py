@@ -25,6 +25,12 @@ class Order:
     shared: Longs
     prefix_tree_tokens: int
 
+    def typically_shared(self, sequences: Sequences) -> int:
+        """The median of what a question shares with the one before; 0 for a single question."""
+        owner = sequences.questions[self.sequence]
+        boundaries = np.flatnonzero(owner[1:] != owner[:-1]) + 1
+        return int(np.median(self.shared[boundaries])) if len(boundaries) else 0
+
 
 def sort_sequences(sequences: Sequences) -> Order:
     """Sorts by the inputs' token ids; questions come in the order of their first sequence."""

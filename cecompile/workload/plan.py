@@ -96,30 +96,39 @@ class Plan:
         return sum(p.bucket == bucket for p in self.passes)
 
 
-def choose_geometry(longest: int, *, tokens_per_bucket: int, blocks: bool, readout_chunk: int) -> Geometry:
+def choose_geometry(
+    longest: int, *, tokens_per_bucket: int, blocks: bool, readout_chunk: int, shared: int = 0, key_cost: float = 0.0
+) -> Geometry:
     """The largest bucket's shape.
 
     Args:
         longest: inputs of the longest sequence; a row always holds it.
         tokens_per_bucket: about how many slots a bucket has.
         blocks: attention skips empty tiles, so one row as long as the bucket packs best. Otherwise it is dense and
-            costs more the longer a row is, while shorter rows share less: an eighth of the bucket, within DENSE_ROW.
+            costs more the longer a row is, while shorter rows share less: an eighth of the bucket, within DENSE_ROW,
+            or more where that pays.
         readout_chunk: see `Geometry`.
+        shared: tokens that questions side by side typically share; every row computes them once.
+        key_cost: of a token looking at one more key, in what all else of a token costs.
     """
     least = -(-longest // BLOCK) * BLOCK
     budget = max(BLOCK, tokens_per_bucket // BLOCK * BLOCK)
     shortest, longest_dense = DENSE_ROW
     dense = min(max(budget // 8 // BLOCK * BLOCK, shortest), longest_dense)
     length = max(least, budget if blocks else min(dense, budget))
+    if not blocks:
+        longer = range(length, max(length, budget) + 1, BLOCK)
+        length = min(longer, key=lambda n: n / max(1, n - shared) * (1 + key_cost * n))
     return Geometry(max(1, budget // length), length, readout_chunk, blocks)
 
 
-def make_plan(sequences: Sequences, geometry: Geometry, *, every: bool = False) -> Plan:
+def make_plan(sequences: Sequences, geometry: Geometry, *, every: bool = False, order: Order | None = None) -> Plan:
     """Sorts, merges and packs all sequences. Deterministic; near n log n in the number of tokens.
 
     Args:
         sequences: at least one.
         geometry: what to pack for.
+        order: the sequences', where it is known.
         every: the plan has the buckets of `every_bucket`, in use or not, as warmed up for data not yet seen.
 
     Raises:
@@ -127,7 +136,7 @@ def make_plan(sequences: Sequences, geometry: Geometry, *, every: bool = False) 
     """
     if sequences.input_lengths.max() > geometry.length:
         raise ValueError(f"a sequence of {sequences.input_lengths.max()} tokens in rows of {geometry.length}")
-    order = sort_sequences(sequences)
+    order = order or sort_sequences(sequences)
     items = split_items(sequences, order, geometry.length)
     rows = [_row(sequences, order, items.start, row) for row in fill_rows(items, geometry.length)]
     shapes = _cover(rows, geometry)

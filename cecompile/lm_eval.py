@@ -1,0 +1,140 @@
+"""A backend for lm-evaluation-harness: its tasks, prompts, tokens and metrics, our scoring.
+
+Everything but the scoring of (context, continuation) pairs is lm_eval's own Hugging Face backend. All pairs of a run
+are scored at once, as trees: continuations of one context share it, and contexts share what they begin with, few-shot
+examples above all.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from cecompile.engine.memory import parse_size
+from cecompile.engine.verify import stock_attention
+from cecompile.errors import UserError
+from cecompile.scorer import Scorer
+from cecompile.workload.sequences import Sequences
+
+Pair = tuple[Any, list[int], list[int]]  # what was asked for, the context's tokens, the continuation's
+
+
+@register_model("cecompile")
+class CecompileLM(HFLM):
+    """lm_eval's `hf` backend with loglikelihoods by packed token trees.
+
+    Args:
+        engine, attention, tokens_per_bucket, cache_dir, require_warm: see `Scorer.from_pretrained`.
+        memory_limit: bytes, or a text such as "28GB".
+        others: those of `hf`: pretrained, dtype, device, max_length, add_bos_token ...
+
+    Raises:
+        UserError: such an option is wrong, or the model cannot be scored as trees.
+    """
+
+    def __init__(
+        self,
+        *others: Any,
+        engine: str = "compiled",
+        attention: str = "auto",
+        tokens_per_bucket: int | None = None,
+        memory_limit: int | str | None = None,
+        cache_dir: str | None = None,
+        require_warm: bool = False,
+        **more: Any,
+    ) -> None:
+        super().__init__(*others, **more)
+        if self.backend != "causal" or self.world_size > 1:
+            raise UserError("cecompile scores decoder-only models in one process; --model hf does the rest")
+        try:
+            limit = parse_size(memory_limit) if isinstance(memory_limit, str) else memory_limit
+        except ValueError:
+            raise UserError(f"memory_limit '{memory_limit}': a number of bytes, with a unit such as GB") from None
+        self._scorer = Scorer.from_model(
+            self.model.eval().requires_grad_(False),
+            self.tokenizer,
+            name=str(self.config.name_or_path or "model"),
+            engine=engine,
+            attention=attention,
+            tokens_per_bucket=tokens_per_bucket,
+            memory_limit=limit,
+            cache_dir=cache_dir,
+            require_warm=require_warm,
+        )
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Pair], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """(loglikelihood, whether it is what greedy decoding says) per request, in order."""
+        if not requests:
+            return []
+        sequences, order = as_sequences(requests, self.max_length)
+        loglikelihood, greedy = self._scorer.score_sequences(sequences)
+        out: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for place, number in enumerate(order):
+            out[number] = float(loglikelihood[place]), bool(greedy[place])
+        for (asked, _, _), answer in zip(requests, out, strict=True):
+            if asked is not None:
+                self.cache_hook.add_partial("loglikelihood", asked, answer)
+        return out
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Sum of the log-probabilities of each text, window by window, all windows at once."""
+        size = self.batch_size_per_gpu  # type: ignore[has-type]
+        self.batch_size_per_gpu = sys.maxsize
+        try:
+            values: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self.batch_size_per_gpu = size
+        return values
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """`hf`'s own, by the stock model."""
+        with stock_attention(self.model, self._scorer.runtime.stock_attention):
+            texts: list[str] = super().generate_until(requests, disable_tqdm)
+        return texts
+
+
+def as_sequences(requests: Sequence[Pair], max_length: int) -> tuple[Sequences, list[int]]:
+    """The requests as token sequences, those with the same context side by side.
+
+    Args:
+        requests: at least one; neither part of a pair is empty.
+        max_length: the most tokens the model reads. What exceeds it is cut off on the left, as `hf` does.
+
+    Returns:
+        n sequences, and the request that each is for.
+
+    Raises:
+        UserError: a continuation is empty, or longer than the model can read.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, (_, context, continuation) in enumerate(requests):
+        if not 0 < len(continuation) <= max_length:
+            raise UserError(f"a continuation of {len(continuation)} tokens; the model reads {max_length}")
+        groups.setdefault(tuple(context), []).append(number)
+    order = [number for group in groups.values() for number in group]
+    flat = [np.array((requests[n][1] + requests[n][2])[-(max_length + 1) :], dtype=np.int32) for n in order]
+    return (
+        Sequences(
+            token_ids=np.concatenate(flat),
+            starts=np.cumsum([0] + [len(tokens) for tokens in flat]).astype(np.int64),
+            predicted=np.array([len(requests[n][2]) for n in order], dtype=np.int32),
+            questions=np.repeat(np.arange(len(groups)), [len(g) for g in groups.values()]).astype(np.int32),
+        ),
+        order,
+    )
+
+
+def run_command_line(arguments: Sequence[str]) -> None:
+    """lm_eval's own command line, with this backend known to it."""
+    from lm_eval.__main__ import cli_evaluate
+
+    before, sys.argv = sys.argv, ["lm-eval", *arguments]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before

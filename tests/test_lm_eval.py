@@ -1,0 +1,265 @@
+"""The lm-evaluation-harness backend against lm_eval's own `hf` backend: every metric and every sample."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import SHARED_DATA
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from test_engine import ARCHITECTURES
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from cecompile import demo
+from cecompile.cli import cli
+from cecompile.errors import UserError
+from cecompile.lm_eval import CecompileLM
+
+KINDS = ["llama", "opt", "phi3", "qwen2", "gemma2", "gpt_neox"]
+SENTENCES = [
+    "The baker of the small town puts the warm bread on the long wooden table before the bell rings",
+    "A cow and a dog wait at the gate while Finn brings a bucket of clover and a bucket of bones",
+    "Roll the dress in a dry towel and lay it flat on the grass until the evening comes",
+    "Tom thanks Mara for the ball  and Emil thanks Ida for the whistle",
+    "Nina looks for Karl in the stable, but Karl is at the mill with the miller's two donkeys",
+    "In the morning the ferry crosses the river; in the evening it comes back empty",
+]
+
+
+def rows():
+    """HellaSwag-form rows, a few from the real set where it is at hand."""
+    own = [json.loads(line) for line in demo.HELLASWAG.read_text().splitlines()[:14]]
+    real = SHARED_DATA / "hellaswag_val.jsonl"
+    if real.is_file():
+        with real.open() as file:
+            own += [json.loads(next(file)) for _ in range(4)]
+    return [{k: row[k] for k in ("activity_label", "ctx_a", "ctx_b", "endings", "label")} for row in own]
+
+
+def queries():
+    """query/choices/gold rows: short choices, prefixes of each other, and real ones where they are at hand."""
+    own = [
+        {"query": "Choices that begin alike:", "choices": ["red", "red bread", "red bread table"], "gold": 1},
+        {"query": "One token each:", "choices": ["a", "b", "c"], "gold": 2},
+        {"query": "Trailing spaces  ", "choices": ["move", "to the right", "of it"], "gold": 0},
+        {"query": "Ünïcödé — 漢字", "choices": ["ist schön", "は良い", "🙂🙂"], "gold": 2},
+        {"query": "The same twice:", "choices": ["again", "again", "never"], "gold": 1},
+        {"query": "And then the baker", "choices": ["sleeps", "bakes", "bakes bread"], "gold": 1},
+    ]
+    for name in ("piqa.jsonl", "openbook_qa.jsonl"):
+        path = SHARED_DATA / name
+        if path.is_file():
+            with path.open() as file:
+                own += [json.loads(next(file)) for _ in range(3)]
+    return own
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Configurations of one task of each output type, without and with examples."""
+    folder = tmp_path_factory.mktemp("tasks")
+
+    def data(name, content):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        return {"test": str(folder / f"{name}.jsonl")}
+
+    common = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 1}}
+    examples = {"fewshot_split": "test", "fewshot_config": {"sampler": "first_n"}}
+    choice = {"output_type": "multiple_choice", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
+    hellaswag = {"doc_to_text": "{{activity_label}}: {{ctx_a}} {{ctx_b}}", "doc_to_target": "label"}
+    query = {"doc_to_text": "query", "doc_to_target": "gold", "doc_to_choice": "choices"}
+    words = {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
+        "doc_to_target": "{{' '+text.split(' ')[-1]}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    }
+    rolling = {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+        "metric_list": [{"metric": m} for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+    }
+    files = {
+        "hs": data("hs", rows()),
+        "qa": data("qa", queries()),
+        "lines": data("lines", [{"text": text} for text in SENTENCES]),
+        "book": data("book", [{"text": " ".join(SENTENCES * n)} for n in (1, 3, 9)] + [{"text": "short"}]),
+    }
+    kinds = {
+        "hs": choice | hellaswag | {"doc_to_choice": "endings"},
+        "qa": choice | query,
+        "lines": words,
+        "book": rolling,
+    }
+    out = []
+    for name, kind in kinds.items():
+        base = common | kind | {"dataset_kwargs": {"data_files": files[name]}}
+        out.append(base | {"task": f"{name}_0", "num_fewshot": 0})
+        if name != "book":
+            out.append(base | examples | {"task": f"{name}_5", "num_fewshot": 5})
+    return out
+
+
+def byte_tokenizer(begin):
+    """Byte-level pieces, and `</s>` before every text (OPT's) or nothing (Qwen's)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="</s>" if begin else None,
+        eos_token="</s>", unk_token="</s>", pad_token="<pad>",
+        chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:",
+    )  # fmt: skip
+
+
+def save_model(directory, kind):
+    """A tiny random model of the real class, with a tokenizer."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 1024,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "pad_token_id": 3,
+    }
+    changes = ARCHITECTURES.get(kind, {}) | ({"original_max_position_embeddings": 512} if kind == "phi3" else {})
+    config = AutoConfig.for_model(kind, **(sizes | changes))
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    if kind in ("opt", "qwen2", "gpt_neox"):
+        byte_tokenizer(begin=kind == "opt").save_pretrained(directory)
+        return directory
+    for file in demo.MODEL.glob("token*"):
+        shutil.copy(file, directory)
+    return directory
+
+
+def run(lm, tasks, **options):
+    """Results and samples of lm_eval's own evaluation."""
+    configs = [dict(task) for task in tasks]
+    loaded = TaskManager(include_defaults=False).load(configs)
+    out = evaluate(lm, loaded, bootstrap_iters=0, log_samples=True, verbosity="ERROR", **options)
+    return out["results"], out["samples"]
+
+
+def compare(ours, theirs):
+    """Asserts that two runs agree in everything; returns how many answers were compared."""
+    (results, samples), (expected, expected_samples) = ours, theirs
+    assert results.keys() == expected.keys()
+    for task, metrics in expected.items():
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                assert results[task][name] == pytest.approx(value, rel=1e-4, abs=1e-6), (task, name)
+            else:
+                assert results[task][name] == value, (task, name)
+    count = 0
+    for task, listed in expected_samples.items():
+        for one, other in zip(samples[task], listed, strict=True):
+            assert one["doc_id"] == other["doc_id"]
+            got, want = np.ravel(one["filtered_resps"]), np.ravel(other["filtered_resps"])
+            if want.dtype == bool or want.dtype.kind in "US":
+                got, want = (np.array(v["filtered_resps"], dtype=object).reshape(-1, 2) for v in (one, other))
+                assert got[:, 1].tolist() == want[:, 1].tolist(), task
+                got, want = got[:, 0], want[:, 0]
+            np.testing.assert_allclose(got.astype(float), want.astype(float), rtol=0, atol=1e-3)
+            count += len(want)
+    return count
+
+
+@pytest.mark.parametrize(("kind", "engine"), [(k, "eager") for k in KINDS] + [("llama", "compiled")])
+def test_equals_the_hf_backend(kind, engine, tasks, tmp_path):
+    model = save_model(tmp_path, kind)
+    ours = CecompileLM(pretrained=str(model), device="cpu", dtype="float32", engine=engine)
+    theirs = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=8)
+    assert compare(run(ours, tasks), run(theirs, tasks)) > 100
+    if engine == "eager":
+        chosen = [task for task in tasks if task["output_type"] != "loglikelihood_rolling"]
+        options = {"apply_chat_template": True, "fewshot_as_multiturn": True}
+        assert compare(run(ours, chosen, **options), run(theirs, chosen, **options)) > 100
+
+
+def test_several_tasks_are_one_plan_and_examples_are_shared(tasks, tmp_path, monkeypatch):
+    ours = CecompileLM(pretrained=str(save_model(tmp_path, "llama")), device="cpu", engine="eager")
+    plans = []
+    plan = type(ours._scorer.runtime).plan
+
+    def remember(self, *args, **kwargs):
+        plans.append(plan(self, *args, **kwargs))
+        return plans[-1]
+
+    monkeypatch.setattr(type(ours._scorer.runtime), "plan", remember)
+    five = [task for task in tasks if task["task"] in ("hs_5", "qa_5", "lines_5")]
+    run(ours, five)
+    assert len(plans) == 1
+    assert plans[0].unshared_tokens > 4 * plans[0].useful_tokens
+
+
+def test_what_lm_eval_caches_and_generates_stays_its_own(tasks, tmp_path):
+    model = save_model(tmp_path / "model", "llama")
+    generate = {
+        "task": "say",
+        "dataset_path": "json",
+        "dataset_kwargs": next(t for t in tasks if t["task"] == "qa_0")["dataset_kwargs"],
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "query",
+        "doc_to_target": "{{choices[gold]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+        "num_fewshot": 0,
+    }
+    chosen = [next(t for t in tasks if t["task"] == "qa_0"), generate]
+    ours = CecompileLM(pretrained=str(model), device="cpu", dtype="float32", engine="eager")
+    theirs = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=1)
+    (_, samples), (_, expected) = run(ours, chosen), run(theirs, chosen)
+    assert [s["resps"] for s in samples["say"]] == [s["resps"] for s in expected["say"]]
+    kept = []
+    ours.cache_hook.add_partial = lambda attr, asked, answer: kept.append((attr, asked, answer))
+    run(ours, chosen[:1])
+    assert {(attr, len(asked)) for attr, asked, _ in kept} == {("loglikelihood", 2)}
+    assert len(kept) == sum(len(sample["resps"]) for sample in expected["qa_0"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"engine": "fast"}, "engine 'fast'"), ({"memory_limit": "much"}, "memory_limit 'much'")],
+)
+def test_options_are_checked(options, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        CecompileLM(pretrained=str(save_model(tmp_path, "llama")), device="cpu", **options)
+
+
+def test_the_command_line_is_lm_evals(tasks, tmp_path, monkeypatch):
+    import yaml
+
+    model = save_model(tmp_path / "model", "llama")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    task = next(t for t in tasks if t["task"] == "qa_0")
+    (folder / "qa_0.yaml").write_text(yaml.safe_dump(task))
+    arguments = ["--model", "cecompile", "--model_args", f"pretrained={model},engine=eager,dtype=float32"]
+    arguments += ["--include_path", str(folder), "--tasks", "qa_0", "--device", "cpu", "--limit", "5"]
+    arguments += ["--output_path", str(tmp_path / "out"), "--log_samples"]
+    before = list(sys.argv)
+    done = CliRunner().invoke(cli, ["lm-eval", "--", *arguments])
+    assert done.exit_code == 0, done.output
+    assert sys.argv == before
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    found = json.loads(results.read_text())
+    assert found["config"]["model"] == "cecompile"
+    assert found["n-samples"]["qa_0"]["effective"] == 5
