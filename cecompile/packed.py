@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from cecompile import demo
 from cecompile.engine import memory
+from cecompile.engine.architecture import refusal
 from cecompile.engine.cache import CompileCache, NoCacheError, default_directory
 from cecompile.engine.model import DTYPES, load_config, load_tokenizer, resolve_device
 from cecompile.errors import UserError
@@ -227,6 +228,11 @@ def _runtime(
             if cache_dir or require_warm:
                 raise
             note = f"compiled without a cache: {error}"
+    reason = None if engine == "reference" else refusal(config)
+    if reason:
+        raise UserError(
+            f"{name}: {config.model_type} models cannot be run as trees: {reason}; --engine reference runs them"
+        )
     runtime = Runtime(name, config, device, dtype, engine, attention, sizing, cache, require_warm)
     if note:
         runtime.remark(note)

@@ -8,9 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from cecompile.engine import memory
+from cecompile.engine.architecture import rope_type
 from cecompile.engine.cache import WARM, CompileCache, Entry
 from cecompile.engine.model import load_checkpoint
-from cecompile.engine.probe import choose_attention, rope_type
+from cecompile.engine.probe import choose_attention
 from cecompile.engine.warm import compile_facts
 from cecompile.errors import CheckError, UserError, printable
 from cecompile.sizing import Sizing

@@ -146,9 +146,9 @@ def test_scoring_again_gives_the_same_and_builds_nothing_new(tiny_llama):
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
     questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
     first = scorer.score(questions)
-    engine = scorer.runtime._warm_engine
+    engine = scorer.runtime._warmed
     assert scorer.score(questions).loglikelihoods == first.loglikelihoods
-    assert scorer.runtime._warm_engine is engine
+    assert scorer.runtime._warmed is engine
 
 
 def test_weights_are_not_touched():

@@ -14,17 +14,25 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from cecompile.engine.architecture import takes_ours
 from cecompile.workload.stage import TILE
 
 NAMES = {"flex": "cecompile_tiles", "sdpa": "cecompile_dense"}  # "sdpa" in a name has its own rules in transformers
 
 
 def install(model: PreTrainedModel, attention: str) -> None:
-    """Makes `model` use our attention: "flex" or "sdpa"."""
+    """Makes `model` use our attention: "flex" or "sdpa". A model that does not ask by name keeps its own for "sdpa".
+
+    Raises:
+        NotImplementedError: "flex", for such a model.
+    """
     global _shared_memory
     if model.device.type == "cuda":
         _shared_memory = torch.cuda.get_device_properties(model.device).shared_memory_per_multiprocessor
-    model.set_attn_implementation(NAMES[attention])
+    if takes_ours(model):
+        model.set_attn_implementation(NAMES[attention])
+    elif attention == "flex":
+        raise NotImplementedError(f"{type(model).__name__} has an attention of its own")
 
 
 class Masks:
@@ -34,13 +42,17 @@ class Masks:
         """The mask of layers that see `window` tokens back along their path (None: all of it)."""
         raise NotImplementedError
 
+    def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What the model has to be given beside its tokens: our mask, where it does not ask for it."""
+        return {} if takes_ours(model) else {"attention_mask": self.get(None, model.dtype)}
+
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> Iterator["Masks"]:
         """While this lasts, a model with our attention asks this object for its masks."""
         global _active
         before, _active = _active, self
         try:
-            yield
+            yield self
         finally:
             _active = before
 
@@ -71,12 +83,12 @@ class TreeMasks(Masks):
         return self._made[key]
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> Iterator[Masks]:
         """See `Masks`."""
         if not self._blocks:
             self._made.clear()
         with super().active():
-            yield
+            yield self
 
     def _dense_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         end, depth = self._part["end"], self._part["depth"]
@@ -122,10 +134,11 @@ def _flex(
     attention_mask: BlockMask | Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,  # (heads,) a sink's logit for each head, which takes its share and gives nothing
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if isinstance(attention_mask, Tensor):  # a step of decoding
-        return _sdpa(module, query, key, value, attention_mask, scaling, softcap, **kwargs)
+        return _sdpa(module, query, key, value, attention_mask, scaling, softcap, s_aux, **kwargs)
     _refuse_unknown(module, kwargs)
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex
     if query.device.type == "cpu":  # where the kernel forgets a view's offset (seen in torch 2.13, fused projections)
@@ -139,7 +152,11 @@ def _flex(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=_kernel_options(query, value),
+        return_lse=s_aux is not None,  # type: ignore[arg-type]
     )
+    if s_aux is not None:
+        out, normaliser = out
+        out = out * torch.sigmoid(normaliser - s_aux[None, :, None]).to(out.dtype)[..., None]
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -184,6 +201,7 @@ def _sdpa(
     attention_mask: Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     _refuse_unknown(module, kwargs)
@@ -194,15 +212,25 @@ def _sdpa(
         else:  # a few tokens of one row against a cache, which is read once as it lies
             query = query.reshape(1, key.shape[1], -1, query.shape[3])
             attention_mask = attention_mask.repeat(1, 1, groups, 1)
-    if softcap is None:
+    if softcap is None and s_aux is None:
         out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     else:
         scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        scores = softcap * torch.tanh(scores / softcap) + attention_mask
-        out = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+        scores = (scores if softcap is None else softcap * torch.tanh(scores / softcap)) + attention_mask
+        if s_aux is not None:
+            scores = torch.cat([scores, _sinks(s_aux, scores)], dim=-1)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+        out = weights[..., : key.shape[2]] @ value
     if out.shape[1] != heads:
         out = out.reshape(1, heads, -1, out.shape[3])
     return out.transpose(1, 2).contiguous(), None
+
+
+def _sinks(logits: Tensor, scores: Tensor) -> Tensor:
+    """A sink's logit (heads,) for every row of scores (rows, heads or groups of them, queries, keys): one more key."""
+    tokens = scores.shape[2] * scores.shape[1] // len(logits)
+    each = logits.to(scores.dtype).view(scores.shape[1], -1, 1).expand(-1, -1, tokens)
+    return each.reshape(1, scores.shape[1], scores.shape[2], 1).expand(len(scores), -1, -1, -1)
 
 
 # Arguments that the mask already answers for, or that only matter in training or for other attention kernels.

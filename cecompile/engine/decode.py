@@ -44,6 +44,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, readout: Readout, shape: DecodeShape, pool: Any) -> None:
         self.shape = shape
+        self._model = model
         self._body = model.base_model
         self._readout = readout
         self._device = model.device
@@ -89,6 +90,7 @@ class Decoder:
                 input_ids=part["token_ids"].long()[None],
                 position_ids=(part["slot"] - part["first"]).long()[None],
                 use_cache=False,
+                **masks.arguments(self._model),
             ).last_hidden_state
         chosen = hidden[0].index_select(0, part["read"])
         logprob, argmax = self._readout(chosen, part["target"][:, None])
@@ -225,10 +227,11 @@ def _cache_sizes(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[tu
     zero = torch.zeros(1, dtype=torch.int32, device=model.device)
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_StepMasks(zero, zero, 1).active())
+        masks = stack.enter_context(_StepMasks(zero, zero, 1).active())
         for layer in layers:
             stack.enter_context(_called_with(layer, recorder))
-        model.base_model(input_ids=zero.long()[None], position_ids=zero.long()[None], use_cache=False)
+        one = zero.long()[None]
+        model.base_model(input_ids=one, position_ids=one, use_cache=False, **masks.arguments(model))
     if len(recorder.sizes) != len(layers):
         raise NotDecodableError(f"{type(model).__name__} does not add to the cache once a layer")
     return recorder.sizes

@@ -129,7 +129,10 @@ class Engine:
         part = slot.part
         with slot.masks.active():
             hidden = self._body(
-                input_ids=part["token_ids"].long(), position_ids=part["depth"].long(), use_cache=False
+                input_ids=part["token_ids"].long(),
+                position_ids=part["depth"].long(),
+                use_cache=False,
+                **slot.masks.arguments(self._model),
             ).last_hidden_state
         hidden = hidden.flatten(0, 1)
         for at in range(0, readouts, self._chunk):

@@ -1,12 +1,11 @@
 """A check before anything is compiled: does this model, on this device, compute trees exactly?"""
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cecompile.engine.architecture import refusal
 from cecompile.engine.attention import TreeMasks, install
 from cecompile.engine.reference import stock_logits
 from cecompile.errors import UserError, first_line
@@ -47,14 +46,10 @@ def choose_attention(model: PreTrainedModel, wanted: str) -> tuple[str, str | No
 
 def _problem(model: PreTrainedModel, attention: str) -> str | None:
     """Why a small tree's logits are not the stock model's, or None if they are."""
-    if not getattr(model, "_supports_attention_backend", False):
-        return "its attention cannot be replaced"
-    config = model.config.get_text_config()
-    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        return "its attention is chunked by position"
-    if rope_type(config) == "dynamic":
-        return "its rotary embedding depends on the longest sequence of a batch"
-    sequences = _small_tree(config.vocab_size)
+    known = refusal(model.config)
+    if known:
+        return known
+    sequences = _small_tree(model.config.get_text_config().vocab_size)
     stock = model.config._attn_implementation
     try:
         install(model, attention)
@@ -70,12 +65,6 @@ def _problem(model: PreTrainedModel, attention: str) -> str | None:
     if difference <= TOLERANCE[model.dtype]:
         return None
     return f"logits differ by {difference:.2g} of their standard deviation"
-
-
-def rope_type(config: Any) -> str | None:
-    """The kind of scaling of a configuration's rotary embedding."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return rope.get("rope_type", rope.get("type"))
 
 
 def _small_tree(vocabulary: int) -> Sequences:
@@ -96,8 +85,11 @@ def _tree_logits(model: PreTrainedModel, sequences: Sequences, blocks: bool) -> 
     plan = make_plan(sequences, Geometry(rows=1, length=BLOCK, readout_chunk=1, blocks=blocks))
     (one,) = stage_all(plan)
     part = views(torch.from_numpy(one.data).to(model.device), plan.buckets[one.bucket], blocks)
-    with TreeMasks(part).active():
-        logits = model(input_ids=part["token_ids"].long(), position_ids=part["depth"].long(), use_cache=False).logits
+    with TreeMasks(part).active() as masks:
+        logits = model(
+            input_ids=part["token_ids"].long(), position_ids=part["depth"].long(), use_cache=False,
+            **masks.arguments(model),
+        ).logits  # fmt: skip
     by_choice = np.argsort(one.choice, kind="stable")
     node = part["position"][torch.from_numpy(one.entry[by_choice] // TARGETS).to(model.device)]
     return logits[0].index_select(0, node).float()

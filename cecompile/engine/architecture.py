@@ -1,0 +1,47 @@
+"""Which architectures trees can compute exactly, as far as a configuration tells, and how they are given their mask."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from cecompile.engine.layers import on_meta
+
+# Models with attention of their own that add the mask they are given to their scores, and number positions as told.
+BY_MASK = ("codegen", "falcon", "gptj", "xglm")
+ALIBI = ("bloom", "mpt")
+LAYERS = {"full_attention", "sliding_attention"}
+
+
+def refusal(config: Any) -> str | None:
+    """Why a model of this configuration cannot be computed as trees; None if nothing speaks against it.
+
+    What is not known before the weights are there, the probe finds out.
+
+    Raises:
+        UserError: transformers cannot build a causal model from it.
+    """
+    text = config.get_text_config()
+    model = on_meta(config)
+    if getattr(model, "_is_stateful", False):
+        return "it keeps a state from token to token"
+    if getattr(text, "alibi", False) or text.model_type in ALIBI:
+        return "distances between positions are in its attention (ALiBi)"
+    if rope_type(text) == "dynamic":
+        return "its rotary embedding depends on the longest sequence of a batch"
+    kinds = set(getattr(text, "layer_types", None) or ()) - LAYERS
+    if kinds:
+        return f"it has layers of the kind {', '.join(sorted(kinds))}"
+    if not takes_ours(model) and text.model_type not in BY_MASK:
+        return "its attention cannot be replaced"
+    return None
+
+
+def takes_ours(model: PreTrainedModel) -> bool:
+    """Whether a model asks `transformers` for its attention function by name; else it is given our mask."""
+    return bool(model._can_set_attn_implementation())
+
+
+def rope_type(config: Any) -> str | None:
+    """The kind of scaling of a configuration's rotary embedding."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return rope.get("rope_type", rope.get("type"))

@@ -1,0 +1,163 @@
+"""Every decoder architecture is exact or refused: trees against the stock model, README's table against both lists."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_engine import ARCHITECTURES, COMMON, prepared, random_sequences, tiny_model
+from transformers import AutoConfig
+
+from cecompile import Answerer, Scorer
+from cecompile.answerer import decode
+from cecompile.engine.architecture import refusal
+from cecompile.engine.probe import choose_attention
+from cecompile.engine.reference import score_one_by_one
+from cecompile.errors import UserError
+from cecompile.scorer import collect
+from cecompile.workload.lanes import DecodeShape
+
+GROUPED = {"num_key_value_heads": 2}
+SIZED = GROUPED | {"head_dim": 8}
+WINDOWED = {"sliding_window": 9}
+EXPERTS = {"num_experts_per_tok": 2}
+MIXED = WINDOWED | {"layer_types": ["sliding_attention", "full_attention"]}
+
+# model_type: what the tiny model has beside test_engine's COMMON. All of it matters to attention, head or routing.
+EXACT = ARCHITECTURES | {
+    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 8},
+    "cohere": GROUPED,
+    "cohere2": GROUPED | WINDOWED,
+    "deepseek_v3": EXPERTS
+    | {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 1,
+    },
+    "exaone4": GROUPED | MIXED,
+    "falcon": {"alibi": False, "new_decoder_architecture": False},
+    "gemma": SIZED | {"tie_word_embeddings": True},
+    "gemma3_text": SIZED | MIXED,
+    "glm4": SIZED,
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "gpt_oss": SIZED | WINDOWED | EXPERTS | {"num_local_experts": 4},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 8},
+    "mixtral": GROUPED | EXPERTS | {"num_local_experts": 4},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": WINDOWED,
+    "qwen3": SIZED,
+    "qwen3_moe": SIZED | EXPERTS | {"num_experts": 4, "moe_intermediate_size": 32},
+    "smollm3": GROUPED,
+    "stablelm": GROUPED,
+    "starcoder2": GROUPED | WINDOWED,
+    "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64},
+}
+NO_FLEX = {
+    "codegen": "attention of its own",
+    "falcon": "attention of its own",
+    "gpt_oss": "sinks need the kernel's normaliser, which the CPU's does not give",
+    "gptj": "attention of its own",
+    "xglm": "attention of its own",
+}
+COMPILED = [kind for kind in EXACT if kind not in ("llama", "phi", "opt", "phi3")]  # those: test_engine
+
+# model_type: (configuration, what the refusal says)
+REFUSED = {
+    "bloom": ({"n_layer": 2, "n_head": 4}, "ALiBi"),
+    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}, "ALiBi"),
+    "falcon with ALiBi": ({"alibi": True}, "ALiBi"),
+    "mamba": ({"state_size": 8}, "keeps a state"),
+    "recurrent_gemma": ({}, "keeps a state"),
+    "gpt_neo": (
+        {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4},
+        "attention cannot be replaced",
+    ),
+    "llama with dynamic rope": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "longest sequence of a batch",
+    ),
+    "llama4_text": (SIZED | {"num_local_experts": 2, "intermediate_size_mlp": 64}, "chunked_attention"),
+}
+
+
+def model_type(name: str) -> str:
+    return name.split()[0]
+
+
+def config_of(name: str):
+    return AutoConfig.for_model(model_type(name), **(COMMON | REFUSED[name][0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [(k, "sdpa") for k in COMPILED] + [(k, "flex") for k in COMPILED if k not in NO_FLEX],
+)
+def test_compiled_trees_are_exact(kind, attention):
+    model, sequences = tiny_model(kind, **EXACT[kind]), random_sequences(questions=5)
+    expected, expected_greedy = score_one_by_one(model, sequences)
+    assert choose_attention(model, attention) == (attention, None)
+    engine, staged = prepared(model, sequences, attention, compiled=True)
+    assert len(engine.buckets) == 1  # one shape to compile
+    got, greedy = collect(len(sequences), staged, engine.run(staged))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    assert (greedy == expected_greedy).all()
+
+
+@pytest.mark.parametrize("kind", NO_FLEX)
+def test_where_flex_does_not_go_it_is_refused_with_the_reason(kind):
+    model = tiny_model(kind, **EXACT[kind])
+    with pytest.raises(UserError, match=r"cannot be scored as trees \(flex: "):
+        choose_attention(model, "flex")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EXACT if kind not in ARCHITECTURES])
+def test_decodes_as_generate_does(kind):
+    model, random = tiny_model(kind, **EXACT[kind]), np.random.default_rng(1)
+    prompts = [random.integers(3, 96, n).astype(np.int32) for n in (1, 30, 7, 23)]
+    expected = []
+    for prompt in prompts:
+        ids = torch.from_numpy(prompt).long()[None]
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        expected.append(out[0, len(prompt) :].tolist())
+    engine, _ = prepared(model, random_sequences(), "sdpa", compiled=False)
+    decoder = engine.decoder(DecodeShape(128, 3, (16, 3)))
+    assert decode(decoder, prompts, [8] * len(prompts), frozenset()) == expected
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_exact_is_refused_before_loading(name, tmp_path):
+    config = config_of(name)
+    assert REFUSED[name][1] in refusal(config)
+    config.save_pretrained(tmp_path)  # there are no weights at all
+    from cecompile import demo
+
+    for file in demo.MODEL.glob("token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for kind in (Scorer, Answerer):
+        with pytest.raises(UserError, match=f"{REFUSED[name][1]}.*--engine reference runs them"):
+            kind.from_pretrained(tmp_path, device="cpu")
+    assert Scorer.from_pretrained(tmp_path, device="cpu", engine="reference").runtime.model is None
+
+
+def test_readmes_table_is_these_lists():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    table = text[text.index("## Architectures") :].split("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", table, re.MULTILINE)
+    cells = {names: how for names, how in rows if names not in ("---", "`model_type`")}
+    everywhere = [kind for kind in EXACT if kind not in NO_FLEX]
+    listed = {how: set(re.findall(r"`([\w ]+?)`", names)) for names, how in cells.items()}
+    assert listed["exact, `flex` and `sdpa`"] == set(everywhere)
+    assert listed["exact, `sdpa`"] == set(NO_FLEX)
+    refused = {name for how, names in listed.items() if how.startswith("refused") for name in names}
+    assert refused == {model_type(name) for name in REFUSED} - {"falcon", "llama"}
