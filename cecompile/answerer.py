@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 
 import numpy as np
 
 from cecompile.engine.decode import Decoder
 from cecompile.engine.forward import Readouts
-from cecompile.engine.model import check_vocabulary
+from cecompile.engine.model import check_vocabulary, load_generation_config
 from cecompile.engine.stock import StockPipeline, stop_tokens
 from cecompile.engine.verify import stock_attention
 from cecompile.errors import CheckError, UserError
-from cecompile.packed import PackedModel, Workload
+from cecompile.packed import PackedModel, Workload, timed
 from cecompile.report.clock import Clock
 from cecompile.runtime import Counter, Progress, Runtime
 from cecompile.tasks.chat import ChatQuestion
@@ -68,6 +67,8 @@ class Answerer(PackedModel):
     def prepare(self, questions: Sequence[ChatQuestion], *, fit: bool = False) -> Workload:
         """See `PackedModel.prepare`."""
         runtime = self.runtime
+        if runtime.engine != "reference":
+            self._stop_tokens()
         longest = max_input_length(runtime.config, self.tokenizer)
         sequences = graft(questions, self.tokenizer, longest, self.new_tokens)
         check_vocabulary(runtime.name, self.tokenizer, runtime.config, int(sequences.token_ids.max()))
@@ -89,12 +90,14 @@ class Answerer(PackedModel):
         else:
             run, workload = self._packed(questions, workload, clock, progress)
         clock.enter("inference")
-        outcomes, seconds = [], []
-        for _ in range(repeat):
-            began = perf_counter()
-            outcomes.append(run())
-            seconds.append(perf_counter() - began)
-        return Answers(outcomes[0], workload, seconds)
+        answers, seconds = timed(run, repeat)
+        return Answers(answers, workload, seconds)
+
+    def _stop_tokens(self) -> frozenset[int]:
+        """Where answers end. Raises UserError: see `stop_tokens`."""
+        name, model = self.runtime.name, self.runtime.model
+        own = None if model is None else model.generation_config
+        return stop_tokens(name, own or load_generation_config(name, self.runtime.config))
 
     def _one_by_one(
         self, questions: Sequence[ChatQuestion], clock: Clock, progress: Progress
@@ -120,7 +123,7 @@ class Answerer(PackedModel):
         """Loads and warms up; returns what runs the passes and reads the answers, and the workload in the end."""
         warmed, staged, workload = self.warm(workload, clock, progress)
         model, sequences = self.runtime.load(), workload.sequences
-        stop = stop_tokens(self.runtime.name, model)
+        stop = self._stop_tokens()
         stock = StockPipeline(model, self.tokenizer)
         prompts = prompts_of(sequences)
 

@@ -1,8 +1,9 @@
 """A model whose work is packed into passes: what scoring and answering have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ ENGINES = ("compiled", "eager", "reference")
 ATTENTIONS = ("auto", "flex", "sdpa")
 
 Model = TypeVar("Model", bound="PackedModel")
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,16 @@ class PackedModel:
             if warmed is not None:
                 return warmed, ready.staged, workload
             plan_again = True  # memory ran out
+
+
+def timed(run: Callable[[], Outcome], repeat: int) -> tuple[Outcome, list[float]]:
+    """What the first of `repeat` runs gives, and the seconds of each."""
+    outcomes, seconds = [], []
+    for _ in range(repeat):
+        began = perf_counter()
+        outcomes.append(run())
+        seconds.append(perf_counter() - began)
+    return outcomes[0], seconds
 
 
 def _check(tokens_per_bucket: int | None, engine: str, attention: str, dtype: str) -> None:

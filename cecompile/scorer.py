@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +10,7 @@ from cecompile.engine.forward import Readouts
 from cecompile.engine.model import check_vocabulary
 from cecompile.engine.reference import score_one_by_one
 from cecompile.errors import CheckError
-from cecompile.packed import PackedModel, Workload
+from cecompile.packed import PackedModel, Workload, timed
 from cecompile.report.clock import Clock
 from cecompile.runtime import Counter, Progress
 from cecompile.tasks.question import Question
@@ -69,12 +68,8 @@ class Scorer(PackedModel):
         ready = self._one_by_one if workload.plan is None else self._packed
         run, workload = ready(workload, clock, progress)
         clock.enter("inference")
-        outcomes, seconds = [], []
-        for _ in range(repeat):
-            began = perf_counter()
-            outcomes.append(run())
-            seconds.append(perf_counter() - began)
-        loglikelihoods, greedy = _by_question(questions, workload, *outcomes[0])
+        outcome, seconds = timed(run, repeat)
+        loglikelihoods, greedy = _by_question(questions, workload, *outcome)
         return Scores(loglikelihoods, greedy, workload, seconds)
 
     def score_sequences(self, sequences: Sequences, *, progress: Progress = lambda *_: None) -> Outcome:

@@ -116,10 +116,24 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
+def load_generation_config(model: str, config: Any) -> GenerationConfig:
+    """The model's generation config, from its file, else from its configuration.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return _loading(model, "generation config", lambda: _generation_config(model, config))
+
+
+def _generation_config(model: str, config: Any) -> GenerationConfig:
+    with suppress(OSError):
+        return GenerationConfig.from_pretrained(model)
+    return GenerationConfig.from_model_config(config)
+
+
 def _set_generation_config(loaded: PreTrainedModel, model: str) -> None:
     if loaded.can_generate():
-        with suppress(OSError):  # there is none: the model has made its own
-            loaded.generation_config = GenerationConfig.from_pretrained(model)
+        loaded.generation_config = _generation_config(model, loaded.config)
 
 
 def _load_by_transformers(model: str, config: Any, dtype: str, device: torch.device) -> PreTrainedModel:

@@ -77,16 +77,16 @@ class StockPipeline:
         return written
 
 
-def stop_tokens(name: str, model: PreTrainedModel) -> frozenset[int]:
-    """The tokens at which this model's answers end.
+def stop_tokens(name: str, config: GenerationConfig) -> frozenset[int]:
+    """The tokens at which a model's answers end.
 
     Args:
         name: the model's, for the message.
+        config: the model's.
 
     Raises:
-        UserError: the model's generation config asks for more than the most likely token each time.
+        UserError: it asks for more than the most likely token each time.
     """
-    config: GenerationConfig = model.generation_config
     for field, plain in _PLAIN.items():
         value = getattr(config, field, None)
         if value is not None and value != plain and value != []:
