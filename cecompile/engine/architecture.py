@@ -1,5 +1,6 @@
 """Which architectures trees can compute exactly, as far as a configuration tells, and how they are given their mask."""
 
+import functools
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -38,7 +39,12 @@ def refusal(config: Any) -> str | None:
 
 def takes_ours(model: PreTrainedModel) -> bool:
     """Whether a model asks `transformers` for its attention function by name; else it is given our mask."""
-    return bool(model._can_set_attn_implementation())
+    return _asks_by_name(type(model))
+
+
+@functools.cache
+def _asks_by_name(kind: Any) -> bool:
+    return bool(kind._can_set_attn_implementation())  # reads the class's source file
 
 
 def rope_type(config: Any) -> str | None:

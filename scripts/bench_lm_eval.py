@@ -1,0 +1,123 @@
+"""lm-evaluation-harness with our backend against its own `hf`, in one process.
+
+    python scripts/bench_lm_eval.py --shape tiny --tokenizer DIR --data hellaswag_val.jsonl --questions 200
+    python scripts/bench_lm_eval.py --shape tiny --tokenizer DIR --data hellaswag_val.jsonl --questions 60 --shots 5
+
+Makes a model of the shape with random weights, and a HellaSwag task of the first rows, with the last rows of the file
+as fixed examples. Ours evaluates it once for warm-up and then as often as --repeats says, the best time counts; `hf`
+once at each batch size. Timed is the scoring, from tokenised requests to loglikelihoods: ours plans and packs in it.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench import SHAPES, random_model
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from rich.console import Console
+from rich.table import Table
+
+from cecompile.engine.model import DTYPES, load_tokenizer, resolve_device
+from cecompile.lm_eval import CecompileLM
+
+TASK = {
+    "task": "hellaswag_rows",
+    "dataset_path": "json",
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "fewshot_split": "examples",
+    "fewshot_config": {"sampler": "first_n"},
+    "doc_to_text": "{{activity_label}}: {{ctx_a}} {{ctx_b}}",
+    "doc_to_target": "label",
+    "doc_to_choice": "endings",
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+}
+
+
+def main() -> None:
+    options = _arguments()
+    logging.disable(logging.WARNING)
+    device = resolve_device(options.device)
+    tokenizer = load_tokenizer(options.tokenizer)
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        task = write_task(Path(folder), options)
+        for name, size in [("cecompile", None), *((f"hf, batch {size}", size) for size in options.batch_sizes)]:
+            model = random_model(SHAPES[options.shape], device, DTYPES[options.dtype])
+            if size is None:
+                lm: HFLM = CecompileLM(pretrained=model, tokenizer=tokenizer)
+            else:
+                lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
+            rows[name] = measure(lm, task, options.repeats if size is None else 1)
+            print(name, rows[name]["seconds"], flush=True)
+    print_report(rows, options)
+
+
+def measure(lm: HFLM, task: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Seconds of scoring, and what comes out."""
+    score, seconds = lm._loglikelihood_tokens, []
+
+    def timed(*given: Any, **more: Any) -> Any:
+        began = time.perf_counter()
+        out = score(*given, **more)
+        seconds.append(time.perf_counter() - began)
+        return out
+
+    lm._loglikelihood_tokens = timed
+    warm_up = 1 if isinstance(lm, CecompileLM) else 0
+    for _ in range(warm_up + repeats):
+        loaded = TaskManager(include_defaults=False).load([dict(task)])
+        out = evaluate(lm, loaded, bootstrap_iters=0, log_samples=True, verbosity="ERROR")
+    values = [float(reply[0][0]) for sample in out["samples"][task["task"]] for reply in sample["resps"]]
+    metrics = {name: out["results"][task["task"]][f"{name},none"] for name in ("acc", "acc_norm")}
+    return {"seconds": min(seconds[warm_up:]), "first": seconds[0], "values": np.array(values)} | metrics
+
+
+def write_task(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The task's configuration, its rows written beside it."""
+    with open(options.data, encoding="utf-8") as file:
+        lines = file.readlines()
+    (folder / "test.jsonl").write_text("".join(lines[: options.questions]))
+    (folder / "examples.jsonl").write_text("".join(lines[-max(1, options.shots) :]))
+    files = {"test": str(folder / "test.jsonl"), "examples": str(folder / "examples.jsonl")}
+    return TASK | {"dataset_kwargs": {"data_files": files}, "num_fewshot": options.shots}
+
+
+def print_report(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
+    """The table: seconds, metrics, how many times faster ours is, and the largest difference."""
+    ours = rows["cecompile"]
+    table = Table(title=f"{options.shape} {options.dtype}, {options.questions} questions, {options.shots} examples")
+    for column in ("", "seconds", "acc", "acc_norm", "cecompile is", "largest difference"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, row in rows.items():
+        ratio, apart = row["seconds"] / ours["seconds"], np.abs(row["values"] - ours["values"]).max()
+        cells = (f"{row['seconds']:.2f}", f"{row['acc']:.4f}", f"{row['acc_norm']:.4f}", f"{ratio:.2f} x")
+        table.add_row(name, *cells, f"{apart:.1e}")
+    Console(width=110).print(table)
+    print(json.dumps({"first_run_seconds": ours["first"], "torch": torch.__version__}))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--tokenizer", required=True, help="model directory or hub id with the tokenizer")
+    parser.add_argument("--data", required=True, help="HellaSwag rows, .jsonl")
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--shots", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 8, 32], help="of hf")
+    parser.add_argument("--repeats", type=int, default=3, help="of ours")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
