@@ -10,6 +10,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CECOMPILE_CACHE"] = tempfile.mkdtemp(prefix="cecompile-tests-")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the others use the other cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -39,7 +39,8 @@ def refusal(config: Any) -> str | None:
 
 def takes_ours(model: PreTrainedModel) -> bool:
     """Whether a model asks `transformers` for its attention function by name; else it is given our mask."""
-    return _asks_by_name(type(model))
+    kind: Any = type(model)
+    return _asks_by_name(kind)
 
 
 @functools.cache
