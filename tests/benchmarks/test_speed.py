@@ -118,11 +118,17 @@ def test_demo_is_encoded_and_planned_in_a_second(benchmark):
     scorer = Scorer.from_pretrained(device="cpu")
     longest = max_input_length(scorer.runtime.config, scorer.tokenizer)
 
-    def prepare():
-        return make_plan(encode(questions, scorer.tokenizer, longest).sequences, GEOMETRY)
+    seconds = []
 
+    def prepare():
+        began = time.perf_counter()
+        plan = make_plan(encode(questions, scorer.tokenizer, longest).sequences, GEOMETRY)
+        seconds.append(time.perf_counter() - began)
+        return plan
+
+    prepare()
     benchmark.pedantic(prepare, rounds=3, warmup_rounds=1)
-    assert benchmark.stats.stats.min < 1.0
+    assert min(seconds) < 1.0
 
 
 def test_compiling_pays(model, plan):
