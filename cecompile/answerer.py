@@ -7,21 +7,19 @@ import numpy as np
 
 from cecompile.engine.decode import Decoder
 from cecompile.engine.forward import Readouts
-from cecompile.engine.model import check_vocabulary, load_generation_config
+from cecompile.engine.model import load_generation_config
 from cecompile.engine.stock import StockPipeline, stop_tokens
 from cecompile.engine.verify import stock_attention
 from cecompile.errors import CheckError, UserError
 from cecompile.packed import PackedModel, Workload, timed
 from cecompile.report.clock import Clock
 from cecompile.runtime import Counter, Progress, Runtime
-from cecompile.tasks.chat import ChatQuestion
+from cecompile.tasks.chat import NEW_TOKENS, ChatQuestion
 from cecompile.workload.encode import max_input_length
 from cecompile.workload.graft import Walk, graft, prompts_of, walk
 from cecompile.workload.lanes import Lanes
 from cecompile.workload.sequences import Ints
 from cecompile.workload.stage import StagedPass
-
-NEW_TOKENS = 500  # what the 2024 contest's script allows
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +69,7 @@ class Answerer(PackedModel):
             self._stop_tokens()
         longest = max_input_length(runtime.config, self.tokenizer)
         sequences = graft(questions, self.tokenizer, longest, self.new_tokens)
-        check_vocabulary(runtime.name, self.tokenizer, runtime.config, int(sequences.token_ids.max()))
-        return Workload(sequences, self.plan(sequences, fit))
+        return self.workload(sequences, fit)
 
     def answer(
         self, questions: Sequence[ChatQuestion], *, clock: Clock | None = None,
@@ -110,8 +107,7 @@ class Answerer(PackedModel):
             done = Counter("inference", len(questions), progress)
             out = []
             for question in questions:
-                messages = [{"role": role, "content": content} for role, content in question.messages]
-                out.append(Answer(stock.answer(messages, self.new_tokens)))
+                out.append(Answer(stock.answer(question.conversation, self.new_tokens)))
                 done(question)
             return out
 

@@ -16,6 +16,7 @@ from cecompile import demo
 from cecompile.engine.profiles import PROFILES
 from cecompile.errors import CheckError, UserError
 from cecompile.report.clock import CLOCKS, Clock, process_start
+from cecompile.tasks.chat import NEW_TOKENS
 from cecompile.tasks.formats import TASKS
 
 
@@ -51,7 +52,7 @@ def selection(command: Callable[..., Any]) -> Callable[..., Any]:
             "--task", type=click.Choice(("auto", *TASKS)), default="auto", help="Row format; auto tells by the fields."
         ),
         click.option(
-            "--max-new-tokens", type=click.IntRange(1), default=500, show_default=True,
+            "--max-new-tokens", type=click.IntRange(1), default=NEW_TOKENS, show_default=True,
             help="Longest answer to a chat question.",
         ),
         click.option("--limit", type=float, callback=_limit, help="First N questions, or a fraction below 1."),

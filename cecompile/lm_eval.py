@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
@@ -117,16 +116,9 @@ def as_sequences(requests: Sequence[Pair], max_length: int) -> tuple[Sequences, 
             raise UserError(f"a continuation of {len(continuation)} tokens; the model reads {max_length}")
         groups.setdefault(tuple(context), []).append(number)
     order = [number for group in groups.values() for number in group]
-    flat = [np.array((requests[n][1] + requests[n][2])[-(max_length + 1) :], dtype=np.int32) for n in order]
-    return (
-        Sequences(
-            token_ids=np.concatenate(flat),
-            starts=np.cumsum([0] + [len(tokens) for tokens in flat]).astype(np.int64),
-            predicted=np.array([len(requests[n][2]) for n in order], dtype=np.int32),
-            questions=np.repeat(np.arange(len(groups)), [len(g) for g in groups.values()]).astype(np.int32),
-        ),
-        order,
-    )
+    tokens = [(requests[n][1] + requests[n][2])[-(max_length + 1) :] for n in order]
+    owners = [owner for owner, group in enumerate(groups.values()) for _ in group]
+    return Sequences.of(tokens, [len(requests[n][2]) for n in order], owners), order
 
 
 def run_command_line(arguments: Sequence[str]) -> None:

@@ -13,7 +13,8 @@ from cecompile import demo
 from cecompile.engine import memory
 from cecompile.engine.architecture import refusal
 from cecompile.engine.cache import CompileCache, NoCacheError, default_directory
-from cecompile.engine.model import DTYPES, load_config, load_tokenizer, resolve_device
+from cecompile.engine.layers import on_meta
+from cecompile.engine.model import DTYPES, check_vocabulary, load_config, load_tokenizer, resolve_device
 from cecompile.errors import UserError
 from cecompile.report.clock import Clock
 from cecompile.runtime import Progress, Runtime
@@ -139,10 +140,12 @@ class PackedModel:
         """
         raise NotImplementedError
 
-    def plan(self, sequences: Sequences, fit: bool) -> Plan | None:
-        """The plan for these sequences; None for the reference engine. Raises UserError: see `Runtime.plan`."""
+    def workload(self, sequences: Sequences, fit: bool, truncated_questions: int = 0) -> Workload:
+        """These sequences, ready to run. Raises UserError: they are not this model's, or see `Runtime.plan`."""
         runtime = self.runtime
-        return None if runtime.engine == "reference" else runtime.plan(sequences, fit, self.new_tokens)
+        check_vocabulary(runtime.name, self.tokenizer, runtime.config, int(sequences.token_ids.max()))
+        plan = None if runtime.engine == "reference" else runtime.plan(sequences, fit, self.new_tokens)
+        return Workload(sequences, plan, truncated_questions)
 
     def warm_up(self, questions: Sequence[Any], longest: int, *, progress: Progress = lambda *_: None) -> None:
         """Loads the model and warms up for data not yet seen: later calls find all that they need warm.
@@ -156,25 +159,11 @@ class PackedModel:
         Raises:
             UserError, CheckError: see `Runtime`.
         """
-        runtime = self.runtime
-        if runtime.engine == "reference":
-            runtime.load()
+        if self.runtime.engine == "reference":
+            self.runtime.load()
             return
-        answer = longest + self.new_tokens if self.new_tokens else 0
-        runtime.plan_ahead(longest, answer)
-        workload = self.prepare(questions, fit=True)
-        assert workload.plan is not None
-        runtime.look_up(workload.plan)
-        runtime.load()
-        plan_again = runtime.probe()
-        warmed = None
-        while warmed is None:
-            if plan_again:
-                runtime.plan_ahead(longest, answer)
-                workload = replace(workload, plan=self.plan(workload.sequences, fit=True))
-            assert workload.plan is not None
-            warmed = runtime.engine_for(Ready.for_plan(workload.plan, workload.sequences), progress)
-            plan_again = True  # memory ran out
+        self.runtime.plan_ahead(longest, longest + self.new_tokens if self.new_tokens else 0)
+        self.warm(self.prepare(questions, fit=True), Clock(), progress)
 
     def warm(
         self, workload: Workload, clock: Clock, progress: Progress
@@ -197,7 +186,8 @@ class PackedModel:
         while True:
             clock.enter("preprocess")
             if plan_again:
-                workload = replace(workload, plan=self.plan(workload.sequences, fit=True))
+                plan = self.runtime.plan(workload.sequences, True, self.new_tokens)
+                workload = replace(workload, plan=plan)
             assert workload.plan is not None
             ready = Ready.for_plan(workload.plan, workload.sequences)
             clock.enter("warmup")
@@ -230,6 +220,11 @@ def _runtime(
     name: str, config: Any, device: torch.device, sizing: Sizing, cache_dir: str | Path | None, require_warm: bool,
     *, engine: str, attention: str, dtype: str,
 ) -> Runtime:  # fmt: skip
+    reason = None if engine == "reference" else refusal(on_meta(config))
+    if reason:
+        raise UserError(
+            f"{name}: {config.model_type} models cannot be run as trees: {reason}; --engine reference runs them"
+        )
     if sizing.limit is not None:
         memory.enforce(device, sizing.limit)
     cache, note = None, None
@@ -240,11 +235,6 @@ def _runtime(
             if cache_dir or require_warm:
                 raise
             note = f"compiled without a cache: {error}"
-    reason = None if engine == "reference" else refusal(config)
-    if reason:
-        raise UserError(
-            f"{name}: {config.model_type} models cannot be run as trees: {reason}; --engine reference runs them"
-        )
     runtime = Runtime(name, config, device, dtype, engine, attention, sizing, cache, require_warm)
     if note:
         runtime.remark(note)

@@ -61,8 +61,12 @@ def warm(
         raise UserError(f"{runtime.name}: {runtime.note}")
     runtime.load()
     runtime.probe()
-    sequences = None if questions is None else model.prepare(questions, fit=True).sequences
-    ready = _ready(model, sequences, max_depth)
+    workload = None if questions is None else model.prepare(questions, fit=True)
+    sequences = None if workload is None else workload.sequences
+    if workload is not None and workload.plan is not None:
+        ready = Ready.for_plan(workload.plan, workload.sequences)
+    else:
+        ready = _ready(model, None, max_depth)
     before = entry.state(ready.compiled)
     measured: dict[int, float] = {}
     if tune and sequences is not None:

@@ -68,7 +68,7 @@ class Runtime:
         self.stock_attention = "eager"  # what it is, once loaded
         self._probed = False
         self._warmed: Warmed | None = None
-        self._ahead: tuple[Geometry, DecodeShape | None] | None = None
+        self._ahead: tuple[int, int] | None = None  # lengths that plans are made for, known before the data
 
     def remark(self, note: str) -> None:
         """Adds what a reader of the result has to know of how it ran."""
@@ -110,23 +110,19 @@ class Runtime:
         """
         answer = sequences.longest_prompt + new_tokens if new_tokens else 0
         longest = int(sequences.input_lengths.max())
-        ahead = sizing is None and self._holds(longest, answer)
-        shapes = self._ahead if ahead else None
         order = sort_sequences(sequences)
-        shared = order.typically_shared(sequences)
-        geometry, decoding = shapes or self.shapes(longest, answer, fit, sizing, shared)
-        plan = replace(make_plan(sequences, geometry, every=ahead, order=order), decoding=decoding)
+        ahead = None if self._ahead is None or sizing is not None else self.shapes(*self._ahead, fit=True)
+        if ahead is not None and not _hold(*ahead, longest, answer):
+            ahead = None
+        geometry, decoding = ahead or self.shapes(longest, answer, fit, sizing, order.typically_shared(sequences))
+        plan = replace(make_plan(sequences, geometry, every=ahead is not None, order=order), decoding=decoding)
         held = memory.used_already(self.device) if self.model is None else 0
         self.predicted_bytes = self.budget(plan).total + held
         return plan
 
     def plan_ahead(self, longest: int, answer: int) -> None:
-        """From now on plans for up to these lengths (see `shapes`) all have the same buckets.
-
-        Raises:
-            UserError: see `shapes`.
-        """
-        self._ahead = self.shapes(longest, answer, fit=True)
+        """From now on plans for up to these lengths (see `shapes`) all have the same buckets."""
+        self._ahead = longest, answer
 
     def budget(self, plan: Plan, device: str | None = None) -> memory.Budget:
         """What a run of this plan needs, in bytes by part; on another `device`, "cuda", in 16 bits."""
@@ -216,13 +212,6 @@ class Runtime:
         self.remark(f"buckets made smaller: memory ran out with {slots} tokens")
         return None
 
-    def _holds(self, longest: int, answer: int) -> bool:
-        """Whether what was planned ahead holds these lengths."""
-        if self._ahead is None:
-            return False
-        geometry, decoding = self._ahead
-        return longest <= geometry.length and (decoding is None or answer < decoding.slots)
-
     def _is_warm(self, compiled: Sequence[Bucket | DecodeShape]) -> bool:
         return self._warmed is not None and self._warmed.compiled == tuple(compiled)
 
@@ -239,6 +228,11 @@ class Runtime:
     def _facts(self) -> dict[str, Any]:
         chunk = self.sizing.tuning.readout_chunk
         return compile_facts(self.config, self._dtype, self.device, self._wanted_attention, chunk)
+
+
+def _hold(geometry: Geometry, decoding: DecodeShape | None, longest: int, answer: int) -> bool:
+    """Whether these shapes hold these lengths."""
+    return longest <= geometry.length and (decoding is None or answer < decoding.slots)
 
 
 class Counter:

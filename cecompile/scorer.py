@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cecompile.engine.forward import Readouts
-from cecompile.engine.model import check_vocabulary
 from cecompile.engine.reference import score_one_by_one
 from cecompile.errors import CheckError
 from cecompile.packed import PackedModel, Workload, timed
@@ -40,10 +39,8 @@ class Scorer(PackedModel):
 
     def prepare(self, questions: Sequence[Question], *, fit: bool = False) -> Workload:
         """See `PackedModel.prepare`."""
-        runtime = self.runtime
-        encoded = encode(questions, self.tokenizer, max_input_length(runtime.config, self.tokenizer))
-        check_vocabulary(runtime.name, self.tokenizer, runtime.config, int(encoded.sequences.token_ids.max()))
-        return Workload(encoded.sequences, self.plan(encoded.sequences, fit), encoded.truncated_questions)
+        encoded = encode(questions, self.tokenizer, max_input_length(self.runtime.config, self.tokenizer))
+        return self.workload(encoded.sequences, fit, encoded.truncated_questions)
 
     def score(
         self, questions: Sequence[Question], *, clock: Clock | None = None, progress: Progress = lambda *_: None,
@@ -64,9 +61,7 @@ class Scorer(PackedModel):
         """
         clock = clock or Clock()
         clock.enter("preprocess")
-        workload = self.prepare(questions, fit=True)
-        ready = self._one_by_one if workload.plan is None else self._packed
-        run, workload = ready(workload, clock, progress)
+        run, workload = self._inference(self.prepare(questions, fit=True), clock, progress)
         clock.enter("inference")
         outcome, seconds = timed(run, repeat)
         loglikelihoods, greedy = _by_question(questions, workload, *outcome)
@@ -82,16 +77,17 @@ class Scorer(PackedModel):
         Raises:
             UserError, CheckError: see `score`.
         """
-        runtime = self.runtime
-        check_vocabulary(runtime.name, self.tokenizer, runtime.config, int(sequences.token_ids.max()))
-        workload = Workload(sequences, self.plan(sequences, fit=True))
-        ready = self._one_by_one if workload.plan is None else self._packed
-        run, _ = ready(workload, Clock(), progress)
+        run, _ = self._inference(self.workload(sequences, fit=True), Clock(), progress)
         loglikelihood, greedy = run()
         bad = np.flatnonzero(~np.isfinite(loglikelihood))
         if len(bad):
             raise CheckError(f"request {bad[0]}: the model's loglikelihood is {loglikelihood[bad[0]]}")
         return loglikelihood, greedy
+
+    def _inference(self, workload: Workload, clock: Clock, progress: Progress) -> tuple[Inference, Workload]:
+        """Loads and warms up; returns what scores all sequences, and the workload as it is planned in the end."""
+        ready = self._one_by_one if workload.plan is None else self._packed
+        return ready(workload, clock, progress)
 
     def _one_by_one(self, workload: Workload, clock: Clock, progress: Progress) -> tuple[Inference, Workload]:
         """Loads the stock model; returns what scores each sequence alone."""

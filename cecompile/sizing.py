@@ -177,9 +177,10 @@ class Sizing:
 
     def _room(self) -> int:
         """Bytes that a prediction may fill."""
-        if self._held is None or self.limit is None:  # before anything is loaded: that is part of what is needed
-            self.limit = self._asked_limit if self._asked_limit is not None else memory.available(self._device)
+        if self._held is None:  # before anything is loaded: what is loaded later is part of what is needed
             self._held = memory.used_already(self._device) if self._asked_limit is not None else 0
+        if self.limit is None:
+            self.limit = memory.available(self._device)
         return int(self.limit * memory.USABLE[self._device.type]) - self._held
 
     def _least_decoding(self, answer: int) -> DecodeShape | None:

@@ -35,7 +35,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from cecompile import Answerer, answerer, read_questions
 from cecompile.engine import memory
 from cecompile.engine.model import DTYPES, load_tokenizer, resolve_device
-from cecompile.tasks.chat import ChatQuestion
+from cecompile.tasks.chat import NEW_TOKENS, ChatQuestion
 from cecompile.workload.graft import graft, prompts_of
 from cecompile.workload.sequences import Ints, Sequences
 
@@ -49,7 +49,6 @@ TEMPLATE = (
 )
 SPECIAL = ["<|user|>", "<|assistant|>", "<|end|>"]
 VOCABULARY = 32_064  # Phi-3's
-NEW_TOKENS = 500
 BATCH_SIZES = {"cpu": (4, 16), "cuda": (8, 16, 32, 64)}
 
 
@@ -130,7 +129,7 @@ def time_pipeline(model: PreTrainedModel, tokenizer: Any, data: Path) -> dict[st
     began = time.perf_counter()
     texts, tokens = [], 0
     for question, gold in zip(read_questions(data), golds, strict=True):
-        messages = [{"role": role, "content": content} for role, content in question.messages]
+        messages = question.conversation
         length = len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         forced = LogitsProcessorList([Forced([gold], length)])
         options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_full_text": False}

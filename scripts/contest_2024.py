@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cecompile import Answerer, ChatQuestion, read_questions
-from cecompile.answerer import NEW_TOKENS
 from cecompile.errors import CheckError, UserError
+from cecompile.tasks.chat import NEW_TOKENS
 
 WARM_UP = ChatQuestion(
     "warm-up",

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from test_chat import generated
 from test_engine import ARCHITECTURES, COMMON, prepared, random_sequences, tiny_model
 from transformers import AutoConfig
 
 from cecompile import Answerer, Scorer
 from cecompile.answerer import decode
 from cecompile.engine.architecture import refusal
+from cecompile.engine.layers import on_meta
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import score_one_by_one
 from cecompile.errors import UserError
@@ -124,12 +125,7 @@ def test_where_flex_does_not_go_it_is_refused_with_the_reason(kind):
 def test_decodes_as_generate_does(kind):
     model, random = tiny_model(kind, **EXACT[kind]), np.random.default_rng(1)
     prompts = [random.integers(3, 96, n).astype(np.int32) for n in (1, 30, 7, 23)]
-    expected = []
-    for prompt in prompts:
-        ids = torch.from_numpy(prompt).long()[None]
-        mask = torch.ones_like(ids)
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)
-        expected.append(out[0, len(prompt) :].tolist())
+    expected = [generated(model, prompt, 8, None) for prompt in prompts]
     engine, _ = prepared(model, random_sequences(), "sdpa", compiled=False)
     decoder = engine.decoder(DecodeShape(128, 3, (16, 3)))
     assert decode(decoder, prompts, [8] * len(prompts), frozenset()) == expected
@@ -138,7 +134,7 @@ def test_decodes_as_generate_does(kind):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_exact_is_refused_before_loading(name, tmp_path):
     config = config_of(name)
-    assert REFUSED[name][1] in refusal(config)
+    assert REFUSED[name][1] in refusal(on_meta(config))
     config.save_pretrained(tmp_path)  # there are no weights at all
     from cecompile import demo
 

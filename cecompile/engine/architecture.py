@@ -1,11 +1,9 @@
-"""Which architectures trees can compute exactly, as far as a configuration tells, and how they are given their mask."""
+"""Which architectures trees can compute exactly, as far as it shows without weights, and how they get their mask."""
 
 import functools
 from typing import Any
 
 from transformers import PreTrainedModel
-
-from cecompile.engine.layers import on_meta
 
 # Models with attention of their own that add the mask they are given to their scores, and number positions as told.
 BY_MASK = ("codegen", "falcon", "gptj", "xglm")
@@ -13,16 +11,12 @@ ALIBI = ("bloom", "mpt")
 LAYERS = {"full_attention", "sliding_attention"}
 
 
-def refusal(config: Any) -> str | None:
-    """Why a model of this configuration cannot be computed as trees; None if nothing speaks against it.
+def refusal(model: PreTrainedModel) -> str | None:
+    """Why this model cannot be computed as trees; None if nothing speaks against it. It needs no weights.
 
     What is not known before the weights are there, the probe finds out.
-
-    Raises:
-        UserError: transformers cannot build a causal model from it.
     """
-    text = config.get_text_config()
-    model = on_meta(config)
+    text = model.config.get_text_config()
     if getattr(model, "_is_stateful", False):
         return "it keeps a state from token to token"
     if getattr(text, "alibi", False) or text.model_type in ALIBI:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from cecompile.engine.layers import on_meta
+from cecompile.engine.layers import decoder_layers, on_meta
 from cecompile.errors import UserError
 from cecompile.system import read_meminfo, read_status, read_text
 from cecompile.workload.lanes import DecodeShape
@@ -62,7 +61,7 @@ class Sizes:
         width, inner, vocabulary: of hidden states, of the MLP's hidden states, of the logits.
         cached: values of keys and values per token, over all layers.
         groups: queries' heads per keys' head.
-        key_cost: arithmetic of a token looking at one more key, in that of its weights outside embedding and head.
+        key_cost: arithmetic of a token looking at one more key, in that of its decoder layers' weights.
         itemsize: bytes of a weight and of an activation.
     """
 
@@ -109,10 +108,7 @@ def model_sizes(config: Any, dtype: str) -> Sizes:
     kept = getattr(text, "num_key_value_heads", None) or heads
     resolved = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     parameters = sum(p.numel() for p in model.parameters())
-    outside = sum(p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
-    head = model.get_output_embeddings()
-    tied = head is None or head.weight is model.get_input_embeddings().weight
-    inside = parameters - outside - (0 if tied else head.weight.numel())
+    inside = sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters())
     queries = text.num_hidden_layers * heads * (getattr(text, "head_dim", None) or width // heads)
     return Sizes(
         parameters=parameters,

@@ -46,7 +46,7 @@ def choose_attention(model: PreTrainedModel, wanted: str) -> tuple[str, str | No
 
 def _problem(model: PreTrainedModel, attention: str) -> str | None:
     """Why a small tree's logits are not the stock model's, or None if they are."""
-    known = refusal(model.config)
+    known = refusal(model)
     if known:
         return known
     sequences = _small_tree(model.config.get_text_config().vocab_size)
@@ -72,12 +72,7 @@ def _small_tree(vocabulary: int) -> Sequences:
     random = np.random.default_rng(0)
     trunk = random.integers(0, vocabulary, 24)
     parts = [np.concatenate([trunk, random.integers(0, vocabulary, n)]) for n in (9, 10, 11)]
-    return Sequences(
-        token_ids=np.concatenate(parts).astype(np.int32),
-        starts=np.cumsum([0] + [len(p) for p in parts]),
-        predicted=np.array([9, 10, 11], dtype=np.int32),
-        questions=np.zeros(3, dtype=np.int32),
-    )
+    return Sequences.of(parts, predicted=[9, 10, 11], questions=[0, 0, 0])
 
 
 @torch.inference_mode()

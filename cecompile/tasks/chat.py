@@ -8,6 +8,7 @@ from typing import Any
 
 from cecompile.tasks.judge import fraction
 
+NEW_TOKENS = 500  # the longest answer that the 2024 contest's script allows
 Message = tuple[str, str]  # (role, content)
 
 _CHOICES = re.compile(r"^[^\S\n]*choices:\s*(\[.*)$", re.IGNORECASE | re.MULTILINE)
@@ -33,6 +34,11 @@ class ChatQuestion:
         """What the last user message lists to choose from; empty if it lists nothing. They never change an answer."""
         asked = next((content for role, content in reversed(self.messages) if role == "user"), "")
         return find_choices(asked)
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """The messages in the form that `transformers` takes."""
+        return [{"role": role, "content": content} for role, content in self.messages]
 
     def content(self) -> list[Any]:
         """What the question consists of, as plain JSON values."""

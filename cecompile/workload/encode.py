@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from cecompile.errors import UserError
 from cecompile.tasks.question import Question
 from cecompile.workload.sequences import Sequences
@@ -45,8 +43,8 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_length: int) -> En
     )
     whole_ids, alone_ids = iter(whole), iter(alone)
 
-    flat: list[np.ndarray] = []
-    lengths, predicted, owners = [], [], []
+    flat: list[list[int]] = []
+    predicted, owners = [], []
     truncated = 0
     for q, question in enumerate(questions):
         cut = False
@@ -64,18 +62,11 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_length: int) -> En
                 raise UserError(f"question '{question.id}': choice {number}: {what}")
             tokens = (head + tail)[-(max_length + 1) :]
             cut |= len(head) + len(tail) > max_length + 1
-            flat.append(np.array(tokens, dtype=np.int32))
-            lengths.append(len(tokens))
+            flat.append(tokens)
             predicted.append(len(tail))
             owners.append(q)
         truncated += cut
-    sequences = Sequences(
-        token_ids=np.concatenate(flat),
-        starts=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
-        predicted=np.array(predicted, dtype=np.int32),
-        questions=np.array(owners, dtype=np.int32),
-    )
-    return Encoded(sequences, truncated)
+    return Encoded(Sequences.of(flat, predicted, owners), truncated)
 
 
 def max_input_length(config: Any, tokenizer: Any) -> int:

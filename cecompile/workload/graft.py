@@ -55,21 +55,16 @@ def graft(questions: Sequence[ChatQuestion], tokenizer: Any, max_length: int, ne
         if not prompt or len(prompt) > max_length:
             raise UserError(f"question '{question.id}': a prompt of {len(prompt)} tokens, the model reads {max_length}")
     ending = tokenizer.eos_token_id or 0  # any token: the most likely one is what is asked
-    flat: list[np.ndarray] = []
+    flat: list[list[int]] = []
     predicted, owners = [], []
     for number, forms in enumerate(_forms(questions, texts, prompts, tokenizer)):
         prompt = prompts[number]
         cut = {form[:new_tokens] for form in forms}
         for form in sorted(form for form in cut if len(prompt) + len(form) <= max_length) or [()]:
-            flat.append(np.array([*prompt, *form, ending], dtype=np.int32))
+            flat.append([*prompt, *form, ending])
             predicted.append(len(form) + 1)
             owners.append(number)
-    return Sequences(
-        token_ids=np.concatenate(flat),
-        starts=np.cumsum([0] + [len(part) for part in flat]).astype(np.int64),
-        predicted=np.array(predicted, dtype=np.int32),
-        questions=np.array(owners, dtype=np.int32),
-    )
+    return Sequences.of(flat, predicted, owners)
 
 
 def prompts_of(sequences: Sequences) -> list[Ints]:
@@ -104,7 +99,7 @@ def walk(sequences: Sequences, argmax: Ints, stop: frozenset[int], new_tokens: i
 
 
 def _render(question: ChatQuestion, tokenizer: Any) -> str:
-    messages = [{"role": role, "content": content} for role, content in question.messages]
+    messages = question.conversation
     continued = messages[-1]["role"] == "assistant"
     try:
         text: str = tokenizer.apply_chat_template(

@@ -1,6 +1,8 @@
 """Token sequences, one per choice, in flat arrays."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,22 @@ class Sequences:
     starts: Longs
     predicted: Ints
     questions: Ints
+
+    @classmethod
+    def of(cls, tokens: Iterable[Any], predicted: Sequence[int], questions: Sequence[int]) -> "Sequences":
+        """From each sequence's own tokens, a list or an array of integers.
+
+        Args:
+            tokens: n, at least one.
+            predicted, questions: n; see above.
+        """
+        flat = [np.asarray(one, dtype=np.int32) for one in tokens]
+        return cls(
+            token_ids=np.concatenate(flat),
+            starts=np.cumsum([0] + [len(one) for one in flat]).astype(np.int64),
+            predicted=np.array(predicted, dtype=np.int32),
+            questions=np.array(questions, dtype=np.int32),
+        )
 
     def __len__(self) -> int:
         return len(self.predicted)
