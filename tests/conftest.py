@@ -1,6 +1,8 @@
 """Tiny models with random weights, tokenizers trained on the spot, and the real inputs where they are at hand."""
 
 import atexit
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -19,6 +21,20 @@ from cecompile import demo
 
 atexit.register(shutil.rmtree, os.environ["CECOMPILE_CACHE"], ignore_errors=True)
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Where tests run on several processes, one marked `alone` waits for the others' and they for it."""
+    with contextlib.ExitStack() as stack:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            folder = item.config.cache.mkdir("turns")
+            gate, hall = (stack.enter_context((folder / name).open("w")) for name in ("gate", "hall"))
+            stack.callback(fcntl.flock, hall, fcntl.LOCK_UN)
+            fcntl.flock(gate, fcntl.LOCK_EX)  # who waits for the hall keeps the next from slipping in
+            fcntl.flock(hall, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+            fcntl.flock(gate, fcntl.LOCK_UN)
+        return (yield)
 
 
 def shared_file(name: str) -> Path:

@@ -165,6 +165,7 @@ def test_a_damaged_file_is_reported_rebuilt_and_changes_nothing(built, tiny_llam
         assert (tmp_path / out / "samples.jsonl").read_bytes() == (cold / "samples.jsonl").read_bytes()
 
 
+@pytest.mark.alone
 def test_a_warm_cache_is_at_most_a_third_of_the_warm_up_and_the_same(built, tiny_llama, questions, tmp_path):
     source, cold = built
     done = evaluate(built, tiny_llama, questions, tmp_path / "out", source)

@@ -185,6 +185,7 @@ def _seconds(command) -> float:
     return time.perf_counter() - began
 
 
+@pytest.mark.alone
 def test_phases_sum_to_the_wall_time_of_the_process(tiny_llama, tmp_path):
     """Within 1 % or 50 ms; what a busy machine adds to starting and ending a process is in the best of three not."""
     data = write_rows(tmp_path / "rows.jsonl")

@@ -23,6 +23,7 @@ from cecompile.workload.plan import Geometry, make_plan
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import stage_all
 
+pytestmark = pytest.mark.alone
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ATTENTION = "flex" if DEVICE == "cuda" else "sdpa"
 CHUNK = 256
