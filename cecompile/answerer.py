@@ -167,6 +167,7 @@ def decode(
         done: called with each row that is done.
     """
     lanes = Lanes(begun, room, stop, decoder.shape)
+    decoder.clear()
     while (step := lanes.next()) is not None:
         _, argmax = decoder.run(step)
         for row in lanes.take(argmax):

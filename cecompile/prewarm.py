@@ -112,5 +112,5 @@ def _tune(model: PackedModel, entry: Entry, sequences: Sequences, progress: Prog
     if measured:
         best = max(measured, key=lambda slots: measured[slots][0] * (GAIN if slots == usual else 1))
         plan = measured[best][1]
-        entry.publish(plan.compiled, plan.geometry, tuned=True)
+        entry.publish(plan.compiled, plan.geometry, runtime.attention, tuned=True)
     return {slots: rate for slots, (rate, _) in measured.items()}

@@ -166,14 +166,20 @@ class Runtime:
     def probe(self) -> bool:
         """Chooses the attention by a check on the loaded model; whether that is another one than planned for.
 
+        What is compiled already was chosen so before, for this configuration on this device; and what is warm is held
+        against the loaded model once more.
+
         Raises:
             UserError: no attention computes this model exactly.
         """
         planned = self.attention
         if not self._probed:
-            self.attention, reason = choose_attention(self.load(), self._wanted_attention)
-            if reason:
-                self.remark(f"attention {self.attention}, because {printable(reason, 200)}")
+            is_warm = self.cache_state is not None and self.cache_state[0] == WARM
+            known = self.entry.attention if self.entry is not None and is_warm else None
+            if known != planned:
+                self.attention, reason = choose_attention(self.load(), self._wanted_attention)
+                if reason:
+                    self.remark(f"attention {self.attention}, because {printable(reason, 200)}")
             self._probed = True
         return self.attention != planned
 

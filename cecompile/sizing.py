@@ -168,11 +168,12 @@ class Sizing:
         return out
 
     def step_down(self, geometry: Geometry) -> bool:
-        """After memory has run out: from now on at most half as large. False where that is too small to try."""
-        slots = geometry.rows * geometry.length // 2
-        if slots < BLOCK:
+        """After memory has run out: from now on at most half as large. False where that cannot be or is too small."""
+        slots = geometry.rows * geometry.length
+        as_small_as_rows_allow = self._ceiling is not None and slots > self._ceiling
+        if as_small_as_rows_allow or slots // 2 < BLOCK:
             return False
-        self._ceiling = slots
+        self._ceiling = slots // 2
         return True
 
     def _room(self) -> int:

@@ -164,7 +164,7 @@ class Warmer:
         """Writes what is new into the cache; what hinders it is a note, not a failure."""
         if self._entry is not None and self._entry.state(ready.compiled)[0] != WARM:
             try:
-                self._entry.publish(ready.compiled, ready.geometry)
+                self._entry.publish(ready.compiled, ready.geometry, self._attention)
             except UserError as error:
                 return f"compile cache not written: {printable(str(error), 200)}"
         return None

@@ -75,7 +75,7 @@ def put(cache: CompileCache, files: dict[str, str], buckets=BUCKETS) -> None:
         path = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    entry.publish(buckets, GEOMETRY)
+    entry.publish(buckets, GEOMETRY, "sdpa")
     remove_workspaces()
 
 
@@ -255,7 +255,7 @@ for i in range(int(sys.argv[3])):
     work = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     for n in range(20):
         (work / f"{name}{n}").write_text(f"content of {name}{n} " * 500)
-    entry.publish([Bucket(1, 128 * (1 + ord(name) - ord("a")), 256)], Geometry(1, 128, 256, False))
+    entry.publish([Bucket(1, 128 * (1 + ord(name) - ord("a")), 256)], Geometry(1, 128, 256, False), "sdpa")
 """
 
 

@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from cecompile.errors import UserError, printable
 from cecompile.workload.plan import Geometry
 
-SCHEMA = 1
+SCHEMA = 2
 WARM, PARTLY, COLD = "warm", "partly warm", "cold"
 _SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _ENTRY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}")
@@ -183,6 +183,7 @@ class Entry:
 
     Attributes:
         note: what was wrong with the entry on disk, in one line, or None.
+        attention: the implementation that its code was compiled with; None without any.
     """
 
     def __init__(self, cache: CompileCache, facts: dict[str, Any]) -> None:
@@ -193,6 +194,7 @@ class Entry:
         self._shapes: set[Shape] = set()
         self._opened: str | None = None
         self.note: str | None = None
+        self.attention: str | None = None
         path = cache.manifest_path(self._key)
         if not path.is_symlink() and not path.exists():
             return
@@ -204,6 +206,7 @@ class Entry:
             return
         self._shapes = _shapes(manifest, "buckets")
         self._opened = manifest["directory"]
+        self.attention = manifest["attention"]
 
     def state(self, buckets: Iterable[HasShape]) -> tuple[str, str]:
         """ "warm", "partly warm" or "cold" for these buckets, and why."""
@@ -219,12 +222,13 @@ class Entry:
             return COLD, f"compiled before were buckets of {shown(sorted(self._shapes, reverse=True))} only"
         return COLD, self._nearest_miss()
 
-    def publish(self, buckets: Iterable[HasShape], geometry: Geometry, tuned: bool = False) -> None:
+    def publish(self, buckets: Iterable[HasShape], geometry: Geometry, attention: str, tuned: bool = False) -> None:
         """Writes what this process has compiled as the entry, with what others have added meanwhile.
 
         Args:
-            buckets: those now compiled.
+            buckets: those now compiled, and found right.
             geometry: the largest one's.
+            attention: the implementation they were compiled with.
             tuned: this geometry was found fastest; it is recorded for later runs.
 
         Raises:
@@ -242,12 +246,12 @@ class Entry:
                         shapes |= _shapes(now, "buckets")
                 largest = (geometry.rows, geometry.length)
                 geometries = {largest} | _shapes(now, "geometries")
-                self._write(shapes, geometries, largest if tuned else now.get("tuned"))
+                self._write(shapes, geometries, attention, largest if tuned else now.get("tuned"))
                 self._cache.sweep()
         except OSError as error:
             raise NoCacheError(f"{self._cache.directory}: cache directory: {error.strerror}") from None
 
-    def _write(self, shapes: set[Shape], geometries: set[Shape], tuned: Shape | None) -> None:
+    def _write(self, shapes: set[Shape], geometries: set[Shape], attention: str, tuned: Shape | None) -> None:
         name = f"{self._key}-{secrets.token_hex(4)}"
         target = self._cache.directory / name
         target.mkdir(mode=0o700)
@@ -266,6 +270,7 @@ class Entry:
             "directory": name,
             "buckets": sorted(shapes, reverse=True),
             "geometries": sorted(geometries, reverse=True),
+            "attention": attention,
             "tuned": tuned,
             "built": time.time(),
             "files": files,
@@ -276,7 +281,7 @@ class Entry:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._cache.manifest_path(self._key))
-        self._shapes, self._opened, self.note = shapes, name, None
+        self._shapes, self._opened, self.attention, self.note = shapes, name, attention, None
 
     def size(self) -> int:
         """Bytes of the entry's files on disk."""
@@ -333,6 +338,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             and all(_SAFE_PATH.fullmatch(n) and len(f) == 2 for n, f in files.items())
             and all(len(b) >= 2 and all(isinstance(x, int) for x in b) for b in manifest["buckets"])
             and isinstance(manifest["built"], (int, float))
+            and isinstance(manifest["attention"], str)
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UnusableError(f"{path.name} is damaged") from None

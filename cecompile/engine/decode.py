@@ -50,9 +50,10 @@ class Decoder:
         self._device = model.device
         self._layers = decoder_layers(model)
         self._pool = pool
+        self._clear: torch.cuda.CUDAGraph | None = None
         with torch.inference_mode():
             sizes = _cache_sizes(model, self._layers)
-            self._caches = [_LayerCache(shape.slots, *size, model.dtype, self._device) for size in sizes]
+            self._caches = self._allocate(sizes)
             self._steps = [_StepBuffers(size, shape, self._device) for size in shape.step_tokens]
 
     @torch.inference_mode()
@@ -65,6 +66,11 @@ class Decoder:
             else:
                 forward()
             done(step.size)
+
+    def clear(self) -> None:
+        """Empties the cache. Due whenever the model has run anything else: captured passes work in its memory."""
+        if self._clear is not None:
+            self._clear.replay()
 
     @torch.inference_mode()
     def run(self, step: Step) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
@@ -81,6 +87,26 @@ class Decoder:
         else:
             self._forward(buffers)
         return buffers.collect(len(step.read))
+
+    def _allocate(self, sizes: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> list["_LayerCache"]:
+        """Every layer's cache, filled with zeros: what nobody sees is multiplied by zero, and must be a number.
+
+        With a pool the memory is the pool's. There the activations of the passes captured before lie idle while
+        answers are decoded, and the cache takes their place.
+        """
+        caches: list[_LayerCache] = []
+
+        def allocate() -> None:
+            caches.extend(_LayerCache(self.shape.slots, *size, self._model.dtype, self._device) for size in sizes)
+
+        if self._pool is None:
+            allocate()
+            return caches
+        self._clear = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._clear, pool=self._pool):
+            allocate()
+        self._clear.replay()
+        return caches
 
     def _forward(self, step: "_StepBuffers") -> None:
         part = step.part

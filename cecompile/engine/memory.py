@@ -47,7 +47,7 @@ FITS = {
     ("cpu", "compiled"): Fit(8, 0.85, 95 * MiB),
     ("cpu", "eager"): Fit(8, 1.0, 80 * MiB),
 }
-LOADING = {"cuda": 0, "cpu": 200 * MiB}  # bytes of the device's memory that reading files takes at most, and gives back
+LOADING = {"cuda": 0, "cpu": 264 * MiB}  # bytes of the device's memory that reading files takes at most, and gives back
 USABLE = {"cuda": 0.985, "cpu": 0.92}  # the share of the memory that a prediction may fill
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -77,7 +77,10 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes a run needs, by part."""
+    """Bytes a run needs, by part.
+
+    `cache` is all that decoding takes. Where passes are captured it takes its turn with them (`in_turns`) in one pool.
+    """
 
     weights: int
     activations: int
@@ -86,11 +89,14 @@ class Budget:
     cache: int
     fixed: int
     loading: int
+    in_turns: bool
 
     @property
     def total(self) -> int:
         """The peak: reading is over when the rest begins."""
-        return self.weights + max(self.loading, self.activations + self.mask + self.head + self.cache + self.fixed)
+        passes = self.activations + self.mask + self.head
+        working = max(passes, self.cache) if self.in_turns else passes + self.cache
+        return self.weights + max(self.loading, working + self.fixed)
 
 
 def model_sizes(config: Any, dtype: str) -> Sizes:
@@ -135,28 +141,30 @@ def budget(sizes: Sizes, geometry: Geometry, device: str, engine: str, decoding:
     Args:
         device: "cpu" or "cuda".
         engine: "compiled" or "eager".
-        decoding: what decodes beside the buckets. Its activations take turns with theirs, its keys and values do not.
+        decoding: what decodes beside the buckets.
     """
     slots = geometry.rows * geometry.length
-    fit = FITS[device, engine]
-    per_slot = (fit.widths * sizes.width + 3 * sizes.inner) * sizes.itemsize
+    fit, in_turns = FITS[device, engine], (device, engine) == ("cuda", "compiled")
+    per_slot = fit.factor * (fit.widths * sizes.width + 3 * sizes.inner) * sizes.itemsize
     pairs = 0 if geometry.blocks else geometry.rows * geometry.length**2
     logits = geometry.readout_chunk * sizes.vocabulary
     return Budget(
         weights=sizes.parameters * sizes.itemsize,
-        activations=int(fit.factor * slots * per_slot),
+        activations=int(slots * per_slot),
         mask=pairs * (sizes.itemsize + 1),
         head=logits * (sizes.itemsize if engine == "compiled" else sizes.itemsize + 8),
-        cache=0 if decoding is None else _cache(sizes, decoding),
+        cache=0 if decoding is None else _cache(sizes, decoding, per_slot if in_turns else 0),
         fixed=fit.fixed,
         loading=min(LOADING[device], sizes.parameters * sizes.itemsize),
+        in_turns=in_turns,
     )
 
 
-def _cache(sizes: Sizes, decoding: DecodeShape) -> int:
-    """Bytes of all keys and values, and of a step's mask over them."""
-    mask = decoding.step_tokens[0] * decoding.slots * (1 + (1 + sizes.groups) * sizes.itemsize)
-    return decoding.slots * sizes.cached * sizes.itemsize + mask
+def _cache(sizes: Sizes, decoding: DecodeShape, per_token: float) -> int:
+    """Bytes of all keys and values, and of a step: its mask over them, and what each of its tokens takes."""
+    tokens = decoding.step_tokens[0]
+    mask = tokens * decoding.slots * (1 + (1 + sizes.groups) * sizes.itemsize)
+    return decoding.slots * sizes.cached * sizes.itemsize + mask + int(tokens * per_token)
 
 
 def available(device: torch.device) -> int:

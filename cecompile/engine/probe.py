@@ -7,16 +7,17 @@ from transformers import PreTrainedModel
 
 from cecompile.engine.architecture import refusal
 from cecompile.engine.attention import TreeMasks, install
-from cecompile.engine.reference import stock_logits
+from cecompile.engine.reference import rounding, stock_logits
 from cecompile.errors import UserError, first_line
 from cecompile.workload.plan import BLOCK, Geometry, make_plan
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import stage_all, views
 from cecompile.workload.tree import TARGETS
 
-# Root mean square of the logits' differences, in standard deviations of the logits. Rounding alone gave at most 0.007
-# in bfloat16 and 0.003 in float16 over 40 random layers; a wrong mask gives about 1.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
+# Root mean square of the logits' differences, in standard deviations of the logits. Rounding alone gave up to 0.06 in
+# bfloat16 over 32 random layers 4,096 wide; a wrong mask gives about 1.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.02}
+ROUNDINGS = 3  # and where that is exceeded, how many times what rounding does to this model
 
 
 def choose_attention(model: PreTrainedModel, wanted: str) -> tuple[str, str | None]:
@@ -63,6 +64,8 @@ def _problem(model: PreTrainedModel, attention: str) -> str | None:
     expected = torch.cat([stock_logits(model, sequences, i) for i in range(len(sequences))])
     difference = ((got - expected).square().mean().sqrt() / expected.std()).item()
     if difference <= TOLERANCE[model.dtype]:
+        return None
+    if difference <= ROUNDINGS * rounding(model, sequences, range(len(sequences))):
         return None
     return f"logits differ by {difference:.2g} of their standard deviation"
 

@@ -3,7 +3,7 @@
 It shares none of the tree, packing or attention code, so that the other engines can be checked against it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -19,6 +19,28 @@ def stock_logits(model: PreTrainedModel, sequences: Sequences, i: int) -> Tensor
     """The stock model's logits where sequence `i` predicts its tokens: (predicted, vocabulary), float32."""
     input_ids = torch.from_numpy(sequences.inputs(i).astype(np.int64)).to(model.device)
     return model(input_ids=input_ids[None], use_cache=False).logits[0, -int(sequences.predicted[i]) :].float()
+
+
+@torch.inference_mode()
+def rounding(model: PreTrainedModel, sequences: Sequences, which: Iterable[int]) -> float:
+    """How far rounding alone moves the stock model's logits: 0 where it has one attention implementation only.
+
+    That is the root mean square of what they differ by between two of its own implementations of the same arithmetic,
+    "eager" and the one it is loaded with, in standard deviations of the logits. One rounding that differs at the first
+    layer makes all later ones differ.
+    """
+    own = model.config._attn_implementation
+    other = "eager" if own != "eager" else "sdpa"
+    expected = [stock_logits(model, sequences, i) for i in which]
+    try:
+        model.set_attn_implementation(other)
+        got = [stock_logits(model, sequences, i) for i in which]
+    except ValueError:  # it has none
+        return 0.0
+    finally:
+        model.set_attn_implementation(own)
+    difference = torch.cat([a - b for a, b in zip(got, expected, strict=True)])
+    return (difference.square().mean().sqrt() / torch.cat(expected).std()).item()
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 The page cache is not for this: mapping a checkpoint keeps all of it in memory beside the model, and where device and
 host share one memory, that is twice the model. So blocks are read with `pread` into reused buffers, copied out, and
-dropped from the page cache. One thread reads ahead, some hash, and the caller's thread copies.
+dropped from the page cache. Two threads read ahead, some hash, and the caller's thread copies.
 """
 
 import hashlib
@@ -22,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 
 from cecompile.errors import UserError, first_line
 
-BLOCK = 16 * 2**20  # bytes of a read
-BLOCKS = 12  # buffers
-IN_USE = 8  # of them, how many may be being copied and hashed; the others are read ahead
+BLOCK = 8 * 2**20  # bytes of a read
+BLOCKS = 32  # buffers
+IN_USE = 24  # of them, how many may be being copied and hashed: two large tensors; the others are read ahead
+READERS = 2  # so that a disk has the next request before it is done with one
 HASHERS = min(4, os.cpu_count() or 1)
 
 _DTYPES = {
@@ -123,7 +124,7 @@ def stream(
         buffers = stack.enter_context(_host_buffers(device))
         opened = {file: _open(model, file, stack) for file in dict.fromkeys(block.file for block in blocks)}
         hashing = stack.enter_context(_Hashing(tensors))
-        reader = stack.enter_context(ThreadPoolExecutor(1, "read"))
+        reader = stack.enter_context(ThreadPoolExecutor(READERS, "read"))
 
         def read_ahead(number: int) -> None:
             if number < len(blocks):
@@ -210,6 +211,7 @@ def _open(model: str, file: Path, stack: ExitStack) -> int:
     except OSError as error:
         raise UserError(f"{model}: weights: {file.name}: {error.strerror}") from None
     stack.callback(os.close, descriptor)
+    stack.callback(os.posix_fadvise, descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return descriptor
 
@@ -223,8 +225,9 @@ def _read(model: str, descriptor: int, block: _Block, buffer: torch.Tensor) -> N
             if count == 0:
                 raise UserError(f"{model}: weights: {block.file.name}: became shorter while it was read")
             done += count
-        # from the file's beginning: also the page that the last block left half read
-        os.posix_fadvise(descriptor, 0, block.start + block.size, os.POSIX_FADV_DONTNEED)
+        behind = block.start - READERS * BLOCK  # what no other thread is reading any more
+        if behind > 0:
+            os.posix_fadvise(descriptor, 0, behind, os.POSIX_FADV_DONTNEED)
     except OSError as error:
         raise UserError(f"{model}: weights: {block.file.name}: {error.strerror}") from None
 

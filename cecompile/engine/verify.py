@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from cecompile.engine.decode import Decoder
 from cecompile.engine.forward import Engine, Readouts
-from cecompile.engine.probe import TOLERANCE
-from cecompile.engine.reference import stock_logits
+from cecompile.engine.probe import ROUNDINGS, TOLERANCE
+from cecompile.engine.reference import rounding, stock_logits
 from cecompile.workload.lanes import Step
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import StagedPass
@@ -28,9 +28,10 @@ CHECKED = 4  # sequences of a pass
 def disagreement(
     engine: Engine, model: PreTrainedModel, stock: str, sequences: Sequences, staged: Sequence[StagedPass]
 ) -> float:
-    """How far a warm engine is from the stock model, over the tolerance of the model's dtype: fine up to 1.
+    """How far a warm engine is from the stock model, over what is tolerated: fine up to 1.
 
-    Measured is the root mean square of the log-probabilities' differences, in standard deviations of the logits. A
+    Measured is the root mean square of the log-probabilities' differences, in standard deviations of the logits.
+    Tolerated is a share of these that depends on the dtype, or some times what rounding does to this very model. A
     model whose logits are not finite is not judged here: 0.
 
     Args:
@@ -43,14 +44,17 @@ def disagreement(
     first = {one.bucket: one for one in reversed(staged)}.values()
     got = engine.run(first)
     with stock_attention(model, stock):
-        return max(_difference(model, sequences, _picked(one, out)) for one, out in zip(first, got, strict=True))
+        return max(
+            _difference(model, sequences, _picked(one, out, sequences)) for one, out in zip(first, got, strict=True)
+        )
 
 
 @torch.inference_mode()
 def decoding_disagreement(decoder: Decoder, model: PreTrainedModel, stock: str, sequences: Sequences) -> float:
     """The same of a decoder, which reads a few sequences: all but the last token at once, then that one."""
     got: dict[int, NDArray[np.float32]] = {}
-    for i in _spread(np.arange(len(sequences))):
+    decoder.clear()
+    for i in _spread(np.arange(len(sequences)), sequences):
         inputs, target = sequences.inputs(i), sequences.targets(i)[-1:]
         slots = np.arange(len(inputs), dtype=np.int32)
         size, none = decoder.shape.step_tokens[0], np.zeros(0, dtype=np.int32)
@@ -75,14 +79,16 @@ def stock_attention(model: PreTrainedModel, stock: str) -> Iterator[None]:
         model.set_attn_implementation(ours)
 
 
-def _picked(one: StagedPass, out: Readouts) -> dict[int, NDArray[np.float32]]:
+def _picked(one: StagedPass, out: Readouts, sequences: Sequences) -> dict[int, NDArray[np.float32]]:
     """The log-probabilities of a few of a pass's sequences."""
-    return {i: out.logprob[one.choice == i] for i in _spread(np.unique(one.choice))}
+    return {i: out.logprob[one.choice == i] for i in _spread(np.unique(one.choice), sequences)}
 
 
-def _spread(sequences: NDArray[Any]) -> list[int]:
-    """A few of them, from first to last."""
-    chosen: list[int] = sequences[np.linspace(0, len(sequences) - 1, min(CHECKED, len(sequences))).astype(int)].tolist()
+def _spread(among: NDArray[Any], sequences: Sequences) -> list[int]:
+    """A few of them, of the shorter half: the stock model computes them beside all that is warm already."""
+    lengths = sequences.input_lengths[among]
+    short = among[lengths <= np.median(lengths)]
+    chosen: list[int] = short[np.linspace(0, len(short) - 1, min(CHECKED, len(short))).astype(int)].tolist()
     return chosen
 
 
@@ -97,4 +103,8 @@ def _difference(model: PreTrainedModel, sequences: Sequences, got: dict[int, NDA
         spread.append(logits.std().item())
     if not np.isfinite(spread).all():
         return 0.0
-    return torch.cat(errors).square().mean().sqrt().item() / max(spread) / TOLERANCE[model.dtype]
+    off = torch.cat(errors).square().mean().sqrt().item() / max(spread)
+    tolerated = TOLERANCE[model.dtype]
+    if off > tolerated:
+        tolerated = max(tolerated, ROUNDINGS * rounding(model, sequences, got))
+    return off / tolerated
