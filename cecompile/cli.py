@@ -16,9 +16,9 @@ from cecompile import demo
 from cecompile.engine.profiles import PROFILES
 from cecompile.errors import CheckError, UserError
 from cecompile.report.clock import CLOCKS, Clock, process_start
-from cecompile.report.compare import MAX_DROP
 from cecompile.tasks.chat import NEW_TOKENS
 from cecompile.tasks.formats import TASKS
+from cecompile.tasks.judge import MAX_DROP
 
 MAX_DROP_RANGE, MAX_DROP_HELP = click.FloatRange(0, 100), "Points that a metric may drop by."
 

@@ -6,6 +6,7 @@ changed, rounded, pruned or exchanged by anything on the way from the file to th
 """
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +22,11 @@ from cecompile.engine.architecture import rope_type
 from cecompile.engine.attention import NAMES
 from cecompile.engine.layers import on_meta
 from cecompile.engine.load import Loaded
-from cecompile.engine.stream import HASHERS, digest_of, host_buffers
+from cecompile.engine.stream import digest_of, host_buffers
 from cecompile.errors import CheckError, UserError
 
-BLOCK = 4 * 2**20  # bytes copied out at once; each of HASHERS threads has two such buffers
+THREADS = min(8, os.cpu_count() or 1)  # nothing else runs then
+BLOCK = 4 * 2**20  # bytes copied out at once; each thread has two such buffers
 EQUAL = "equal to the checkpoint"
 
 
@@ -99,11 +101,11 @@ def contents(named: Mapping[str, Tensor]) -> dict[str, Content]:
     once = {id(tensor): tensor for tensor in named.values()}
     largest_first = sorted(once.values(), key=lambda tensor: -tensor.nbytes)
     device = next((t.device for t in largest_first if t.is_cuda), torch.device("cpu"))
-    with host_buffers(2 * HASHERS if device.type == "cuda" else 0, BLOCK, device) as buffers:
+    with host_buffers(2 * THREADS if device.type == "cuda" else 0, BLOCK, device) as buffers:
         free: SimpleQueue[list[Tensor]] = SimpleQueue()
         for i in range(0, len(buffers), 2):
             free.put(buffers[i : i + 2])
-        with ThreadPoolExecutor(HASHERS, "digest") as threads:
+        with ThreadPoolExecutor(THREADS, "digest") as threads:
             digests = list(threads.map(lambda tensor: _digest(tensor, free), largest_first))
         free = SimpleQueue()  # nobody may hold the buffers
     by_id = {id(tensor): digest for tensor, digest in zip(largest_first, digests, strict=True)}

@@ -13,9 +13,8 @@ from cecompile.report.check import problems
 from cecompile.report.clock import CLOCKS
 from cecompile.report.stored import StoredResult, read_result, value_at
 from cecompile.tasks.chat import AnswerSample
-from cecompile.tasks.judge import Sample
+from cecompile.tasks.judge import MAX_DROP, Sample
 
-MAX_DROP = 0.5  # points; what the 2024 contest allowed
 NORMAL_95 = 1.959964  # two-sided, of the standard normal distribution
 _SLACK = 1e-9  # points: 0.1 + 0.2 is not 0.3
 
