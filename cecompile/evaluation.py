@@ -95,10 +95,6 @@ def evaluate(
     run = _answered if isinstance(model, Answerer) else _scored
     judged = run(model, questions, clock, progress, repeat)  # type: ignore[arg-type]
     plan, model_facts = judged.workload.plan, _model(model)
-    if output is not None:
-        write_samples(output, judged.samples)
-        if isinstance(model, Answerer):
-            write_predictions(output, [sample.text for sample in judged.samples])
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -126,12 +122,16 @@ def evaluate(
         },
         "data": data_facts,
         "environment": environment(_device_name(runtime.device)),
-        "samples_digest": None if output is None else file_digests(output),
     }
     if baseline is not None:
         name = "this run" if output is None else str(output)
         comparison, _ = compare(baseline.stored, name, results, judged.samples, baseline.max_drop)
         results["comparison"] = asdict(comparison)
+    if output is not None:
+        write_samples(output, judged.samples)
+        if isinstance(model, Answerer):
+            write_predictions(output, [sample.text for sample in judged.samples])
+    results["samples_digest"] = None if output is None else file_digests(output)
     report(results)
     results.update(_times(clock, judged.inference_s, headline))
     results["digest"] = digest_of_results(results)

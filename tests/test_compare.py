@@ -237,6 +237,29 @@ def test_an_adopted_model_is_unchanged_since_the_run_began(tiny_llama, questions
         evaluate(scorer, questions, progress=progress)
 
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("xglm", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64}),
+        ("phi3", {"original_max_position_embeddings": 16, "rope_parameters": LONGROPE | {"factor": 8.0}}),
+    ],
+)
+def test_buffers_that_follow_the_input_are_no_change(kind, sizes):
+    model = tiny_model(kind, **sizes)
+    proof = Proof(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(torch.ones(1, 200, dtype=torch.long))
+    after = dict(model.named_buffers())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    proof.check("it", model)
+    model.get_output_embeddings().weight[0, 0] += 1
+    with pytest.raises(CheckError, match="has other values"):
+        proof.check("it", model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.int64])
 def test_contents_are_those_of_the_bytes(dtype):
     check_contents(dtype, CPU)
