@@ -18,6 +18,9 @@ from cecompile.errors import CheckError, UserError
 from cecompile.report.clock import CLOCKS, Clock, process_start
 from cecompile.tasks.chat import NEW_TOKENS
 from cecompile.tasks.formats import TASKS
+from cecompile.tasks.judge import MAX_DROP
+
+MAX_DROP_RANGE, MAX_DROP_HELP = click.FloatRange(0, 100), "Points that a metric may drop by."
 
 
 class OneLineErrors(click.Group):
@@ -29,6 +32,10 @@ class OneLineErrors(click.Group):
         except (UserError, CheckError) as error:
             click.echo(f"cecompile: {error}", err=True)
             ctx.exit(2 if isinstance(error, UserError) else 1)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = ["cecompile", *args]  # for the record
+        return super().parse_args(ctx, args)
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -104,11 +111,15 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 @click.option("--clock", "headline", type=click.Choice(CLOCKS), default="strict", help="Which latency is the headline.")
 @click.option("--output", type=click.Path(path_type=Path), help="Result directory. Default: results/DATA-TIME.")
 @click.option("--overwrite", is_flag=True, help="Replace the results in --output.")
+@click.option("--baseline", type=click.Path(path_type=Path), help="A result directory to compare with at the end.")
+@click.option("--max-drop", type=MAX_DROP_RANGE, default=MAX_DROP, show_default=True, help=MAX_DROP_HELP)
+@click.pass_obj
 def eval_command(
-    data: str | None, task: str, limit: float | None, headline: str, output: Path | None, overwrite: bool,
-    repeat: int, **how: Any,
+    arguments: list[str], data: str | None, task: str, limit: float | None, headline: str, output: Path | None,
+    overwrite: bool, repeat: int, baseline: Path | None, max_drop: float, **how: Any,
 ) -> None:  # fmt: skip
     """Score or answer a dataset; write results.json, samples.jsonl and, for answers, predictions.jsonl."""
+    from cecompile.report.compare import read_baseline
     from cecompile.report.results import prepare_output
     from cecompile.tasks.read import read_dataset
 
@@ -116,6 +127,7 @@ def eval_command(
     name = data or _demo(task)
     output = output or Path("results") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     prepare_output(output, overwrite)
+    compared = None if baseline is None else read_baseline(baseline, max_drop)
     clock.enter("preprocess")
     dataset = read_dataset(name, task, limit)
     clock.enter("load_model")
@@ -131,7 +143,7 @@ def eval_command(
 
     model = _model(how, dataset.task)
     with progress_bars(Console(stderr=True)) as progress:
-        evaluate(
+        evaluation = evaluate(
             model,
             dataset.questions,
             task=dataset.task,
@@ -142,7 +154,37 @@ def eval_command(
             repeat=repeat,
             output=output,
             report=report,
+            baseline=compared,
+            command=arguments,
         )
+    if evaluation.results.get("comparison", {}).get("verdict") == "past":
+        raise CheckError(f"past --max-drop against {baseline}; results in {output}")
+
+
+@cli.command("compare")
+@click.argument("reference", type=click.Path(path_type=Path))
+@click.argument("candidate", type=click.Path(path_type=Path))
+@click.option("--max-drop", type=MAX_DROP_RANGE, default=MAX_DROP, show_default=True, help=MAX_DROP_HELP)
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as one JSON object.")
+def compare_command(reference: Path, candidate: Path, max_drop: float, as_json: bool) -> None:
+    """Hold a result against another of the same questions and model, and both against themselves.
+
+    REFERENCE and CANDIDATE are result directories. The exit status is 1 if a metric drops by more than --max-drop
+    points or a result contradicts itself, 2 if they are not comparable.
+    """
+    from rich.console import Console
+
+    from cecompile.report.compare import compare_directories
+    from cecompile.report.table import print_comparison
+
+    compared = compare_directories(reference, candidate, max_drop)
+    if as_json:
+        click.echo(json.dumps(compared))
+    else:
+        print_comparison(Console(), compared)
+    if compared["failed"]:
+        others = len(compared["failed"]) - 1
+        raise CheckError(compared["failed"][0] + (f" (and {others} more)" if others else ""))
 
 
 @cli.command("plan")

@@ -1,25 +1,33 @@
 """An evaluation: scores or answers, judged, with everything that results.json says about the run."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from cecompile.answerer import Answerer
 from cecompile.engine import memory
+from cecompile.engine.layers import on_meta
+from cecompile.engine.proof import changed
+from cecompile.engine.tokenizer import tokenizer_digest
 from cecompile.packed import Workload
 from cecompile.report.clock import Clock, latencies, spread
+from cecompile.report.compare import Baseline, compare, refuse_other
 from cecompile.report.results import (
     SCHEMA,
+    digest_of_results,
     environment,
+    file_digests,
     plan_summary,
     write_predictions,
     write_results,
     write_samples,
 )
-from cecompile.runtime import Progress, Runtime
+from cecompile.runtime import Progress
 from cecompile.scorer import Scorer
 from cecompile.system import cpu_model
 from cecompile.tasks.chat import AnswerSample, ChatQuestion, answer_metrics, judge_answer
@@ -57,6 +65,8 @@ def evaluate(
     repeat: int = 1,
     output: Path | None = None,
     report: Callable[[dict[str, Any]], None] = lambda _: None,
+    baseline: Baseline | None = None,
+    command: Sequence[str] | None = None,
 ) -> Evaluation:
     """Scores or answers, and judges.
 
@@ -70,24 +80,30 @@ def evaluate(
         repeat: times the inference phase runs; the latencies then count its median.
         output: directory for results.json and samples.jsonl, and answers' predictions.jsonl; None writes nothing.
         report: called with the results before they are written, as the last thing that the clock sees.
+        baseline: a result to compare with; the results then have a `comparison`.
+        command: the command line that this is, for the record.
 
     Raises:
-        UserError, CheckError: see `Scorer.score`.
+        UserError: see `Scorer.score`; or the baseline is of other questions or another model, told as soon as it shows.
+        CheckError: see `Scorer.score`; or the model on the device is not what was loaded.
     """
     clock = clock or Clock()
+    runtime, data_facts = model.runtime, {"name": data, "digest": digest(questions)}
+    if baseline is not None:
+        _expect(baseline, model, {"task": task, "questions": len(questions), "data": data_facts})
+    runtime.watch()
     run = _answered if isinstance(model, Answerer) else _scored
     judged = run(model, questions, clock, progress, repeat)  # type: ignore[arg-type]
-    runtime, plan = model.runtime, judged.workload.plan
-    if output is not None:
-        write_samples(output, judged.samples)
-        if isinstance(model, Answerer):
-            write_predictions(output, [sample.text for sample in judged.samples])
+    plan, model_facts = judged.workload.plan, _model(model)
     results: dict[str, Any] = {
         "schema": SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": None if command is None else list(command),
         "task": task,
         "questions": len(questions),
         **judged.facts,
         **_times(clock, judged.inference_s, headline),
+        "warmed": clock.since_start(runtime.warm_moments),
         "inference_s": spread(judged.inference_s),
         "engine": {
             "name": runtime.engine,
@@ -95,7 +111,7 @@ def evaluate(
             "note": runtime.note,
         },
         "plan": None if plan is None else plan_summary(plan),
-        "model": _model(runtime),
+        "model": model_facts,
         "cache": None
         if runtime.cache_state is None
         else {"state": runtime.cache_state[0], "reason": runtime.cache_state[1]},
@@ -104,11 +120,21 @@ def evaluate(
             "predicted_bytes": runtime.predicted_bytes,
             "peak_bytes": memory.peak(runtime.device),
         },
-        "data": {"name": data, "digest": digest(questions)},
+        "data": data_facts,
         "environment": environment(_device_name(runtime.device)),
     }
+    if baseline is not None:
+        name = "this run" if output is None else str(output)
+        comparison, _ = compare(baseline.stored, name, results, judged.samples, baseline.max_drop)
+        results["comparison"] = asdict(comparison)
+    if output is not None:
+        write_samples(output, judged.samples)
+        if isinstance(model, Answerer):
+            write_predictions(output, [sample.text for sample in judged.samples])
+    results["samples_digest"] = None if output is None else file_digests(output)
     report(results)
     results.update(_times(clock, judged.inference_s, headline))
+    results["digest"] = digest_of_results(results)
     if output is not None:
         write_results(output, results)
     return Evaluation(results, judged.samples)
@@ -156,19 +182,44 @@ def _times(clock: Clock, inference: Sequence[float], headline: str) -> dict[str,
     """What the results say of the clock, up to now."""
     phases = clock.phases()
     seconds = latencies(phases, inference)
-    return {"latency_s": seconds, "headline": {"clock": headline, "seconds": seconds[headline]}, "phases_s": phases}
+    return {
+        "latency_s": seconds,
+        "headline": {"clock": headline, "seconds": seconds[headline]},
+        "phases_s": phases,
+        "timeline": clock.timeline(),
+    }
 
 
-def _model(runtime: Runtime) -> dict[str, Any]:
-    model = runtime.model
+def _model(scored: Scorer | Answerer) -> dict[str, Any]:
+    """results.json's `model`. Raises CheckError: see `Runtime.verify`."""
+    runtime, model = scored.runtime, scored.runtime.model
     assert model is not None  # it has just scored
+    verified, device_fingerprint = runtime.verify()
     return {
         "name": runtime.name,
-        "architecture": type(model).__name__,
+        **_kind(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "stored_dtypes": None if runtime.checkpoint is None else runtime.checkpoint.stored_dtypes(),
         "fingerprint": runtime.fingerprint,
+        "device_fingerprint": device_fingerprint,
+        "verified": verified,
+        "changed": changed(model),
+        "tokenizer_digest": tokenizer_digest(scored.tokenizer),
     }
+
+
+def _kind(model: PreTrainedModel) -> dict[str, Any]:
+    return {"architecture": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def _expect(baseline: Baseline, model: Scorer | Answerer, known: dict[str, Any]) -> None:
+    """Refuses a baseline of something else, as far as it shows before anything is loaded; the weights do later."""
+    runtime, stored = model.runtime, baseline.stored
+    known["model"] = {"tokenizer_digest": tokenizer_digest(model.tokenizer), **_kind(on_meta(runtime.config))}
+    if isinstance(model, Answerer):
+        known["answers"] = {"max_new_tokens": model.new_tokens}
+    refuse_other(stored, runtime.name, known, whole=False)
+    runtime.expected_fingerprint = stored.results["model"]["fingerprint"]
 
 
 def _device_name(device: torch.device) -> str:

@@ -12,6 +12,8 @@ from cecompile.engine.architecture import rope_type
 from cecompile.engine.cache import WARM, CompileCache, Entry
 from cecompile.engine.model import load_checkpoint
 from cecompile.engine.probe import choose_attention
+from cecompile.engine.proof import Proof
+from cecompile.engine.stream import Checkpoint
 from cecompile.engine.warm import compile_facts
 from cecompile.errors import CheckError, UserError, printable
 from cecompile.sizing import Sizing
@@ -38,7 +40,8 @@ class Runtime:
 
     Attributes:
         engine, attention: what runs; where it is not what was asked for, `note` says why.
-        model, fingerprint: once loaded.
+        model, checkpoint: once loaded; a model that was adopted has no checkpoint.
+        expected_fingerprint: the only one that a checkpoint may have, where there is such.
         entry: the model's entry in the cache, once opened.
         cache_state: "warm", "partly warm" or "cold", and why, once known.
         predicted_bytes: what the memory budget says of the last plan.
@@ -57,7 +60,9 @@ class Runtime:
         self.attention = attention if attention != "auto" else ("flex" if device.type == "cuda" else "sdpa")
         self.note: str | None = None
         self.model: PreTrainedModel | None = None
-        self.fingerprint: str | None = None
+        self.checkpoint: Checkpoint | None = None
+        self.expected_fingerprint: str | None = None
+        self._proof: Proof | None = None
         self.entry: Entry | None = None
         self.cache_state: tuple[str, str] | None = None
         self.predicted_bytes: int | None = None
@@ -154,9 +159,43 @@ class Runtime:
         """The model with its weights, on its device. Raises UserError if the checkpoint cannot be used."""
         if self.model is None:
             loaded = load_checkpoint(self.name, self.config, self._dtype, self.device)
-            self.model, self.fingerprint = loaded.model, loaded.fingerprint
+            if self.expected_fingerprint not in (None, loaded.fingerprint):
+                raise UserError(
+                    f"{self.name}: weights: fingerprint {loaded.fingerprint[:12]}, "
+                    f"the baseline's is {str(self.expected_fingerprint)[:12]}: not the same model"
+                )
+            self.model, self.checkpoint = loaded.model, loaded.checkpoint
             self.stock_attention = self.model.config._attn_implementation
+            self._proof = Proof(self.model, loaded)
         return self.model
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the checkpoint's tensors, once loaded."""
+        return None if self.checkpoint is None else self.checkpoint.fingerprint
+
+    def watch(self) -> None:
+        """Notes what an adopted model holds, for `verify`; one that is loaded here is noted as it is loaded."""
+        if self.model is not None and self.checkpoint is None:
+            self._proof = Proof(self.model)
+
+    def verify(self) -> tuple[str, str]:
+        """Holds the model on the device against what was loaded, or what `watch` has noted.
+
+        Returns:
+            What that establishes, in words, and the fingerprint of what the device holds.
+
+        Raises:
+            CheckError: see `Proof.check`.
+        """
+        assert self.model is not None
+        assert self._proof is not None
+        return self._proof.verified, self._proof.check(self.name, self.model)
+
+    @property
+    def warm_moments(self) -> dict[str, float]:
+        """When each fixed shape of the engine in use was warm, by `time.perf_counter()`."""
+        return {} if self._warmed is None else self._warmed.moments
 
     def adopt(self, model: PreTrainedModel) -> None:
         """Takes a model that is loaded already, on this runtime's device, instead of loading one."""

@@ -62,6 +62,7 @@ class Warmed:
         decoder: what decodes answers; None where nothing is decoded, or this model cannot be so.
         note: why it is not what was asked for, or None.
         seconds: per fixed shape, in words, of compiling, running and capturing it.
+        moments: when that was done, by `time.perf_counter()`.
     """
 
     engine: Engine
@@ -70,6 +71,7 @@ class Warmed:
     decoder: Decoder | None = None
     note: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    moments: dict[str, float] = field(default_factory=dict)
 
     def remark(self, note: str | None) -> None:
         """Adds to the note, if there is something to add."""
@@ -136,7 +138,8 @@ class Warmer:
 
         def book(what: str) -> None:
             nonlocal began
-            warmed.seconds[what], began = perf_counter() - began, perf_counter()
+            now = perf_counter()
+            warmed.seconds[what], warmed.moments[what], began = now - began, now, now
             done(what)
 
         engine.warm_up(lambda b: book(f"{b.rows} x {b.length} tokens, {b.readouts} readouts"))

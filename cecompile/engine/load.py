@@ -7,9 +7,9 @@ is nearly always. Where there is more to it (weights to be merged, renamed, dequ
 import copy
 import mmap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cecompile.engine.stream import StoredTensor, digest_of, read_header, stream
+from cecompile.engine.stream import Checkpoint, StoredTensor, read_header, stream
 from cecompile.errors import UserError, first_line
 
 HUGE = 4 * 2**20  # bytes of a tensor from which huge pages, of usually 2 MiB, are worth asking for
@@ -36,13 +36,21 @@ class Loaded:
 
     Attributes:
         model: the stock model with the checkpoint's weights.
-        fingerprint: of the checkpoint's tensors.
+        checkpoint: what its files hold.
         fallback: why `from_pretrained` loaded it; None where its tensors were copied by their names.
+        sources: then, by the first name of each parameter and persistent buffer, where among the checkpoint's tensors
+            it is stored: once, and more often where tied weights are.
     """
 
     model: PreTrainedModel
-    fingerprint: str
-    fallback: str | None
+    checkpoint: Checkpoint
+    fallback: str | None = None
+    sources: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the checkpoint's tensors."""
+        return self.checkpoint.fingerprint
 
 
 def load_plainly(
@@ -67,11 +75,11 @@ def load_plainly(
     _check_renaming(network, tensors)
     sources = _match(model, network, tensors)
     targets = _allocate(network, sources, device)
-    digests = stream(model, tensors, targets, device)
+    checkpoint = stream(model, tensors, targets, device)
     for indices in sources.values():
-        if len({(tensors[i].dtype, digests[i]) for i in indices}) > 1:
+        if len({(tensors[i].dtype, checkpoint.digests[i]) for i in indices}) > 1:
             raise NotPlain(f"{tensors[indices[0]].name} and {tensors[indices[1]].name} are tied and differ")
-    return Loaded(network.eval().requires_grad_(False), digest_of(tensors, digests), None)
+    return Loaded(network.eval().requires_grad_(False), checkpoint, sources=sources)
 
 
 def _parameter_dtype(

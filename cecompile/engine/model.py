@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from cecompile.engine.load import Loaded, NotPlain, load_plainly
-from cecompile.engine.stream import digest_of, read_header, stream
+from cecompile.engine.stream import Checkpoint, read_header, stream
 from cecompile.errors import UserError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,7 +101,7 @@ def load_checkpoint(model: str, config: Any, dtype: str, device: torch.device) -
     except NotPlain as error:
         reason = str(error)
     # out of the handler, so that nothing of the attempt is held
-    return Loaded(_load_by_transformers(model, config, dtype, device), fingerprint(model), reason)
+    return Loaded(_load_by_transformers(model, config, dtype, device), read_checkpoint(model), reason)
 
 
 @contextmanager
@@ -180,11 +180,16 @@ def fingerprint(model: str) -> str:
     Raises:
         UserError: there are no such files, or they cannot be read.
     """
+    return read_checkpoint(model).fingerprint
+
+
+def read_checkpoint(model: str) -> Checkpoint:
+    """Reads all tensors in the checkpoint's safetensors files, and keeps none. Raises: see `fingerprint`."""
     files = _checkpoint_files(model)
     if not files:
         raise UserError(f"{model}: no {SINGLE} and no {INDEX}; only safetensors checkpoints are loaded")
     tensors = [tensor for file in files for tensor in read_header(model, file)]
-    return digest_of(tensors, stream(model, tensors, {}, torch.device("cpu")))
+    return stream(model, tensors, {}, torch.device("cpu"))
 
 
 def _plain_files(model: str) -> list[Path]:

@@ -8,11 +8,11 @@ dropped from the page cache. Two threads read ahead, some hash, and the caller's
 import hashlib
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +102,37 @@ def digest_of(tensors: Sequence[StoredTensor], digests: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What was read of a checkpoint.
+
+    Attributes:
+        tensors: all that its files hold.
+        digests: SHA-256 (hex) of the bytes of each.
+        converted: SHA-256 (hex) of what was written of a tensor, by its index, where that was another dtype.
+    """
+
+    tensors: Sequence[StoredTensor]
+    digests: Sequence[str]
+    converted: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """See `digest_of`."""
+        return digest_of(self.tensors, self.digests)
+
+    def stored_dtypes(self) -> dict[str, int]:
+        """How many numbers are stored in each dtype, by its name."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors:
+            counts[str(tensor.dtype).removeprefix("torch.")] += tensor.size // tensor.dtype.itemsize
+        return dict(sorted(counts.items()))
+
+
 def stream(
     model: str, tensors: Sequence[StoredTensor], targets: Mapping[int, torch.Tensor], device: torch.device
-) -> list[str]:
-    """Reads all tensors once; fills some; gives the SHA-256 (hex) of the bytes of each.
+) -> Checkpoint:
+    """Reads all tensors once; fills some; takes the digest of each, and of what becomes of it in another dtype.
 
     Takes BLOCKS * BLOCK bytes of host memory, pinned for a CUDA device, and gives them back.
 
@@ -121,9 +148,11 @@ def stream(
     """
     blocks = list(_blocks(tensors))
     with ExitStack() as stack:
-        buffers = stack.enter_context(_host_buffers(device))
+        buffers = stack.enter_context(host_buffers(BLOCKS, BLOCK, device))
         opened = {file: _open(model, file, stack) for file in dict.fromkeys(block.file for block in blocks)}
-        hashing = stack.enter_context(_Hashing(tensors))
+        converted = {i: target for i, target in targets.items() if target.dtype != tensors[i].dtype}
+        sizes = [converted[i].nbytes if i in converted else 0 for i in range(len(tensors))]
+        hashing = stack.enter_context(_Hashing([tensor.size for tensor in tensors] + sizes))
         reader = stack.enter_context(ThreadPoolExecutor(READERS, "read"))
 
         def read_ahead(number: int) -> None:
@@ -143,7 +172,8 @@ def stream(
                 read_ahead(number - IN_USE + BLOCKS)
         while in_use:
             in_use.popleft().wait()
-        return hashing.digests()
+        digests = hashing.digests()
+        return Checkpoint(tensors, digests[: len(tensors)], {i: digests[len(tensors) + i] for i in converted})
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,14 +219,14 @@ def _blocks(tensors: Sequence[StoredTensor]) -> Iterator[_Block]:
 
 
 @contextmanager
-def _host_buffers(device: torch.device) -> Iterator[list[torch.Tensor]]:
-    """BLOCKS times (BLOCK,) uint8, pinned for a CUDA device, and given back to the system afterwards.
+def host_buffers(count: int, size: int, device: torch.device) -> Iterator[list[torch.Tensor]]:
+    """`count` times (size,) uint8, pinned for a CUDA device, and given back to the system afterwards.
 
     Nobody else may hold them then. Torch would keep pinned memory for the next who asks; where the device shares its
     memory with the host, there is none to spare.
     """
     pinned = device.type == "cuda"
-    buffers = [torch.empty(BLOCK, dtype=torch.uint8, pin_memory=pinned) for _ in range(BLOCKS)]
+    buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(count)]
     try:
         yield buffers
     finally:
@@ -256,7 +286,9 @@ def _use(
     for piece in block.pieces:
         if piece.tensor in targets:
             content = buffer[piece.at : piece.at + piece.size]
-            _copy(content, tensors[piece.tensor].dtype, piece.offset, targets[piece.tensor])
+            written = _copy(content, tensors[piece.tensor].dtype, piece.offset, targets[piece.tensor])
+            if written is not None:
+                hashed.append(hashing.add(len(tensors) + piece.tensor, written))
     copied = None
     if device.type == "cuda":
         copied = torch.cuda.Event()
@@ -264,8 +296,11 @@ def _use(
     return _InUse(hashed, copied)
 
 
-def _copy(content: torch.Tensor, dtype: torch.dtype, offset: int, target: torch.Tensor) -> None:
+def _copy(content: torch.Tensor, dtype: torch.dtype, offset: int, target: torch.Tensor) -> torch.Tensor | None:
     """Copies bytes to where they belong in the target: without converting, on this thread alone, or on CUDA later.
+
+    Returns:
+        What was written, (bytes,) uint8 on the CPU, where that is not `content`.
 
     Args:
         content: (bytes,) uint8.
@@ -280,23 +315,29 @@ def _copy(content: torch.Tensor, dtype: torch.dtype, offset: int, target: torch.
             part.copy_(content, non_blocking=True)
         else:  # torch would take cores from the other threads
             np.copyto(part.numpy(), content.numpy())
-    else:  # converted on the CPU; the converted copy is not pinned
-        values = content.view(dtype)
-        first = offset // dtype.itemsize
-        flat[first : first + len(values)].copy_(values)
+        return None
+    values = content.view(dtype)
+    first = offset // dtype.itemsize
+    part = flat[first : first + len(values)]
+    if part.is_cuda:  # converted on the CPU; the converted copy is not pinned
+        values = values.to(target.dtype)
+        part.copy_(values)
+        return values.view(torch.uint8)
+    return part.copy_(values).view(torch.uint8)
 
 
 class _Hashing:
     """SHA-256 of tensors whose pieces come in order, on threads: a tensor stays with one, which keeps the order."""
 
-    def __init__(self, tensors: Sequence[StoredTensor]) -> None:
-        self._hashes = [hashlib.sha256() for _ in tensors]
+    def __init__(self, sizes: Sequence[int]) -> None:
+        """`sizes`: of each tensor, in bytes."""
+        self._hashes = [hashlib.sha256() for _ in sizes]
         self._threads = [ThreadPoolExecutor(1, "hash") for _ in range(HASHERS)]
         self._thread_of = []
         load = [0] * HASHERS
-        for tensor in tensors:
+        for size in sizes:
             lightest = load.index(min(load))
-            load[lightest] += tensor.size
+            load[lightest] += size
             self._thread_of.append(lightest)
 
     def __enter__(self) -> "_Hashing":

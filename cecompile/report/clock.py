@@ -34,20 +34,32 @@ class Clock:
 
     def __init__(self, started: float | None = None) -> None:
         """`started`: the `time.perf_counter()` at which the first phase, `load_model`, began; else now."""
-        self._since = time.perf_counter() if started is None else started
+        self._started = self._since = time.perf_counter() if started is None else started
         self._phase = PHASES[0]
+        self._timeline: list[tuple[str, float, float]] = []
         self._seconds = dict.fromkeys(PHASES, 0.0)
 
     def enter(self, phase: str) -> None:
         """Ends the current phase and begins `phase`, one of PHASES."""
         now = time.perf_counter()
         self._seconds[self._phase] += now - self._since
+        goes_on = bool(self._timeline) and self._timeline[-1][0] == self._phase
+        began = self._timeline.pop()[1] if goes_on else self._since - self._started
+        self._timeline.append((self._phase, began, now - self._started))
         self._since, self._phase = now, phase
 
     def phases(self) -> dict[str, float]:
         """Seconds of each phase up to now."""
         self.enter(self._phase)
         return dict(self._seconds)
+
+    def timeline(self) -> list[tuple[str, float, float]]:
+        """Every phase as it was booked up to the last call: name, begin and end in seconds since the first began."""
+        return list(self._timeline)
+
+    def since_start(self, moments: Mapping[str, float]) -> list[tuple[str, float]]:
+        """Named moments of `time.perf_counter()`, in seconds since the first phase began; without those before it."""
+        return [(name, at - self._started) for name, at in moments.items() if at >= self._started]
 
 
 def latencies(phases: Mapping[str, float], inference: Sequence[float]) -> dict[str, float]:

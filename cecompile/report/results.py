@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -101,6 +102,18 @@ def write_predictions(directory: Path, texts: Sequence[str]) -> None:
         UserError: the file system refuses.
     """
     _write(directory / PREDICTIONS, (json.dumps([{"generated_text": text}]) + "\n" for text in texts))
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    """results.json's `samples_digest`: SHA-256 (hex) of samples.jsonl and, where there is one, predictions.jsonl."""
+    files = [directory / name for name in (SAMPLES, PREDICTIONS)]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+
+
+def digest_of_results(results: dict[str, Any]) -> str:
+    """SHA-256 (hex) over everything in results.json but `digest`, as JSON with sorted keys and no white space."""
+    rest = {key: value for key, value in results.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def write_results(directory: Path, results: dict[str, Any]) -> None:

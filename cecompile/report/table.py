@@ -63,11 +63,70 @@ def print_results(console: Console, results: dict[str, Any], output: Path) -> No
     for name, seconds in results["latency_s"].items():
         mark = "<- headline" if name == results["headline"]["clock"] else ""
         _row(table, f"latency {name}", f"{seconds:.2f} s", mark)
+    if "comparison" in results:
+        table.add_section()
+        _comparison_rows(table, results["comparison"], results["headline"]["clock"])
     if results["plan"] is not None:
         table.add_section()
         _plan_rows(table, results["plan"])
     console.print(table)
     console.print(Text(f"results in {printable(str(output))}"))
+
+
+def print_comparison(console: Console, compared: dict[str, Any]) -> None:
+    """Two results held against each other (`compare_directories`), and every question on which they differ."""
+    table = _table()
+    for who in ("reference", "candidate"):
+        metrics = compared["metrics"][who].items()
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics if v is not None and not k.endswith("_stderr"))
+        _row(table, who, "", f"{_short(compared[who])} ({shown or 'no labels'})")
+    _comparison_rows(table, compared, compared["clock"])
+    console.print(table)
+    if compared["differences"]:
+        console.print(_differences(compared))
+    for problem in compared["failed"][1:]:  # the first ends the command
+        console.print(Text(printable(problem)))
+
+
+def _comparison_rows(table: Table, comparison: dict[str, Any], clock: str) -> None:
+    _row(
+        table,
+        "compared with",
+        comparison["verdict"],
+        f"{_short(comparison['baseline'])}, {comparison['max_drop']} points",
+    )
+    for metric, drop in comparison["drop_points"].items():
+        interval = comparison["interval_points"][metric]
+        shown = "no labels" if drop is None else f"{drop:+.2f}"
+        between = "points" if interval is None else f"points, 95 % between {interval[0]:+.2f} and {interval[1]:+.2f}"
+        _row(table, f"drop of {metric}", shown, "" if drop is None else between)
+    _row(table, "agreement", f"{100 * comparison['agreement']:.2f} %", f"{comparison['differing']} answers differ")
+    if comparison["largest_difference"] is not None:
+        _row(table, "loglikelihoods", f"{comparison['largest_difference']:.2g}", "the largest difference")
+    ratios = {clock: comparison["speed_ratio"], "inference": comparison["inference_speed_ratio"]}
+    for name, ratio in ratios.items():
+        _row(table, f"speed, {name}", f"{ratio:.2f}", "times the reference's")
+
+
+def _differences(compared: dict[str, Any]) -> Table:
+    """Every question answered differently, with both answers."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("question", "label", "reference", "candidate", "loglikelihoods"):
+        table.add_column(name, overflow="fold")
+    for one in compared["differences"]:
+        far = one["largest_difference"]
+        cells = (
+            one["id"],
+            "" if one["label"] is None else str(one["label"]),
+            *(_answer(one[who]) for who in ("reference", "candidate")),
+            "" if far is None else f"up to {far:.2g}",
+        )
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table
+
+
+def _answer(answer: dict[str, int] | str) -> str:
+    return answer if isinstance(answer, str) else ", ".join(f"{metric}: {choice}" for metric, choice in answer.items())
 
 
 def print_plan(console: Console, plan: dict[str, Any], estimate: dict[str, Any] | None = None) -> None:

@@ -1,0 +1,233 @@
+"""Proof that the model that ran is the model that was loaded: its tensors, digested again from where they lie.
+
+What the files' bytes hash to is known from loading. After the run, the bytes on the device are hashed and held against
+that, name by name, and so are the other buffers against what they were right after loading. So a weight that was
+changed, rounded, pruned or exchanged by anything on the way from the file to the last pass shows.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from cecompile.engine.architecture import rope_type
+from cecompile.engine.attention import NAMES
+from cecompile.engine.layers import on_meta
+from cecompile.engine.load import Loaded
+from cecompile.engine.stream import digest_of, host_buffers
+from cecompile.errors import CheckError, UserError
+
+THREADS = min(8, os.cpu_count() or 1)  # nothing else runs then
+BLOCK = 4 * 2**20  # bytes copied out at once; each thread has two such buffers
+EQUAL = "equal to the checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a tensor holds; `digest` is the SHA-256 (hex) of its bytes, row-major."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+class Proof:
+    """What a model holds when it has been loaded, to hold it against later.
+
+    Args:
+        model: as loaded, before anything ran.
+        loaded: how; None for a model that was loaded by somebody else.
+
+    Attributes:
+        verified: what `check` establishes, in words: EQUAL, or less.
+    """
+
+    def __init__(self, model: PreTrainedModel, loaded: Loaded | None = None) -> None:
+        self._config = _fixed(model.config)
+        self._loaded = loaded
+        stored = {} if loaded is None else _stored(loaded)
+        named = _named(model)
+        first = {id(tensor): name for name, tensor in reversed(named.items())}
+        known = {name: stored[first[id(t)]] for name, t in named.items() if first[id(t)] in stored}
+        self._held = known | contents({name: t for name, t in named.items() if name not in known})
+        self.verified = _verified(loaded)
+
+    def check(self, name: str, model: PreTrainedModel) -> str:
+        """Digests the model where it lies.
+
+        Args:
+            name: the model's, for the message.
+            model: after the run.
+
+        Returns:
+            SHA-256 (hex) of what the device holds: where `verified` is EQUAL, of the checkpoint's tensors with the
+            device's bytes in place of the files', which is the checkpoint's fingerprint; else of all that it holds.
+
+        Raises:
+            CheckError: something is not what it was; names the first such tensor.
+        """
+        now = contents(self._as_long_as_before(model))
+        for key in dict.fromkeys((*self._held, *now)):
+            wrong = _difference(self._held.get(key), now.get(key))
+            if wrong:
+                raise CheckError(f"{name}: {key} {wrong}; nothing was written")
+        config = _fixed(model.config)
+        for key in dict.fromkeys((*self._config, *config)):
+            if self._config.get(key) != config.get(key):
+                raise CheckError(f"{name}: the configuration's {key} changed during the run; nothing was written")
+        if self.verified != EQUAL or self._loaded is None:
+            lines = sorted(f"{key} {one.dtype} {one.shape} {one.digest}" for key, one in now.items())
+            return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        digests = list(self._loaded.checkpoint.digests)
+        for key, indices in self._loaded.sources.items():
+            for i in indices:
+                digests[i] = now[key].digest
+        return digest_of(self._loaded.checkpoint.tensors, digests)
+
+    def _as_long_as_before(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """What there is to hold against: of a table that grew with the input (XGLM's positions), its first rows."""
+        named, stored = _named(model), model.state_dict(keep_vars=True).keys()
+        for name in named.keys() & self._held.keys() - stored:
+            shape = self._held[name].shape
+            if shape and named[name].shape[1:] == shape[1:]:
+                named[name] = named[name][: shape[0]]
+        return named
+
+
+def contents(named: Mapping[str, Tensor]) -> dict[str, Content]:
+    """What tensors hold, read on several threads, in order of their names given; one by several names is read once."""
+    once = {id(tensor): tensor for tensor in named.values()}
+    largest_first = sorted(once.values(), key=lambda tensor: -tensor.nbytes)
+    device = next((t.device for t in largest_first if t.is_cuda), torch.device("cpu"))
+    with host_buffers(2 * THREADS if device.type == "cuda" else 0, BLOCK, device) as buffers:
+        free: SimpleQueue[list[Tensor]] = SimpleQueue()
+        for i in range(0, len(buffers), 2):
+            free.put(buffers[i : i + 2])
+        with ThreadPoolExecutor(THREADS, "digest") as threads:
+            digests = list(threads.map(lambda tensor: _digest(tensor, free), largest_first))
+        free = SimpleQueue()  # nobody may hold the buffers
+    by_id = {id(tensor): digest for tensor, digest in zip(largest_first, digests, strict=True)}
+    return {name: Content(t.dtype, tuple(t.shape), by_id[id(t)]) for name, t in named.items()}
+
+
+def _digest(tensor: Tensor, free: "SimpleQueue[list[Tensor]]") -> str:
+    """SHA-256 (hex) of a tensor's bytes; those on a device come by turns through two host buffers, from `free`."""
+    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    sha = hashlib.sha256()
+    if not content.is_cuda:
+        sha.update(content.cpu().numpy().data)
+        return sha.hexdigest()
+    pair = free.get()
+    try:
+        copied: tuple[Tensor, torch.cuda.Event] | None = None
+        for number, part in enumerate(content.split(BLOCK)):
+            buffer = pair[number % 2][: len(part)]
+            buffer.copy_(part, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(content.device))
+            _hash(sha, copied)
+            copied = buffer, event
+        _hash(sha, copied)
+    finally:
+        free.put(pair)
+    return sha.hexdigest()
+
+
+def _hash(sha: Any, copied: tuple[Tensor, torch.cuda.Event] | None) -> None:
+    if copied is not None:
+        copied[1].synchronize()
+        sha.update(copied[0].numpy().data)
+
+
+def _named(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters and buffers, persistent or not, by all their names; without what a model recomputes as it runs."""
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
+    if rope_type(model.config.get_text_config()) in ("dynamic", "longrope"):  # chosen by the length of each input
+        named = {n: t for n, t in named.items() if not n.endswith("inv_freq") or n.endswith("original_inv_freq")}
+    return named
+
+
+def _stored(loaded: Loaded) -> dict[str, Content]:
+    """What the checkpoint says that the model holds, by first names."""
+    checkpoint, model = loaded.checkpoint, loaded.model.state_dict(keep_vars=True)
+    out = {}
+    for name, (index, *_) in loaded.sources.items():
+        digest = checkpoint.converted.get(index, checkpoint.digests[index])
+        out[name] = Content(model[name].dtype, checkpoint.tensors[index].shape, digest)
+    return out
+
+
+def _verified(loaded: Loaded | None) -> str:
+    if loaded is None:
+        return "unchanged since adopted"
+    if loaded.fallback is not None:
+        return "unchanged since loading"
+    if loaded.checkpoint.converted:
+        return f"{EQUAL}, converted to {str(loaded.model.dtype).removeprefix('torch.')}"
+    return EQUAL
+
+
+def _difference(before: Content | None, now: Content | None) -> str | None:
+    if before is None:
+        return "appeared during the run"
+    if now is None:
+        return "disappeared during the run"
+    if (before.dtype, before.shape) != (now.dtype, now.shape):
+        return f"is {now} after the run, it was loaded as {before}"
+    return None if before.digest == now.digest else "has other values after the run than were loaded"
+
+
+def _fixed(config: Any) -> dict[str, Any]:
+    """A configuration, but for how text is generated, which pipelines set."""
+    generation = GenerationConfig().to_dict()
+    return {key: value for key, value in config.to_dict().items() if key not in generation}
+
+
+def changed(model: PreTrainedModel) -> dict[str, Any]:
+    """results.json's `model.changed`: what of a live model is not the stock model's, found by walking both.
+
+    Returns:
+        attention: the name under which the model's attention is registered, None if that is its own. compiled: how
+        many modules of each class are compiled. replaced_modules: those that are of another class than in a fresh
+        model of the same configuration, are not in it, are missing, or have a `forward` of their own or hooks that it
+        has not; None where there is no fresh model to hold against.
+    """
+    compiled = Counter(type(m).__name__ for m in model.modules() if m._compiled_call_impl is not None)
+    attention = model.config._attn_implementation
+    return {
+        "attention": attention if attention in NAMES.values() else None,
+        "compiled": dict(sorted(compiled.items())),
+        "replaced_modules": _replaced(model),
+    }
+
+
+def _replaced(model: PreTrainedModel) -> list[str] | None:
+    try:
+        fresh = _kinds(on_meta(model.config))
+    except UserError:
+        return None
+    live = _kinds(model)
+    return [
+        name or type(model).__name__ for name in dict.fromkeys((*fresh, *live)) if fresh.get(name) != live.get(name)
+    ]
+
+
+def _kinds(model: nn.Module) -> dict[str, Sequence[Any]]:
+    """By name: each module's class, and how often what it does was changed."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    return {
+        name: (type(module), "forward" in vars(module), *(len(getattr(module, kind)) for kind in hooks))
+        for name, module in model.named_modules(remove_duplicate=False)
+    }

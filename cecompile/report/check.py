@@ -1,0 +1,213 @@
+"""Does a result hold together? Everything in it that can be computed from the rest of it is computed again."""
+
+import math
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from cecompile.report.clock import PHASES, latencies
+from cecompile.report.results import digest_of_results, file_digests
+from cecompile.report.stored import StoredResult, read_result, value_at
+from cecompile.tasks.chat import AnswerSample, answer_metrics
+from cecompile.tasks.judge import Sample, metrics
+
+CLOSE = 1e-6  # seconds, or a fraction of one, that sums in another order may be apart
+
+# Bits of exponent and of mantissa: a dtype holds every value of another that has no more of either.
+_BITS = {
+    "float64": (11, 52), "float32": (8, 23), "bfloat16": (8, 7), "float16": (5, 10),
+    "float8_e5m2": (5, 2), "float8_e5m2fnuz": (5, 2), "float8_e4m3fn": (4, 3), "float8_e4m3fnuz": (4, 3),
+}  # fmt: skip
+Found = Iterator[str]
+
+
+def problems(directory: Path) -> list[str]:
+    """What in a result directory contradicts the rest of it, a line each; empty if it holds together.
+
+    Raises:
+        UserError: it is not a result directory; see `read_result`.
+    """
+    stored = read_result(directory)
+    return [*_digests(stored, directory), *inconsistencies(stored)]
+
+
+def inconsistencies(stored: StoredResult) -> list[str]:
+    """The same without the files' digests."""
+    found = []
+    for check in (_samples, _metrics, _clock, _timeline, _warmup, _weights, _precision, _plan, _memory, _comparison):
+        found += _tried(check, stored)
+    return found
+
+
+def _tried(check: Callable[[StoredResult], Found], stored: StoredResult) -> list[str]:
+    found = []
+    try:
+        for problem in check(stored):
+            found.append(problem)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = check.__name__.removeprefix("_")
+        found.append(f"results.json: {what} cannot be checked: {type(error).__name__}: {error}")
+    return found
+
+
+def _digests(stored: StoredResult, directory: Path) -> Found:
+    results = stored.results
+    if results.get("digest") is None:
+        yield "results.json: field 'digest': missing"
+    elif results["digest"] != digest_of_results(results):
+        yield "results.json: was edited: its digest is another"
+    written = results.get("samples_digest")
+    if not isinstance(written, dict):
+        yield "results.json: field 'samples_digest': missing"
+        return
+    for name, digest in file_digests(directory).items():
+        if written.get(name) != digest:
+            yield f"{name}: was edited: its digest is not the one in results.json"
+
+
+def _samples(stored: StoredResult) -> Found:
+    results, samples = stored.results, stored.samples
+    if len(samples) != results["questions"]:
+        yield f"samples.jsonl: {len(samples)} samples of {results['questions']} questions"
+    for number, one in enumerate(samples, 1):
+        if isinstance(one, Sample) and one.prediction != one.loglikelihoods.index(max(one.loglikelihoods)):
+            yield f"samples.jsonl: line {number}: the prediction is not the choice of the highest loglikelihood"
+        elif isinstance(one, Sample) and len(one.greedy) != len(one.loglikelihoods):
+            yield f"samples.jsonl: line {number}: {len(one.loglikelihoods)} loglikelihoods, {len(one.greedy)} greedy"
+        elif isinstance(one, Sample) and not 0 <= one.prediction_norm < len(one.loglikelihoods):
+            yield f"samples.jsonl: line {number}: prediction_norm is none of the choices"
+    choices = [len(one.loglikelihoods) for one in samples if isinstance(one, Sample)]
+    if choices and sum(choices) != results["choices"]:
+        yield f"samples.jsonl: {sum(choices)} loglikelihoods of {results['choices']} choices"
+    if stored.predictions is not None:
+        texts = [one.text for one in samples if isinstance(one, AnswerSample)]
+        if stored.predictions != texts:
+            yield "predictions.jsonl: other texts than in samples.jsonl"
+
+
+def _metrics(stored: StoredResult) -> Found:
+    again: dict[str, float | None] = {}
+    if stored.results["task"] == "chat":
+        answers = [one for one in stored.samples if isinstance(one, AnswerSample)]
+        again = answer_metrics(answers)
+        for number, one in enumerate(answers, 1):
+            right = None if one.label is None else one.text.lstrip().replace("\n", "") == one.label
+            if one.correct is not right:
+                yield f"samples.jsonl: line {number}: correct is {one.correct}, the text and the label say {right}"
+    else:
+        again = metrics([one for one in stored.samples if isinstance(one, Sample)])
+    for name, value in again.items():
+        said = stored.results["metrics"][name]
+        if not _close(said, value):
+            yield f"results.json: metrics.{name} is {said}, samples.jsonl gives {value}"
+
+
+def _clock(stored: StoredResult) -> Found:
+    results = stored.results
+    phases, runs = results["phases_s"], results["inference_s"]
+    if set(phases) != set(PHASES):
+        yield f"results.json: phases_s has {', '.join(phases)}"
+        return
+    for name, value in latencies(phases, [runs["median"]] * runs["runs"]).items():
+        if not _close(results["latency_s"][name], value):
+            yield f"results.json: latency_s.{name} is {results['latency_s'][name]}, the phases give {value}"
+    if not runs["min"] <= runs["median"] <= runs["max"]:
+        yield "results.json: inference_s: the median is not between the least and the most"
+    if (runs["runs"] - 1) * runs["min"] + runs["max"] > phases["inference"] + CLOSE:
+        yield "results.json: inference_s: its runs take longer than the phase"
+    headline = results["headline"]
+    if not _close(headline["seconds"], results["latency_s"][headline["clock"]]):
+        yield f"results.json: headline: {headline['seconds']} s is not the latency '{headline['clock']}'"
+
+
+def _timeline(stored: StoredResult) -> Found:
+    timeline, sums, last = stored.results["timeline"], dict.fromkeys(PHASES, 0.0), 0.0
+    for phase, begin, end in timeline:
+        sums[phase] += end - begin
+        if not _close(begin, last) or end < begin:
+            yield f"results.json: timeline: {phase} begins at {begin}, what came before ends at {last}"
+        last = end
+    for phase, seconds in sums.items():
+        said = stored.results["phases_s"][phase]
+        if not _close(said, seconds):
+            yield f"results.json: phases_s.{phase} is {said}, the timeline gives {seconds}"
+    datetime.fromisoformat(stored.results["date"])
+
+
+def _warmup(stored: StoredResult) -> Found:
+    results = stored.results
+    for shape, moment in results["warmed"]:
+        phases = [phase for phase, begin, end in results["timeline"] if begin - CLOSE <= moment <= end + CLOSE]
+        if "warmup" not in phases:
+            yield f"results.json: warmed: {shape}: at {moment:.3f} s, booked as {phases[0] if phases else 'nothing'}"
+    if results["command"] is not None and results["plan"] is not None:
+        warmed = {shape for shape, _ in results["warmed"]}
+        for b in results["plan"]["buckets"]:
+            shape = f"{b['rows']} x {b['length']} tokens, {b['readouts']} readouts"
+            if shape not in warmed:
+                yield f"results.json: warmed: the bucket {shape} was never warmed up"
+
+
+def _weights(stored: StoredResult) -> Found:
+    model = stored.results["model"]
+    if model["verified"] == "equal to the checkpoint" and model["device_fingerprint"] != model["fingerprint"]:
+        yield "results.json: model.device_fingerprint is not the checkpoint's: other weights ran than were stored"
+    if not model["device_fingerprint"]:
+        yield "results.json: model.device_fingerprint: missing"
+    replaced = model["changed"]["replaced_modules"]
+    if replaced:
+        yield f"results.json: model.changed: {len(replaced)} replaced modules, such as {replaced[0]}"
+
+
+def _precision(stored: StoredResult) -> Found:
+    model = stored.results["model"]
+    floats = {name: count for name, count in (model["stored_dtypes"] or {}).items() if name in _BITS}
+    if not floats:
+        return
+    main = max(floats, key=lambda name: floats[name])
+    runs, held = _BITS[model["dtype"]], _BITS[main]
+    if runs[0] < held[0] or runs[1] < held[1]:
+        yield f"results.json: model.dtype: {model['dtype']} is a lower precision than the checkpoint's {main}"
+
+
+def _plan(stored: StoredResult) -> Found:
+    results = stored.results
+    engine, plan, changed = results["engine"], results["plan"], results["model"]["changed"]
+    if engine["name"] == "reference":
+        if plan is not None or changed["attention"] or changed["compiled"]:
+            yield "results.json: engine.name is reference, and the model was changed or has a plan"
+        return
+    if plan is None:
+        yield f"results.json: plan: missing with the {engine['name']} engine"
+        return
+    if bool(changed["compiled"]) != (engine["name"] == "compiled"):
+        yield f"results.json: model.changed.compiled: {changed['compiled']} with the {engine['name']} engine"
+    slots = sum(b["rows"] * b["length"] * b["runs"] for b in plan["buckets"])
+    if slots != plan["slots"]:
+        yield f"results.json: plan.slots is {plan['slots']}, the buckets give {slots}"
+    if not plan["prefix_tree_tokens"] <= plan["useful_tokens"] <= min(plan["unshared_tokens"], plan["slots"]):
+        yield "results.json: plan: more useful tokens than sequences or slots, or fewer than the prefix tree"
+
+
+def _memory(stored: StoredResult) -> Found:
+    memory = stored.results["memory"]
+    if memory["limit_bytes"] is not None and (memory["peak_bytes"] or 0) > memory["limit_bytes"]:
+        yield f"results.json: memory.peak_bytes {memory['peak_bytes']} is above the limit {memory['limit_bytes']}"
+
+
+def _comparison(stored: StoredResult) -> Found:
+    comparison: Any = value_at(stored.results, "comparison")
+    if comparison is None:
+        return
+    drops = [drop for drop in comparison["drop_points"].values() if drop is not None]
+    drops = drops or [100 * (1 - comparison["agreement"])]
+    past = max(drops) > comparison["max_drop"] + CLOSE
+    if past != (comparison["verdict"] == "past"):
+        yield f"results.json: comparison.verdict is '{comparison['verdict']}' with a drop of {max(drops)} points"
+
+
+def _close(a: float | None, b: float | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return math.isclose(a, b, rel_tol=CLOSE, abs_tol=CLOSE)

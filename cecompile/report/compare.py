@@ -1,0 +1,283 @@
+"""Two results of the same questions and the same model, held against each other question by question."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cecompile.errors import CheckError, UserError, printable
+from cecompile.report.check import problems
+from cecompile.report.clock import CLOCKS
+from cecompile.report.stored import StoredResult, read_result, value_at
+from cecompile.tasks.chat import AnswerSample
+from cecompile.tasks.judge import MAX_DROP, Sample
+
+NORMAL_95 = 1.959964  # two-sided, of the standard normal distribution
+_SLACK = 1e-9  # points: 0.1 + 0.2 is not 0.3
+
+# What two results must have in common, in the words of the message. A fingerprint is the checkpoint's, so that
+# precisions may differ.
+_SAME = {
+    "task": "task",
+    "questions": "number of questions",
+    "data.digest": "data",
+    "model.tokenizer_digest": "tokenizer",
+    "model.architecture": "model",
+    "model.parameters": "model",
+    "model.fingerprint": "model",
+    "answers.max_new_tokens": "longest answer",
+}
+
+Samples = Sequence[Sample | AnswerSample]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A question that two runs answer differently.
+
+    Attributes:
+        label: the right choice's index, or the right text.
+        reference, candidate: the answers: predictions by metric, or the text.
+        largest_difference: of its loglikelihoods; None for texts.
+    """
+
+    id: str
+    label: int | str | None
+    reference: dict[str, int] | str
+    candidate: dict[str, int] | str
+    largest_difference: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """results.json's `comparison`.
+
+    Attributes:
+        baseline: the reference's name.
+        max_drop: the most points that a metric may drop.
+        drop_points: per metric, the reference's minus the candidate's, in points of 100; None without labels.
+        interval_points: its 95 % confidence interval, see `paired_drop`; None where there is none.
+        agreement: fraction of the questions on which the answers are the same.
+        largest_difference: of all loglikelihoods; None for texts.
+        differing: on how many questions the answers differ.
+        speed_ratio: the reference's seconds over the candidate's, on the candidate's headline clock.
+        inference_speed_ratio: the same of inference alone.
+        verdict: "within" or "past" the drop allowed. Without labels, what counts is the most that accuracy could have
+            dropped: the questions that differ.
+    """
+
+    baseline: str
+    max_drop: float
+    drop_points: dict[str, float | None]
+    interval_points: dict[str, list[float] | None]
+    agreement: float
+    largest_difference: float | None
+    differing: int
+    speed_ratio: float
+    inference_speed_ratio: float
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """A result that a run is compared with when it is done, and the most points that it may drop."""
+
+    stored: StoredResult
+    max_drop: float = MAX_DROP
+
+
+def read_baseline(directory: Path, max_drop: float = MAX_DROP) -> Baseline:
+    """Reads a baseline.
+
+    Raises:
+        UserError: there is none.
+        CheckError: it contradicts itself.
+    """
+    wrong = problems(directory)
+    if wrong:
+        raise CheckError(f"baseline {directory}: {wrong[0]}")
+    return Baseline(read_result(directory), max_drop)
+
+
+def refuse_other(reference: StoredResult, name: str, results: Mapping[str, Any], whole: bool = True) -> None:
+    """Refuses to compare what is not comparable.
+
+    Args:
+        reference: what to compare with.
+        name: of the other result.
+        results: its results.json, or what is known of it.
+        whole: whether it is all there; else what is missing is passed over.
+
+    Raises:
+        UserError: they are of different questions, models or tokenizers.
+    """
+    for path, what in _SAME.items():
+        ours, theirs = _identity(reference.results, path), _identity(results, path)
+        if ours == theirs and (ours is not None or path.startswith("answers.")):
+            continue
+        if theirs is None and not whole:
+            continue
+        if ours is None or theirs is None:
+            lacking = reference.name if ours is None else name
+            raise UserError(f"{lacking}: results.json: field '{path}': missing; it cannot be compared")
+        raise UserError(f"{name}: another {what} than in {reference.name}: {path} {_brief(theirs)} and {_brief(ours)}")
+
+
+def _identity(results: Mapping[str, Any], path: str) -> Any:
+    """The value to be the same; of a model that came from no files, the fingerprint of what it held."""
+    value = value_at(results, path)
+    return value_at(results, "model.device_fingerprint") if value is None and path == "model.fingerprint" else value
+
+
+def _brief(value: Any) -> str:
+    return str(value)[:12] if isinstance(value, str) else str(value)
+
+
+def compare(
+    reference: StoredResult, name: str, results: Mapping[str, Any], samples: Samples, max_drop: float = MAX_DROP
+) -> tuple[Comparison, list[Difference]]:
+    """Compares a result with a reference, and lists every question on which they differ.
+
+    Args:
+        reference: what to compare with.
+        name, results, samples: the candidate's.
+        max_drop: in points.
+
+    Raises:
+        UserError: they are not comparable: see `refuse_other`, or their samples are of other questions.
+    """
+    refuse_other(reference, name, results)
+    before: Samples = reference.samples
+    if [(one.id, one.label) for one in before] != [(one.id, one.label) for one in samples]:
+        raise UserError(f"{name}: samples.jsonl: other questions or labels than in {reference.name}")
+    differences = [d for a, b in zip(before, samples, strict=True) if (d := _difference(a, b, name)) is not None]
+    drops = {metric: paired_drop(*right) for metric, right in _right(before, samples).items()}
+    known = [drop for drop, _ in drops.values() if drop is not None]
+    worst = max(known) if known else 100 * len(differences) / len(samples)
+    clock = value_at(results, "headline.clock")
+    comparison = Comparison(
+        baseline=reference.name,
+        max_drop=max_drop,
+        drop_points={metric: drop for metric, (drop, _) in drops.items()},
+        interval_points={metric: interval for metric, (_, interval) in drops.items()},
+        agreement=1 - len(differences) / len(samples),
+        largest_difference=_largest(before, samples),
+        differing=len(differences),
+        speed_ratio=_ratio(reference, name, results, clock),
+        inference_speed_ratio=_ratio(reference, name, results, "inference"),
+        verdict="past" if worst > max_drop + _SLACK else "within",
+    )
+    return comparison, differences
+
+
+def paired_drop(
+    reference: Sequence[bool | None], candidate: Sequence[bool | None]
+) -> tuple[float | None, list[float] | None]:
+    """How far the fraction of right answers falls, in points, and its 95 % confidence interval.
+
+    The questions are the same, so what varies is d = right before - right now, -1, 0 or 1 for each: the drop is its
+    mean, and the interval is mean ± 1.96 s / sqrt(n), s being d's sample standard deviation (n - 1): the normal
+    approximation of a paired difference.
+
+    Args:
+        reference, candidate: per question, whether the answer is right; None where that is not known.
+
+    Returns:
+        None for the drop where not all is known; None for the interval then, and of fewer than two questions.
+    """
+    if any(right is None for right in (*reference, *candidate)):
+        return None, None
+    d = np.asarray(reference, dtype=np.float64) - np.asarray(candidate, dtype=np.float64)
+    drop = float(d.mean())
+    if len(d) < 2:
+        return 100 * drop, None
+    half = NORMAL_95 * float(d.std(ddof=1)) / math.sqrt(len(d))
+    return 100 * drop, [100 * (drop - half), 100 * (drop + half)]
+
+
+def _right(*runs: Samples) -> dict[str, list[list[bool | None]]]:
+    """By metric, for each run, which questions are answered right."""
+    if isinstance(runs[0][0], AnswerSample):
+        return {"exact_match": [[one.correct for one in run if isinstance(one, AnswerSample)] for run in runs]}
+    answers = {"acc": "prediction", "acc_norm": "prediction_norm"}
+    return {
+        metric: [[None if one.label is None else getattr(one, field) == one.label for one in run] for run in runs]
+        for metric, field in answers.items()
+    }
+
+
+def _answer(sample: Sample | AnswerSample) -> dict[str, int] | str:
+    if isinstance(sample, AnswerSample):
+        return sample.text
+    return {"acc": sample.prediction, "acc_norm": sample.prediction_norm}
+
+
+def _difference(a: Sample | AnswerSample, b: Sample | AnswerSample, name: str) -> Difference | None:
+    if isinstance(a, Sample) and isinstance(b, Sample) and len(a.loglikelihoods) != len(b.loglikelihoods):
+        raise UserError(f"{name}: samples.jsonl: question '{a.id}' has another number of choices")
+    before, now = _answer(a), _answer(b)
+    return None if before == now else Difference(a.id, a.label, before, now, _largest([a], [b]))
+
+
+def _largest(a: Samples, b: Samples) -> float | None:
+    """The largest difference of a loglikelihood."""
+    apart = [
+        abs(x - y)
+        for one, other in zip(a, b, strict=True)
+        if isinstance(one, Sample) and isinstance(other, Sample)
+        for x, y in zip(one.loglikelihoods, other.loglikelihoods, strict=True)
+    ]
+    return max(apart) if apart else None
+
+
+def _ratio(reference: StoredResult, name: str, results: Mapping[str, Any], clock: Any) -> float:
+    seconds = []
+    for who, held in ((reference.name, reference.results), (name, results)):
+        latency = value_at(held, "latency_s") or {}
+        value = latency.get(clock) if clock in CLOCKS else None
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise UserError(f"{who}: results.json: field 'latency_s.{printable(str(clock), 40)}': not a time")
+        seconds.append(float(value))
+    return seconds[0] / seconds[1]
+
+
+def compare_directories(reference: Path, candidate: Path, max_drop: float = MAX_DROP) -> dict[str, Any]:
+    """What `cecompile compare` says, as plain JSON values.
+
+    Returns:
+        The fields of `Comparison`, `reference` and `candidate` (names), `metrics` and `headline` of both,
+        `differences` (see `Difference`), `problems` of both, and `failed`: why the exit status is 1, a line each.
+
+    Raises:
+        UserError: one is not a result directory, or they are not comparable.
+    """
+    stored = {"reference": read_result(reference), "candidate": read_result(candidate)}
+    other = stored["candidate"]
+    comparison, differences = compare(stored["reference"], other.name, other.results, other.samples, max_drop)
+    found = {"reference": problems(reference), "candidate": problems(candidate)}
+    failed = [f"{stored[who].name}: {problem}" for who, some in found.items() for problem in some]
+    if comparison.verdict == "past":
+        failed.append(past(comparison))
+    return {
+        "reference": stored["reference"].name,
+        "candidate": other.name,
+        "metrics": {who: one.results["metrics"] for who, one in stored.items()},
+        "clock": value_at(other.results, "headline.clock"),
+        **asdict(comparison),
+        "differences": [asdict(one) for one in differences],
+        "problems": found,
+        "failed": failed,
+    }
+
+
+def past(comparison: Comparison) -> str:
+    """Why a comparison fails, in one line."""
+    drops = {metric: drop for metric, drop in comparison.drop_points.items() if drop is not None}
+    if not drops:
+        return f"{comparison.differing} answers differ, which may be a drop of more than {comparison.max_drop} points"
+    metric = max(drops, key=lambda name: drops[name])
+    allowed = f"at most {comparison.max_drop} are allowed"
+    return f"{metric} dropped by {drops[metric]:.2f} points against {comparison.baseline}, {allowed}"

@@ -1,0 +1,650 @@
+"""What a result is worth: every way to break a rule is found and named, and two results can be held side by side."""
+
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import save_tiny_llama
+from safetensors.torch import load_file, save_file
+from test_engine import tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
+
+from cecompile import Scorer, demo, evaluate, read_questions
+from cecompile.cli import cli
+from cecompile.engine.attention import TreeMasks, dense
+from cecompile.engine.model import load_checkpoint, load_config, load_tokenizer
+from cecompile.engine.proof import EQUAL, Proof, contents
+from cecompile.engine.tokenizer import tokenizer_digest
+from cecompile.errors import CheckError, UserError
+from cecompile.report.check import problems
+from cecompile.report.clock import Clock
+from cecompile.report.compare import compare_directories, paired_drop, read_baseline
+from cecompile.report.results import digest_of_results, file_digests
+from cecompile.report.stored import read_result
+from cecompile.tasks.judge import metrics
+
+CPU = torch.device("cpu")
+LIMIT = 8  # questions of the demo
+ROWS = [{"query": f"Question {i} is", "choices": ["short", "rather longer", "x"], "gold": i % 3} for i in range(6)]
+
+
+def run(*arguments, exit_code: int = 0) -> str:
+    result = CliRunner().invoke(cli, [str(a) for a in arguments])
+    assert result.exit_code == exit_code, result.output
+    return result.output
+
+
+def score(output: Path, *arguments, engine: str = "eager", limit: int = LIMIT, exit_code: int = 0) -> str:
+    common = ("eval", "--device", "cpu", "--engine", engine, "--limit", limit, "--tokens-per-bucket", 512)
+    common += ("--output", output)
+    return run(*common, *arguments, exit_code=exit_code)
+
+
+def results(directory: Path) -> dict:
+    return json.loads((directory / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Path:
+    """The demo's first questions by the reference engine."""
+    directory = tmp_path_factory.mktemp("reference") / "ref"
+    score(directory, engine="reference")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("eager") / "eager"
+    score(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory, reference) -> Path:
+    directory = tmp_path_factory.mktemp("compiled") / "compiled"
+    score(directory, "--baseline", reference, engine="compiled")
+    return directory
+
+
+@pytest.fixture
+def scorer(tiny_llama) -> Scorer:
+    return Scorer.from_pretrained(tiny_llama, device="cpu", engine="eager", tokens_per_bucket=256)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> list:
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return read_questions(file)
+
+
+def forged(
+    directory: Path, copy: Path, change=lambda results: None, samples=lambda row: None, judged: bool = False
+) -> Path:
+    """A copy of a result, changed, with digests, and metrics where it is `judged`, that fit the change."""
+    shutil.copytree(directory, copy)
+    rows = [json.loads(line) for line in (copy / "samples.jsonl").read_text().splitlines()]
+    for row in rows:
+        samples(row)
+    (copy / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = results(copy)
+    change(content)
+    if judged:
+        content["metrics"] = metrics(read_result(copy).samples)
+    content["samples_digest"] = file_digests(copy)
+    content["digest"] = digest_of_results(content)
+    (copy / "results.json").write_text(json.dumps(content))
+    return copy
+
+
+# What a result says of itself
+
+
+def test_results_say_what_ran(compiled):
+    r = results(compiled)
+    model = r["model"]
+    assert model["device_fingerprint"] == model["fingerprint"]
+    assert model["verified"] == EQUAL
+    assert model["stored_dtypes"] == {"float32": model["parameters"]}
+    assert model["changed"] == {
+        "attention": "cecompile_dense",
+        "compiled": {"LlamaDecoderLayer": 3, "LlamaRMSNorm": 1},
+        "replaced_modules": [],
+    }
+    assert r["command"][:2] == ["cecompile", "eval"]
+    assert r["date"].endswith("+00:00")
+    assert r["samples_digest"] == {
+        "samples.jsonl": hashlib.sha256((compiled / "samples.jsonl").read_bytes()).hexdigest()
+    }
+    assert r["digest"] == digest_of_results(r)
+    assert len(r["warmed"]) == len(r["plan"]["buckets"])
+    assert [phase for phase, *_ in r["timeline"]][-2:] == ["inference", "score"]
+
+
+def test_the_reference_engine_changes_nothing(reference):
+    assert results(reference)["model"]["changed"] == {"attention": None, "compiled": {}, "replaced_modules": []}
+
+
+def test_results_hold_together(reference, eager, compiled):
+    assert [problems(directory) for directory in (reference, eager, compiled)] == [[], [], []]
+
+
+# Weights: the device is held against the files
+
+
+def change_weight(model):
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] += 1e-3
+
+
+def cast_to_int8(model):
+    model.model.norm.weight = nn.Parameter(model.model.norm.weight.to(torch.int8), requires_grad=False)
+
+
+def drop_a_layer(model):
+    model.model.layers = model.model.layers[:-1]
+
+
+def change_a_buffer(model):
+    model.model.rotary_emb.inv_freq *= 1.01
+
+
+CHANGES = {
+    change_weight: "model.layers.1.mlp.up_proj.weight has other values after the run than were loaded",
+    cast_to_int8: r"model.norm.weight is int8 \[64\] after the run, it was loaded as float32 \[64\]",
+    lambda model: model.half(): r"model.embed_tokens.weight is float16 .* it was loaded as float32",
+    drop_a_layer: "model.layers.1.self_attn.q_proj.weight disappeared during the run",
+    change_a_buffer: "model.rotary_emb.inv_freq has other values",
+    lambda model: model.register_buffer("more", torch.ones(1)): "more appeared during the run",
+    lambda model: setattr(model.config, "num_hidden_layers", 1): "configuration's num_hidden_layers changed",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_during_the_run_is_named_and_nothing_is_written(change, scorer, questions, tmp_path):
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == "inference" and done == total:
+            change(scorer.runtime.model)
+
+    with torch.no_grad(), pytest.raises(CheckError, match=f"{CHANGES[change]}.*; nothing was written"):
+        evaluate(scorer, questions, progress=progress, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_dropped_before_the_first_pass(scorer, questions):
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == "inference" and done == 0:
+            drop_a_layer(scorer.runtime.model)
+
+    with pytest.raises(CheckError, match=r"model\.layers\.1"):
+        evaluate(scorer, questions, progress=progress)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_the_way_from_the_file_to_the_device_is_proven_too(dtype, tiny_llama):
+    loaded = load_checkpoint(str(tiny_llama), load_config(str(tiny_llama)), dtype, CPU)
+    proof = Proof(loaded.model, loaded)
+    assert proof.verified == (EQUAL if dtype == "auto" else f"{EQUAL}, converted to bfloat16")
+    assert (proof.check("it", loaded.model) == loaded.fingerprint) == (dtype == "auto")
+    loaded.model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    with pytest.raises(CheckError, match=r"it: model\.layers\.0\.mlp\.up_proj\.weight has other values"):
+        Proof(loaded.model, loaded).check("it", loaded.model)
+
+
+def test_tied_weights_stored_twice_are_the_checkpoints(tmp_path):
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["ignored"] = torch.ones(2)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = load_checkpoint(str(tmp_path), load_config(str(tmp_path)), "auto", CPU)
+    assert Proof(loaded.model, loaded).check("it", loaded.model) == loaded.fingerprint
+
+
+def test_what_transformers_loaded_is_unchanged_since(tmp_path):
+    tiny_model("mixtral", num_key_value_heads=2, num_local_experts=2).save_pretrained(tmp_path)
+    loaded = load_checkpoint(str(tmp_path), load_config(str(tmp_path)), "auto", CPU)
+    assert loaded.fallback is not None
+    proof = Proof(loaded.model, loaded)
+    assert proof.verified == "unchanged since loading"
+    assert proof.check("it", loaded.model) == proof.check("it", loaded.model)
+    loaded.model.lm_head.weight.data[0, 0] += 1
+    with pytest.raises(CheckError, match=r"lm_head\.weight"):
+        proof.check("it", loaded.model)
+
+
+def test_an_adopted_model_is_unchanged_since_the_run_began(tiny_llama, questions):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval().requires_grad_(False)
+    model.register_buffer("persistent", torch.ones(3))
+    scorer = Scorer.from_model(model, load_tokenizer(str(tiny_llama)), engine="eager")
+    facts = evaluate(scorer, questions).results["model"]
+    assert (facts["fingerprint"], facts["stored_dtypes"]) == (None, None)
+    assert facts["verified"] == "unchanged since adopted"
+    model.persistent += 1  # between runs it is the owner's business
+    again = evaluate(scorer, questions).results["model"]
+    assert again["device_fingerprint"] != facts["device_fingerprint"]
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == "inference":
+            model.persistent.add_(1)
+
+    with pytest.raises(CheckError, match="persistent has other values"):
+        evaluate(scorer, questions, progress=progress)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("xglm", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64}),
+        ("phi3", {"original_max_position_embeddings": 16, "rope_parameters": LONGROPE | {"factor": 8.0}}),
+    ],
+)
+def test_buffers_that_follow_the_input_are_no_change(kind, sizes):
+    model = tiny_model(kind, **sizes)
+    proof = Proof(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(torch.ones(1, 200, dtype=torch.long))
+    after = dict(model.named_buffers())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    proof.check("it", model)
+    model.get_output_embeddings().weight[0, 0] += 1
+    with pytest.raises(CheckError, match="has other values"):
+        proof.check("it", model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.int64])
+def test_contents_are_those_of_the_bytes(dtype):
+    check_contents(dtype, CPU)
+
+
+def check_contents(dtype: torch.dtype, device: torch.device) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(70, 30).to(dtype)
+    named = {"one": matrix[0, 0], "none": matrix[:0], "matrix": matrix, "columns": matrix.t()}
+    found = contents({name: tensor.to(device) for name, tensor in named.items()})
+    for name, tensor in named.items():
+        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert found[name].digest == hashlib.sha256(content).hexdigest()
+        assert (found[name].dtype, found[name].shape) == (dtype, tuple(tensor.shape))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("block", [1 << 20, 520])
+def test_contents_on_cuda_come_in_blocks(block, monkeypatch):
+    monkeypatch.setattr("cecompile.engine.proof.BLOCK", block)
+    for dtype in (torch.float32, torch.bfloat16, torch.bool):
+        check_contents(dtype, torch.device("cuda", 0))
+
+
+class Rounded(nn.Linear):
+    """A linear layer of other code."""
+
+
+def exchange_a_class(model):
+    model.model.layers[0].mlp.up_proj.__class__ = Rounded
+
+
+def hook(model):
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: None)
+
+
+def other_forward(model):
+    mlp = model.model.layers[1].mlp
+    mlp.forward = mlp.forward
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (exchange_a_class, "model.layers.0.mlp.up_proj"),
+        (hook, "model.layers.1"),
+        (other_forward, "model.layers.1.mlp"),
+    ],
+)
+def test_modules_of_other_code_are_listed(change, name, scorer, questions, tmp_path):
+    change(scorer.runtime.load())
+    facts = evaluate(scorer, questions, output=tmp_path / "out").results["model"]
+    assert facts["changed"]["replaced_modules"] == [name]
+    assert problems(tmp_path / "out") == [f"results.json: model.changed: 1 replaced modules, such as {name}"]
+
+
+# Results that were edited, or are not what they seem
+
+
+def test_results_edited(eager, tmp_path):
+    shutil.copytree(eager, tmp_path / "out")
+    text = (eager / "results.json").read_text().replace('"acc": 1.0', '"acc": 0.75', 1)
+    (tmp_path / "out" / "results.json").write_text(text)
+    found = problems(tmp_path / "out")
+    assert found[0] == "results.json: was edited: its digest is another"
+    assert found[1] == "results.json: metrics.acc is 0.75, samples.jsonl gives 1.0"
+
+
+def test_samples_edited(eager, tmp_path):
+    shutil.copytree(eager, tmp_path / "out")
+    text = (eager / "samples.jsonl").read_text().replace('"prediction": 1', '"prediction": 0', 1)
+    (tmp_path / "out" / "samples.jsonl").write_text(text)
+    found = problems(tmp_path / "out")
+    assert found[0] == "samples.jsonl: was edited: its digest is not the one in results.json"
+    assert any("is not the choice of the highest loglikelihood" in problem for problem in found)
+
+
+def test_warm_up_booked_as_preprocessing(scorer, questions, tmp_path):
+    class Generous(Clock):
+        def enter(self, phase: str) -> None:
+            super().enter("preprocess" if phase == "warmup" else phase)
+
+    evaluate(scorer, questions, clock=Generous(), output=tmp_path / "out")
+    (found,) = problems(tmp_path / "out")
+    assert found.startswith("results.json: warmed: ")
+    assert found.endswith("booked as preprocess")
+
+
+def without(path: str):
+    def change(r: dict) -> None:
+        *parents, last = path.split(".")
+        for key in parents:
+            r = r[key]
+        del r[last]
+
+    return change
+
+
+FORGERIES = {
+    "latency": (lambda r: r["latency_s"].update(strict=0.1), "latency_s.strict is 0.1, the phases give"),
+    "headline": (lambda r: r["headline"].update(seconds=0.1), "is not the latency 'strict'"),
+    "phases": (lambda r: r["phases_s"].update(warmup=0.1), "phases_s.warmup is 0.1, the timeline gives"),
+    "gap": (lambda r: r["timeline"].pop(1), "begins at"),
+    "never warm": (lambda r: r["warmed"].clear(), "was never warmed up"),
+    "device": (lambda r: r["model"].update(device_fingerprint="0" * 64), "other weights ran than were stored"),
+    "precision": (lambda r: r["model"].update(dtype="float16"), "float16 is a lower precision than the checkpoint's"),
+    "questions": (lambda r: r.update(questions=100), f"{LIMIT} samples of 100 questions"),
+    "plan": (lambda r: r.update(plan=None), "plan: missing with the eager engine"),
+    "engine": (lambda r: r["engine"].update(name="compiled"), "changed.compiled: {} with the compiled engine"),
+    "slots": (lambda r: r["plan"].update(slots=10), "plan.slots is 10"),
+    "memory": (lambda r: r["memory"].update(limit_bytes=1), "is above the limit 1"),
+    "metric": (lambda r: r["metrics"].update(acc_norm=0.5), "metrics.acc_norm is 0.5, samples.jsonl gives"),
+    "missing": (without("model.changed"), "weights cannot be checked: KeyError: 'changed'"),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forgeries_whose_digests_fit(name, eager, tmp_path):
+    change, message = FORGERIES[name]
+    found = problems(forged(eager, tmp_path / "out", change))
+    assert any(message in problem for problem in found), found
+    assert not any("digest is" in problem for problem in found)
+
+
+def test_labels_exchanged_in_the_samples(eager, tmp_path):
+    copy = forged(eager, tmp_path / "out", samples=lambda row: row.update(label=(row["label"] + 1) % 4))
+    assert "results.json: metrics.acc is 1.0, samples.jsonl gives 0.0" in problems(copy)
+
+
+# Comparing
+
+
+def test_the_drop_and_its_interval():
+    before = [True] * 8 + [False] * 2
+    now = [True] * 6 + [False] * 3 + [True]
+    d = [0] * 6 + [1, 1, 0, -1]
+    drop, interval = paired_drop(before, now)
+    assert drop == pytest.approx(10)
+    spread = math.sqrt(sum((x - 0.1) ** 2 for x in d) / 9)
+    half = 100 * 1.959964 * spread / math.sqrt(10)
+    assert interval == pytest.approx([10 - half, 10 + half])
+    assert paired_drop([True, None], [True, True]) == (None, None)
+    assert paired_drop([True], [False]) == (100, None)
+
+
+def test_compiled_against_the_reference(compiled, reference):
+    compared = json.loads(run("compare", reference, compiled, "--json"))
+    assert compared["drop_points"] == {"acc": 0, "acc_norm": 0}
+    assert compared["agreement"] == 1
+    assert 0 < compared["largest_difference"] < 1e-3
+    assert compared["differences"] == compared["failed"] == []
+    ratio = results(reference)["latency_s"]["inference"] / results(compiled)["latency_s"]["inference"]
+    assert compared["inference_speed_ratio"] == pytest.approx(ratio)
+    own = results(compiled)["comparison"]
+    assert (own["verdict"], own["drop_points"], own["baseline"]) == (
+        "within",
+        {"acc": 0, "acc_norm": 0},
+        str(reference),
+    )
+
+
+def test_half_precision_against_float32(tmp_path):
+    """The same files, in the precision that they are stored in and in a higher one."""
+    model = AutoModelForCausalLM.from_pretrained(demo.MODEL).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    for file in demo.MODEL.glob("token*"):
+        shutil.copy(file, tmp_path / "model")
+    for dtype in ("float32", "bfloat16"):
+        score(tmp_path / dtype, "--model", tmp_path / "model", "--dtype", dtype)
+    compared = compare_directories(tmp_path / "float32", tmp_path / "bfloat16", max_drop=20)
+    assert compared["failed"] == []
+    assert 1e-3 < compared["largest_difference"] < 2
+    assert results(tmp_path / "float32")["model"]["verified"] == f"{EQUAL}, converted to float32"
+    assert results(tmp_path / "bfloat16")["model"]["verified"] == EQUAL
+
+
+def test_lower_precision_than_the_checkpoints(reference, tmp_path):
+    score(tmp_path / "out", "--dtype", "bfloat16", "--baseline", reference, "--max-drop", 100)
+    out = run("compare", reference, tmp_path / "out", "--max-drop", 100, exit_code=1)
+    assert "bfloat16 is a lower precision than the checkpoint's float32" in out
+
+
+def all_see_all(self, window, dtype):
+    """Every branch sees those before it."""
+    slots = self._part["end"].shape[1]
+    visible = torch.ones(len(self._part["end"]), slots, slots, dtype=torch.bool).tril()
+    return dense(visible, dtype)
+
+
+@pytest.mark.parametrize("since", ["the start", "warmup", "inference"])
+def test_a_damaged_mask(since, reference, monkeypatch, tmp_path):
+    """The probe refuses it, else the check of the warm engine does; where neither sees it, comparing does."""
+    scorer = Scorer.from_pretrained(device="cpu", engine="eager", tokens_per_bucket=512)
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if since == phase:
+            monkeypatch.setattr(TreeMasks, "_dense_mask", all_see_all)
+
+    def damaged():
+        options = {"data": str(demo.HELLASWAG), "task": "hellaswag", "baseline": read_baseline(reference)}
+        return evaluate(scorer, read_questions(demo.HELLASWAG, limit=LIMIT), progress=progress, **options)
+
+    if since == "the start":
+        monkeypatch.setattr(TreeMasks, "_dense_mask", all_see_all)
+        with pytest.raises(UserError, match=r"cannot be scored as trees .*logits differ"):
+            damaged()
+    elif since == "warmup":
+        with pytest.raises(CheckError, match="times as far from the stock model as rounding explains"):
+            damaged()
+    else:
+        comparison = damaged().results["comparison"]
+        assert comparison["verdict"] == "past"
+        assert comparison["agreement"] < 1
+        assert comparison["largest_difference"] > 1
+
+
+def test_a_drop_is_shown_question_by_question(reference, eager, tmp_path):
+    def worse(row: dict) -> None:
+        row["id"] = "\x1b[2J" + row["id"]
+        if row["id"].endswith(("0", "3")):
+            row["loglikelihoods"][row["label"]] -= 100
+            row["prediction"] = row["loglikelihoods"].index(max(row["loglikelihoods"]))
+
+    before = forged(reference, tmp_path / "before", samples=lambda row: row.update(id="\x1b[2J" + row["id"]))
+    after = forged(eager, tmp_path / "worse", samples=worse, judged=True)
+    out = run("compare", before, after, exit_code=1)
+    assert "acc dropped by 25.00 points" in out
+    assert out.count("\\x1b[2J") == 2
+    assert "\x1b" not in out
+    run("compare", before, after, "--max-drop", 25)
+
+
+OTHERS = {
+    "task": (lambda r: r.update(task="choices"), "another task"),
+    "shuffled labels": (lambda r: r["data"].update(digest="0" * 64), "another data"),
+    "subset": (lambda r: r.update(questions=4), "another number of questions"),
+    "tokenizer": (lambda r: r["model"].update(tokenizer_digest="0" * 64), "another tokenizer"),
+    "model": (lambda r: r["model"].update(fingerprint="0" * 64), "another model"),
+    "old": (without("model.tokenizer_digest"), "field 'model.tokenizer_digest': missing"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_results_of_something_else_are_refused(name, reference, eager, tmp_path):
+    change, message = OTHERS[name]
+    out = run("compare", reference, forged(eager, tmp_path / "out", change), exit_code=2)
+    assert message in out
+    assert len(out.splitlines()) == 1
+
+
+def test_what_is_no_result_is_refused(eager, tmp_path):
+    assert "results.json: cannot be read" in run("compare", eager, tmp_path, exit_code=2)
+    for file, line, message in (
+        ("results.json", "[1]", "results.json: not an object"),
+        ("samples.jsonl", "{", "samples.jsonl: line 1: not valid JSON"),
+        ("samples.jsonl", '{"id": "0"}', "samples.jsonl: line 1: field 'label': missing"),
+    ):
+        copy = tmp_path / f"{file}-{len(line)}"
+        shutil.copytree(eager, copy)
+        (copy / file).write_text(line)
+        assert message in run("compare", eager, copy, exit_code=2)
+
+
+# A baseline
+
+
+def refused(output: Path, *arguments, **options) -> str:
+    out = score(output, *arguments, exit_code=2, **options)
+    assert not output.exists()
+    assert len(out.splitlines()) == 1
+    return out
+
+
+def demo_rows(change, file: Path) -> Path:
+    rows = [json.loads(line) for line in demo.HELLASWAG.read_text().splitlines()[:LIMIT]]
+    for row in rows:
+        change(row)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_baseline_of_other_questions_is_refused(reference, tmp_path):
+    shuffled = demo_rows(lambda row: row.update(label=(int(row["label"]) + 1) % 4), tmp_path / "shuffled.jsonl")
+    other = demo_rows(lambda row: row.update(ctx_a=row["ctx_a"] + " again"), tmp_path / "other.jsonl")
+    for data in (shuffled, other):
+        assert "another data" in refused(tmp_path / "out", "--data", data, "--baseline", reference)
+    assert "another number of questions" in refused(tmp_path / "out", "--baseline", reference, limit=LIMIT - 1)
+
+
+def test_a_baseline_of_another_tokenizer_is_refused_before_weights_are_read(reference, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(demo.MODEL, model)
+    (model / "model.safetensors").unlink()
+    content = json.loads((model / "tokenizer.json").read_text())
+    content["model"]["merges"].pop()
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    assert "another tokenizer" in refused(tmp_path / "out", "--model", model, "--baseline", reference)
+
+
+def test_a_baseline_of_another_model_is_refused(reference, tmp_path):
+    config = load_config(str(demo.MODEL))
+    other = save_tiny_llama(tmp_path / "other", config.vocab_size)
+    for file in demo.MODEL.glob("token*"):
+        shutil.copy(file, other)
+    (other / "model.safetensors").unlink()  # what differs in size is refused without it
+    out = refused(tmp_path / "out", "--model", other, "--baseline", reference)
+    assert "another model" in out
+    assert "model.parameters" in out
+    model = tmp_path / "model"
+    shutil.copytree(demo.MODEL, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1e-6
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    out = refused(tmp_path / "out", "--model", model, "--baseline", reference)
+    assert "not the same model" in out
+
+
+def test_a_baseline_that_was_edited_is_refused(eager, tmp_path):
+    shutil.copytree(eager, tmp_path / "baseline")
+    (tmp_path / "baseline" / "samples.jsonl").open("a").write("\n")
+    out = score(tmp_path / "out", "--baseline", tmp_path / "baseline", exit_code=1)
+    assert "samples.jsonl: was edited" in out
+
+
+def test_past_the_baseline_the_results_are_written_and_the_run_fails(tiny_llama, questions, tmp_path):
+    def right(row: dict) -> None:
+        row["loglikelihoods"][row["label"]] += 1000
+        row.update(prediction=row["label"], prediction_norm=row["label"])
+
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    score(tmp_path / "first", "--model", tiny_llama, "--data", data)
+    baseline = forged(tmp_path / "first", tmp_path / "baseline", samples=right, judged=True)
+    assert problems(baseline) == []
+    acc = results(tmp_path / "first")["metrics"]["acc"]
+    assert acc < 1
+    common = ("--model", tiny_llama, "--data", data, "--baseline", baseline)
+    out = score(tmp_path / "out", *common, exit_code=1)
+    assert f"past --max-drop against {baseline}; results in {tmp_path / 'out'}" in out
+    comparison = results(tmp_path / "out")["comparison"]
+    assert comparison["verdict"] == "past"
+    assert comparison["drop_points"]["acc"] == pytest.approx(100 * (1 - acc))
+    assert problems(tmp_path / "out") == []
+    run("compare", baseline, tmp_path / "out", "--max-drop", 100)
+
+
+# Chats
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> tuple[Path, Path]:
+    directory = tmp_path_factory.mktemp("chats")
+    for engine in ("reference", "eager"):
+        score(directory / engine, "--task", "chat", "--max-new-tokens", 24, engine=engine, limit=2)
+    return directory / "reference", directory / "eager"
+
+
+def test_chats_compare_by_their_texts(chats, tmp_path):
+    compared = compare_directories(*chats)
+    assert compared["drop_points"] == {"exact_match": 0}
+    assert compared["largest_difference"] is None
+    assert compared["failed"] == []
+    first = json.loads((chats[1] / "samples.jsonl").read_text().splitlines()[0])
+    copy = tmp_path / "copy"
+    shutil.copytree(chats[1], copy)
+    (copy / "predictions.jsonl").write_text((copy / "predictions.jsonl").read_text().replace(first["text"], "x", 1))
+    assert "predictions.jsonl: was edited: its digest is not the one in results.json" in problems(copy)
+    assert "predictions.jsonl: other texts than in samples.jsonl" in problems(copy)
+
+
+# Tokenizers
+
+
+def test_a_tokenizers_digest_is_of_what_it_does():
+    one, other = (load_tokenizer(str(demo.MODEL)) for _ in range(2))
+    other(["short", "a longer text"], padding=True, truncation=True, max_length=4)
+    assert tokenizer_digest(one) == tokenizer_digest(other)
+    other.chat_template = "{{ messages }}"
+    assert tokenizer_digest(one) != tokenizer_digest(other)
+    one.add_tokens(["another"])
+    assert tokenizer_digest(one) != tokenizer_digest(load_tokenizer(str(demo.MODEL)))
+
+
+def test_slow_tokenizers_have_one_too():
+    assert not ByT5Tokenizer().is_fast
+    assert tokenizer_digest(ByT5Tokenizer()) == tokenizer_digest(ByT5Tokenizer())
+    assert tokenizer_digest(ByT5Tokenizer()) != tokenizer_digest(ByT5Tokenizer(extra_ids=5))
