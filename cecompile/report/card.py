@@ -1,5 +1,6 @@
 """The card: one picture of a result, for a leaderboard. Its two large figures are legible at 320 pixels' width."""
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -42,17 +43,22 @@ class Canvas:
         self, x: float, y: float, text: str, size: float, width: float, *,
         color: str = INK, bold: bool = False, align: str = "left",
     ) -> None:  # fmt: skip
-        """Writes `text` with its baseline at y, `size` pixels large or as much smaller as `width` asks."""
-        self.figure.text(
+        """Writes `text` with its baseline at y, `size` pixels large, or smaller and shortened as `width` asks."""
+        drawn = self.figure.text(
             x / WIDTH, 1 - y / HEIGHT, "", ha=align, va="baseline", color=color, parse_math=False,
             fontproperties=self._fonts[bold],
         )  # fmt: skip
-        drawn = self.figure.texts[-1]
-        for fitted, pixels in _ways(shown(text), size):
-            drawn.set_text(fitted)
+        line = shown(text)
+
+        def needed(part: str, pixels: float) -> float:
+            drawn.set_text(part)
             drawn.set_fontsize(pixels * 72 / DPI)
-            if drawn.get_window_extent(self._canvas.get_renderer()).width <= width:
-                return
+            return float(drawn.get_window_extent(self._canvas.get_renderer()).width)
+
+        pixels = size * max(LEAST, min(1.0, 0.99 * width / max(1.0, needed(line, size))))
+        if needed(line, pixels) > width:
+            kept = bisect_left(range(2, len(line)), True, key=lambda n: needed(_shortened(line, n), pixels) > width)
+            needed(_shortened(line, kept + 1), pixels)
 
     def panel(self, x: float, y: float, width: float, height: float) -> None:
         box = FancyBboxPatch(
@@ -67,11 +73,9 @@ class Canvas:
         return out.getvalue()
 
 
-def _ways(text: str, size: float) -> list[tuple[str, float]]:
-    """A text and its size in pixels: smaller and smaller, then with less and less of its middle."""
-    ways = [(text, size * (1 - 0.05 * step)) for step in range(round((1 - LEAST) / 0.05) + 1)]
-    kept = range(len(text) - 1, 1, -1)
-    return ways + [(f"{text[: n // 2]}…{text[len(text) - (n - n // 2) :]}", size * LEAST) for n in kept]
+def _shortened(text: str, kept: int) -> str:
+    """`kept` characters of a text, from both ends, and an ellipsis for its middle."""
+    return f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
 
 
 def draw_card(results: dict[str, Any], language: str) -> Canvas:
