@@ -244,7 +244,7 @@ def doctor_command(as_json: bool) -> None:
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--png", type=click.Path(path_type=Path), help="The card. Default: card.png in the result directory.")
 @click.option("--pdf", type=click.Path(path_type=Path), help="The document. Default: report.pdf beside it.")
-@click.option("--lang", type=click.Choice(LANGUAGES), default="en", show_default=True, help="Of both.")
+@click.option("--lang", type=click.Choice(LANGUAGES), default="en", show_default=True, help="Language of both.")
 @click.option("--overwrite", is_flag=True, help="Replace the files if they are there.")
 def report_command(directory: Path, png: Path | None, pdf: Path | None, lang: str, overwrite: bool) -> None:
     """Make a leaderboard card and a document on the method from the result in DIRECTORY."""

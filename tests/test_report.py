@@ -261,6 +261,9 @@ def test_no_text_of_a_card_is_cut_off_or_over_another(results, language):
             assert 0 <= box.y0 < box.y1 <= HEIGHT
         for a, b in combinations(boxes, 2):
             assert not a.overlaps(b)
+        texts = " | ".join(t.get_text() for t in canvas.figure.texts)  # names lose their middle, figures do not
+        has(texts, *(units.seconds(s) for s in case["latency_s"].values()), case["model"]["fingerprint"])
+        has(texts, units.seconds(case["headline"]["seconds"]), units.magnitude(case["model"]["parameters"]))
 
 
 def test_the_two_figures_that_matter_are_large_in_a_thumbnail(results):
@@ -389,8 +392,8 @@ def test_one_path_for_both_files_is_refused(scored, tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0.00"), (12.345, "12.35"), (1, "1.00"), (999.994, "999.99"), (123456.78, "123,456.8"), (0.5, "0.500"),
-     (0.0208, "0.0208"), (0.000012345, "0.0000123"), (1.23e-8, "1.23e-08")],
+    [(0, "0.00"), (12.345, "12.35"), (1, "1.00"), (999.994, "999.99"), (123456.78, "123,456.8"),
+     (1.23e8, "1.23e+08"), (0.99961, "1.00"), (0.5, "0.500"), (0.0208, "0.0208"), (0.000123, "0.000123"), (0.000012345, "1.23e-05"), (1.23e-8, "1.23e-08")],
 )  # fmt: skip
 def test_seconds(value, text):
     assert units.seconds(value) == text

@@ -106,12 +106,12 @@ def draw_card(results: dict[str, Any], language: str) -> Canvas:
 def _heading(canvas: Canvas, results: dict[str, Any], words: Words) -> None:
     model, machine, width = results["model"], results["environment"], WIDTH - 2 * MARGIN
     date = units.minute(results["date"]) if results["date"] else ""
-    about = words("card.questions", task=results["task"], questions=units.count(results["questions"]))
+    about = words("card.questions", task=shown(results["task"], 40), questions=units.count(results["questions"]))
     canvas.text(MARGIN, 58, f"cecompile · {about}", 24, width - 320, color=FAINT)
     canvas.text(WIDTH - MARGIN, 58, date, 24, 300, color=FAINT, align="right")
     canvas.text(MARGIN, 118, units.short_name(model["name"]), 50, width, bold=True)
     parameters = words("card.parameters", parameters=units.magnitude(model["parameters"]))
-    facts = (model["architecture"], model["dtype"], parameters, machine["device"])
+    facts = (shown(model["architecture"], 36), shown(model["dtype"], 20), parameters, shown(machine["device"], 44))
     canvas.text(MARGIN, 166, " · ".join(facts), 27, width, color=FAINT)
 
 
@@ -125,7 +125,7 @@ def _panels(results: dict[str, Any], words: Words) -> tuple[Panel, Panel]:
             words(f"clock.{clock}"), TIME,
         ),
         Panel(
-            metric, words("no_labels") if value is None else f"{units.percent(value)} %",
+            metric, words("no_labels") if value is None else words("percent", value=units.percent(value)),
             "" if error is None else f"± {units.percent(error)}",
             FAINT if value is None else RIGHT,
         ),
@@ -143,7 +143,7 @@ def _cells(results: dict[str, Any], words: Words) -> list[tuple[str, str]]:
     cells.append((words("card.per_question"), duration(latency["inference"] / results["questions"])))
     for name, value in metrics.items():
         if name != units.main_metric(metrics) and not name.endswith("_stderr"):
-            cells.append((name, words("no_labels") if value is None else f"{units.percent(value)} %"))
+            cells.append((name, words("no_labels") if value is None else words("percent", value=units.percent(value))))
     if answers is not None and answers["in_tree"] is not None:
         share = f"{units.count(answers['in_tree'])} / {units.count(results['questions'])}"
         cells.append((words("card.in_tree"), share))

@@ -46,7 +46,7 @@ def _front(results: Results, w: Writer) -> list[Flowable]:
     inference = results["latency_s"]["inference"]
     name = units.main_metric(results["metrics"])
     value, error = results["metrics"][name], results["metrics"].get(f"{name}_stderr")
-    accuracy = w.text("no_labels") if value is None else f"{units.percent(value)} %"
+    accuracy = w.text("no_labels") if value is None else _percent(value, w)
     about = units.short_name(results["model"]["name"])
     return [
         Paragraph(w.words("title"), TITLE),
@@ -123,9 +123,9 @@ def _fill(plan: Results, w: Writer) -> Flowable:
         fill = _bucket_fill(bucket)
         if fill is not None:
             label = w.text("fill.bucket", **bucket | {"runs": units.count(bucket["runs"])})
-            rows.append(Bar(label, fill, f"{units.percent(fill)} %"))
+            rows.append(Bar(label, fill, _percent(fill, w)))
     fill = plan["useful_tokens"] / max(1, plan["slots"])
-    rows.append(Bar(w.words("fill.all"), fill, f"{units.percent(fill)} %", True))
+    rows.append(Bar(w.words("fill.all"), fill, _percent(fill, w), True))
     return w.figure(bars(WIDTH, rows, 1.0), "figure.fill")
 
 
@@ -145,8 +145,11 @@ def _measured(results: Results, w: Writer) -> list[Flowable]:
     times += [[clock, w.text(f"clock.{clock}"), units.seconds(value)] for clock, value in latency.items()]
     phases = results["phases_s"]
     total = sum(phases.values())
-    chart = [Bar(name, value, f"{units.seconds(value)} s", name == "inference") for name, value in phases.items()]
-    chart.append(Bar(w.words("measured.total"), total, f"{units.seconds(total)} s"))
+    chart = [
+        Bar(name, value, w.words("seconds", value=units.seconds(value)), name == "inference")
+        for name, value in phases.items()
+    ]
+    chart.append(Bar(w.words("measured.total"), total, w.words("seconds", value=units.seconds(total))))
     story = [
         *w.section("measured"),
         w.table(rows, (0.4, 0.3, 0.3), numbers=(1, 2)),
@@ -175,7 +178,7 @@ def _plan(plan: Results, w: Writer) -> list[Flowable]:
     for bucket in plan["buckets"]:
         fill = _bucket_fill(bucket)
         shape = f"{units.count(bucket['rows'])} × {units.count(bucket['length'])}"
-        shown_fill = DASH if fill is None else f"{units.percent(fill)} %"
+        shown_fill = DASH if fill is None else _percent(fill, w)
         rows.append([shape, units.count(bucket["runs"]), units.count(bucket["readouts"]), shown_fill])
     return [w.paragraph("measured.sharing", **facts), w.table(rows, (0.34, 0.22, 0.22, 0.22), numbers=(1, 2, 3))]
 
@@ -191,12 +194,16 @@ def _comparison(comparison: Results, w: Writer) -> list[Flowable]:
         w.table(rows, (0.5, 0.2, 0.3), numbers=(1, 2)),
         w.paragraph(
             "measured.compared",
-            agreement=_known(comparison["agreement"], lambda a: f"{units.percent(a)} %"),
+            agreement=_known(comparison["agreement"], lambda a: _percent(a, w)),
             differing=_known(comparison["differing"], units.count),
             largest=_known(comparison["largest_difference"], lambda d: f"{d:.3g}"),
             speed=_known(comparison["speed_ratio"], lambda s: f"{s:.2f}"),
         ),
     ]
+
+
+def _percent(fraction: float, w: Writer) -> str:
+    return w.words("percent", value=units.percent(fraction))
 
 
 def _known(value: Any, write: Any) -> str:

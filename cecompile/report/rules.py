@@ -43,7 +43,7 @@ def _accuracy(comparison: dict[str, Any] | None, w: Writer) -> str:
         drops=drops(w.words, comparison["drop_points"]),
         max_drop=f"{comparison['max_drop']:g}",
         verdict=w.words("within" if comparison["verdict"] == "within" else "past"),
-        agreement=DASH if agreement is None else f"{units.percent(agreement)} %",
+        agreement=DASH if agreement is None else w.words("percent", value=units.percent(agreement)),
     )
 
 

@@ -1,6 +1,5 @@
 """How numbers are written on the card and in the document, so that both say the same."""
 
-import math
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -9,12 +8,13 @@ METRICS = ("exact_match", "acc_norm", "acc")  # a result is known by the first t
 
 
 def seconds(value: float) -> str:
-    """Seconds without the unit: two decimals from one second on, below that three significant digits."""
-    if value >= 1000:
-        return f"{value:,.1f}"
-    if value >= 1 or value <= 0:
-        return f"{value:.2f}"
-    return f"{value:.{2 - math.floor(math.log10(value))}f}" if value >= 1e-6 else f"{value:.2e}"
+    """Seconds without the unit: two decimals from one second on, below that three significant digits.
+
+    What is out of all proportion has an exponent, so that the text is at most nine characters long.
+    """
+    if 0 < value < 1 or value >= 999_999.95:
+        return f"{value:#.3g}"
+    return f"{value:,.1f}" if value >= 1000 else f"{value:.2f}"
 
 
 def percent(fraction: float) -> str:

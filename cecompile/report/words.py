@@ -19,6 +19,7 @@ TEXTS = {
     "card.fingerprint": ("model SHA-256", "모델 SHA-256"),
     "card.in_tree": ("answered in the tree", "트리 안 응답"),
     "seconds": ("{value} s", "{value}초"),
+    "percent": ("{value} %", "{value}%"),
     "no_labels": ("no labels", "정답 없음"),
     "clock.strict": ("all but preprocessing", "전처리를 뺀 전체"),
     "clock.section3": ("preprocessing and inference", "전처리와 추론"),
@@ -250,8 +251,8 @@ TEXTS = {
     ),
     "measured.plan": ("plan", "실행 계획"),
     "measured.sharing": (
-        "{useful} useful tokens in {slots} slots, {fill} % filled; {ratio} times fewer tokens than one sequence per "
-        "choice, {above} % above the floor.",
+        "{useful} useful tokens in {slots} slots, {fill}\u00a0% filled; {ratio} times fewer tokens than one sequence "
+        "per choice, {above}\u00a0% above the floor.",
         "유효 토큰 {useful}개를 슬롯 {slots}개에 담았다(사용률 {fill}%). 선택지마다 시퀀스를 만들 때보다 토큰이 "
         "{ratio}배 적으며 하한보다 {above}% 많다.",
     ),
