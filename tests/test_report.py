@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import subprocess
+from decimal import Decimal
 from importlib import metadata
 from itertools import combinations
 from pathlib import Path
@@ -90,10 +91,17 @@ def test_document_has_the_results_figures(scored, language):
     r = json.loads((scored / "results.json").read_text())
     text = pages(make_document(read_results(scored), [language]))
     plan, metrics = r["plan"], r["metrics"]
-    has(text, *(f"{100 * metrics[name]:.2f}" for name in metrics), *(m for m in metrics if "stderr" not in m))
-    has(text, *(written(s) for s in (*r["latency_s"].values(), *r["phases_s"].values())))
-    has(text, *r["latency_s"], *r["phases_s"], r["model"]["fingerprint"], r["data"]["digest"])
+    w = Words(language)
+    has(text, *(f"{clock} {w(f'clock.{clock}')} {written(s)}" for clock, s in r["latency_s"].items()))
+    has(text, *(phase + w("seconds", value=written(s)) for phase, s in r["phases_s"].items()))
+    has(
+        text,
+        *(f"{name} {100 * metrics[name]:.2f} {100 * metrics[name + '_stderr']:.2f}" for name in ("acc", "acc_norm")),
+    )
+    has(text, r["model"]["fingerprint"], r["data"]["digest"])
     has(text, *(f"{plan[name]:,}" for name in plan if name.endswith("_tokens") or name == "slots"))
+    assert len(plan["buckets"]) > 1
+    assert sum(b["useful_tokens"] for b in plan["buckets"]) == plan["useful_tokens"]
     for b in plan["buckets"]:
         has(text, f"{b['rows']:,} × {b['length']:,}", f"{b['readouts']:,}")
         has(text, f"{100 * b['useful_tokens'] / (b['rows'] * b['length'] * b['runs']):.2f} %")
@@ -102,10 +110,8 @@ def test_document_has_the_results_figures(scored, language):
 
 
 def written(seconds: float) -> str:
-    """Seconds as the report is to write them."""
-    return f"{seconds:.2f}" if seconds >= 1 else np.format_float_positional(
-        seconds, precision=3, unique=False, fractional=False, trim="k"
-    )  # fmt: skip
+    """Seconds as the report is to write them: two decimals, or three significant digits below one second."""
+    return f"{seconds:.2f}" if seconds >= 1 else format(Decimal(f"{seconds:.2e}"), "f")
 
 
 def versions(r: dict) -> dict[str, str]:
