@@ -16,6 +16,7 @@ from cecompile import demo
 from cecompile.engine.profiles import PROFILES
 from cecompile.errors import CheckError, UserError
 from cecompile.report.clock import CLOCKS, Clock, process_start
+from cecompile.report.words import LANGUAGES
 from cecompile.tasks.chat import NEW_TOKENS
 from cecompile.tasks.formats import TASKS
 from cecompile.tasks.judge import MAX_DROP
@@ -279,6 +280,23 @@ def doctor_command(as_json: bool) -> None:
         click.echo(json.dumps(as_json_object(facts, findings)))
     else:
         print_doctor(Console(), facts, findings)
+
+
+@cli.command("report")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--png", type=click.Path(path_type=Path), help="The card. Default: card.png in the result directory.")
+@click.option("--pdf", type=click.Path(path_type=Path), help="The document. Default: report.pdf beside it.")
+@click.option("--lang", type=click.Choice(LANGUAGES), default="en", show_default=True, help="Language of both.")
+@click.option("--overwrite", is_flag=True, help="Replace the files if they are there.")
+def report_command(directory: Path, png: Path | None, pdf: Path | None, lang: str, overwrite: bool) -> None:
+    """Make a leaderboard card and a document on the method from the result in DIRECTORY."""
+    try:
+        from cecompile.report.make import make_report
+    except ImportError as error:
+        raise UserError(f"report: {error}; pip install 'cecompile[report]'") from None
+
+    for path in make_report(directory, png=png, pdf=pdf, languages=[lang], overwrite=overwrite):
+        click.echo(path)
 
 
 @cli.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})

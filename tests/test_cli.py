@@ -49,7 +49,8 @@ def test_result_file_has_what_the_schema_says(finished):
     assert set(r["phases_s"]) == set(PHASES)
     assert r["headline"] == {"clock": "section3", "seconds": r["latency_s"]["section3"]}
     assert {"useful_tokens", "slots", "unshared_tokens", "prefix_tree_tokens", "buckets"} <= set(r["plan"])
-    assert all(set(b) == {"rows", "length", "readouts", "runs"} for b in r["plan"]["buckets"])
+    assert all(set(b) == {"rows", "length", "readouts", "runs", "useful_tokens"} for b in r["plan"]["buckets"])
+    assert sum(b["useful_tokens"] for b in r["plan"]["buckets"]) == r["plan"]["useful_tokens"]
     assert r["model"]["architecture"] == "LlamaForCausalLM"
     assert r["model"]["dtype"] == "float32"
     assert len(r["model"]["fingerprint"]) == len(r["data"]["digest"]) == 64

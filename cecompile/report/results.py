@@ -17,6 +17,7 @@ from cecompile.workload.plan import Plan
 
 SCHEMA = 1
 RESULTS, SAMPLES, PREDICTIONS = "results.json", "samples.jsonl", "predictions.jsonl"
+CARD, DOCUMENT = "card.png", "report.pdf"  # what `cecompile report` makes of them
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
@@ -28,7 +29,13 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "question_tree_tokens": plan.question_tree_tokens,
         "prefix_tree_tokens": plan.prefix_tree_tokens,
         "buckets": [
-            {"rows": b.rows, "length": b.length, "readouts": b.readouts, "runs": plan.runs(i)}
+            {
+                "rows": b.rows,
+                "length": b.length,
+                "readouts": b.readouts,
+                "runs": plan.runs(i),
+                "useful_tokens": plan.useful_tokens_of(i),
+            }
             for i, b in enumerate(plan.buckets)
         ],
     }
@@ -89,10 +96,10 @@ def write_samples(directory: Path, samples: Sequence[Any]) -> None:
     Raises:
         UserError: the file system refuses.
     """
-    for name in (RESULTS, PREDICTIONS):
+    for name in (RESULTS, PREDICTIONS, CARD, DOCUMENT):
         with contextlib.suppress(FileNotFoundError):
             (directory / name).unlink()
-    _write(directory / SAMPLES, (json.dumps(dataclasses.asdict(s)) + "\n" for s in samples))
+    write_whole(directory / SAMPLES, (json.dumps(dataclasses.asdict(s)) + "\n" for s in samples))
 
 
 def write_predictions(directory: Path, texts: Sequence[str]) -> None:
@@ -101,7 +108,7 @@ def write_predictions(directory: Path, texts: Sequence[str]) -> None:
     Raises:
         UserError: the file system refuses.
     """
-    _write(directory / PREDICTIONS, (json.dumps([{"generated_text": text}]) + "\n" for text in texts))
+    write_whole(directory / PREDICTIONS, (json.dumps([{"generated_text": text}]) + "\n" for text in texts))
 
 
 def file_digests(directory: Path) -> dict[str, str]:
@@ -118,17 +125,17 @@ def digest_of_results(results: dict[str, Any]) -> str:
 
 def write_results(directory: Path, results: dict[str, Any]) -> None:
     """Writes results.json, the last file of a run. Raises UserError where the file system refuses."""
-    _write(directory / RESULTS, [json.dumps(results, indent=2) + "\n"])
+    write_whole(directory / RESULTS, [json.dumps(results, indent=2) + "\n"])
 
 
-def _write(path: Path, lines: Iterable[str]) -> None:
-    """Writes under a temporary name in the same directory, then renames."""
+def write_whole(path: Path, parts: Iterable[str | bytes]) -> None:
+    """Writes under a temporary name in the same directory, then renames. Raises UserError as those above."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(lines)
+            with temporary.open("wb") as file:
+                file.writelines(part.encode() if isinstance(part, str) else part for part in parts)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -14,6 +14,7 @@ from rich.text import Text
 from cecompile.engine.cache import shown
 from cecompile.errors import printable
 from cecompile.report.clock import PHASES
+from cecompile.report.units import short_name
 
 
 @contextmanager
@@ -35,8 +36,9 @@ def print_results(console: Console, results: dict[str, Any], output: Path) -> No
     """The run's score, clock and plan."""
     model, environment = results["model"], results["environment"]
     table = _table()
-    _row(table, "model", "", f"{_short(model['name'])} ({model['architecture']}, {model['dtype']})")
-    _row(table, "data", "", f"{_short(results['data']['name'])} ({results['task']}, {results['questions']} questions)")
+    _row(table, "model", "", f"{short_name(model['name'])} ({model['architecture']}, {model['dtype']})")
+    rows = f"{results['task']}, {results['questions']} questions"
+    _row(table, "data", "", f"{short_name(results['data']['name'])} ({rows})")
     _row(table, "device", "", environment["device"])
     if results["engine"]["note"]:
         _row(table, "note", "", results["engine"]["note"])
@@ -79,7 +81,7 @@ def print_comparison(console: Console, compared: dict[str, Any]) -> None:
     for who in ("reference", "candidate"):
         metrics = compared["metrics"][who].items()
         shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics if v is not None and not k.endswith("_stderr"))
-        _row(table, who, "", f"{_short(compared[who])} ({shown or 'no labels'})")
+        _row(table, who, "", f"{short_name(compared[who])} ({shown or 'no labels'})")
     _comparison_rows(table, compared, compared["clock"])
     console.print(table)
     if compared["differences"]:
@@ -93,7 +95,7 @@ def _comparison_rows(table: Table, comparison: dict[str, Any], clock: str) -> No
         table,
         "compared with",
         comparison["verdict"],
-        f"{_short(comparison['baseline'])}, {comparison['max_drop']} points",
+        f"{short_name(comparison['baseline'])}, {comparison['max_drop']} points",
     )
     for metric, drop in comparison["drop_points"].items():
         interval = comparison["interval_points"][metric]
@@ -226,9 +228,3 @@ def _metrics(table: Table, metrics: dict[str, float | None]) -> None:
 
 def _row(table: Table, name: str, value: str, note: str) -> None:
     table.add_row(name, Text(printable(value)), Text(printable(note)))
-
-
-def _short(name: str) -> str:
-    """The last parts of a path; hub ids stay whole."""
-    parts = Path(name).parts
-    return name if len(parts) <= 2 else str(Path(*parts[-2:]))

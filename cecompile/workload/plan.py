@@ -95,6 +95,10 @@ class Plan:
         """How many passes use a bucket."""
         return sum(p.bucket == bucket for p in self.passes)
 
+    def useful_tokens_of(self, bucket: int) -> int:
+        """Nodes in the rows of a bucket's passes."""
+        return sum(len(row.token_ids) for p in self.passes if p.bucket == bucket for row in p.rows)
+
 
 def choose_geometry(
     longest: int, *, tokens_per_bucket: int, blocks: bool, readout_chunk: int, shared: int = 0, key_cost: float = 0.0

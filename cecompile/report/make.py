@@ -1,0 +1,47 @@
+"""A result's card and document, as files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cecompile.errors import CheckError, UserError
+from cecompile.report.card import draw_card
+from cecompile.report.check import problems
+from cecompile.report.document import make_document
+from cecompile.report.results import CARD, DOCUMENT, write_whole
+from cecompile.report.source import read_results
+
+
+def make_report(
+    directory: Path, *, png: Path | None = None, pdf: Path | None = None, languages: Sequence[str], overwrite: bool
+) -> tuple[Path, Path]:
+    """Writes a result's card and document.
+
+    Args:
+        directory: a result directory.
+        png, pdf: where to; None is card.png and report.pdf in the directory.
+        languages: those of the document, one after another; the card is in the first.
+        overwrite: replace files that are there.
+
+    Returns:
+        The paths of both.
+
+    Raises:
+        UserError: the directory holds no result, a file is there already, or the file system refuses.
+        CheckError: the result contradicts itself.
+    """
+    results = read_results(directory)
+    wrong = problems(directory)
+    if wrong:
+        raise CheckError("; ".join(wrong))
+    png, pdf = png or directory / CARD, pdf or directory / DOCUMENT
+    if png.absolute() == pdf.absolute():
+        raise UserError(f"{png}: named for both the card and the document")
+    for path in (png, pdf):
+        if path.is_dir():
+            raise UserError(f"{path}: is a directory; a file is needed")
+        if path.exists() and not overwrite:
+            raise UserError(f"{path}: is there already; --overwrite replaces it")
+    card, document = draw_card(results, languages[0]).png(), make_document(results, languages)
+    write_whole(png, [card])
+    write_whole(pdf, [document])
+    return png, pdf
