@@ -1,5 +1,6 @@
 """A model at work: how it is sized, loaded, checked and warmed up on its device."""
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -241,15 +242,21 @@ class Runtime:
         Raises:
             UserError: memory ran out on the smallest.
         """
-        self._warmed = None  # frees its buffers first
+        if self._warmed is not None:  # its buffers are freed first
+            self._warmed = None
+            gc.collect()
         chunk = self.sizing.tuning.readout_chunk
         warmer = Warmer(self.load(), self.stock_attention, self.attention, chunk, self.entry)
         slots = ready.buckets[0].slots
+        gc.freeze()  # capturing a graph collects garbage first: what is here already need not be looked at each time
         try:
             return warmer.warm(self.engine, ready, Counter("warmup", ready.steps, progress))
         except Exception as error:
             if not memory.is_out_of_memory(error):
                 raise
+        finally:
+            gc.unfreeze()
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if not self.sizing.step_down(ready.geometry):

@@ -230,7 +230,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def refuse(name: str, device: torch.device, needed: Budget, limit: int, slots: int) -> UserError:
     """The error for a run that cannot fit, with what it needs and what there is."""
-    there = f"{limit / 1e9:.1f} GB are there on {device}"
+    there = f"{max(0, limit) / 1e9:.1f} GB are there on {device}"
     if needed.weights + needed.fixed > limit:
         return UserError(f"{name}: weights alone need {(needed.weights + needed.fixed) / 1e9:.1f} GB, {there}")
     return UserError(
