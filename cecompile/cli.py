@@ -15,20 +15,38 @@ import click
 from cecompile import demo
 from cecompile.engine.profiles import PROFILES
 from cecompile.errors import CheckError, UserError
+from cecompile.interrupt import Interrupted, command_to_resume, signals_raise
 from cecompile.report.clock import CLOCKS, Clock, process_start
 from cecompile.tasks.chat import NEW_TOKENS
 from cecompile.tasks.formats import TASKS
 
 
 class OneLineErrors(click.Group):
-    """Turns the package's own errors into one line on standard error and an exit status."""
+    """Turns the package's own errors and signals into one line on standard error and an exit status."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["arguments"] = list(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with signals_raise():
+                return super().invoke(ctx)
         except (UserError, CheckError) as error:
-            click.echo(f"cecompile: {error}", err=True)
+            click.echo(f"cecompile: {error}{_resuming(ctx, begun=True)}", err=True)
             ctx.exit(2 if isinstance(error, UserError) else 1)
+        except Interrupted as error:
+            nothing = "; nothing to resume" if ctx.invoked_subcommand == "eval" else ""
+            click.echo(f"cecompile: {error}{_resuming(ctx) or nothing}", err=True)
+            ctx.exit(error.status)
+
+
+def _resuming(ctx: click.Context, begun: bool = False) -> str:
+    """How to go on with what the command has left, as the end of a line; with `begun`, if it came so far itself."""
+    journal = ctx.meta.get("journal")
+    if journal is None or not journal.resumable or (begun and not journal.begun):
+        return ""
+    return f"; continue with: {command_to_resume(ctx.meta['arguments'], journal.directory)}"
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -104,18 +122,24 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 @click.option("--clock", "headline", type=click.Choice(CLOCKS), default="strict", help="Which latency is the headline.")
 @click.option("--output", type=click.Path(path_type=Path), help="Result directory. Default: results/DATA-TIME.")
 @click.option("--overwrite", is_flag=True, help="Replace the results in --output.")
+@click.option("--resume", is_flag=True, help="Go on with the interrupted run in --output.")
+@click.pass_context
 def eval_command(
-    data: str | None, task: str, limit: float | None, headline: str, output: Path | None, overwrite: bool,
-    repeat: int, **how: Any,
+    ctx: click.Context, data: str | None, task: str, limit: float | None, headline: str, output: Path | None,
+    overwrite: bool, resume: bool, repeat: int, **how: Any,
 ) -> None:  # fmt: skip
     """Score or answer a dataset; write results.json, samples.jsonl and, for answers, predictions.jsonl."""
+    if resume and (overwrite or output is None):
+        raise UserError("--resume: goes on with the run in --output, which must be named, and not with --overwrite")
+    from cecompile.report.journal import Journal
     from cecompile.report.results import prepare_output
     from cecompile.tasks.read import read_dataset
 
     clock = Clock(process_start())
     name = data or _demo(task)
     output = output or Path("results") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    prepare_output(output, overwrite)
+    prepare_output(output, overwrite, resume)
+    ctx.meta["journal"] = journal = ctx.with_resource(Journal(output, resume))
     clock.enter("preprocess")
     dataset = read_dataset(name, task, limit)
     clock.enter("load_model")
@@ -141,6 +165,7 @@ def eval_command(
             progress=progress,
             repeat=repeat,
             output=output,
+            journal=journal,
             report=report,
         )
 

@@ -11,6 +11,7 @@ from cecompile.answerer import Answerer
 from cecompile.engine import memory
 from cecompile.packed import Workload
 from cecompile.report.clock import Clock, latencies, spread
+from cecompile.report.journal import Journal
 from cecompile.report.results import (
     SCHEMA,
     environment,
@@ -56,6 +57,7 @@ def evaluate(
     progress: Progress = lambda *_: None,
     repeat: int = 1,
     output: Path | None = None,
+    journal: Journal | None = None,
     report: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Evaluation:
     """Scores or answers, and judges.
@@ -69,14 +71,19 @@ def evaluate(
         progress: see `Scorer.score`.
         repeat: times the inference phase runs; the latencies then count its median.
         output: directory for results.json and samples.jsonl, and answers' predictions.jsonl; None writes nothing.
+        journal: of `output`, open; takes what is finished as it is, and is removed when all is written.
         report: called with the results before they are written, as the last thing that the clock sees.
 
     Raises:
-        UserError, CheckError: see `Scorer.score`.
+        UserError, CheckError: see `Scorer.score`; UserError too where the file system refuses. The journal then keeps
+            what is finished.
     """
     clock = clock or Clock()
+    if journal is not None:
+        journal.expect({"task": task, "data digest": digest(questions), **_version_facts(model.runtime)})
     run = _answered if isinstance(model, Answerer) else _scored
-    judged = run(model, questions, clock, progress, repeat)  # type: ignore[arg-type]
+    judged = run(model, questions, clock, progress, repeat, journal)  # type: ignore[arg-type]
+    resumed = None if journal is None else journal.resumed
     runtime, plan = model.runtime, judged.workload.plan
     if output is not None:
         write_samples(output, judged.samples)
@@ -87,7 +94,8 @@ def evaluate(
         "task": task,
         "questions": len(questions),
         **judged.facts,
-        **_times(clock, judged.inference_s, headline),
+        **_times(clock, judged.inference_s, headline, resumed),
+        "resumed": resumed,
         "inference_s": spread(judged.inference_s),
         "engine": {
             "name": runtime.engine,
@@ -108,14 +116,19 @@ def evaluate(
         "environment": environment(_device_name(runtime.device)),
     }
     report(results)
-    results.update(_times(clock, judged.inference_s, headline))
+    results.update(_times(clock, judged.inference_s, headline, resumed))
     if output is not None:
         write_results(output, results)
+    if journal is not None:
+        journal.remove()
     return Evaluation(results, judged.samples)
 
 
-def _scored(scorer: Scorer, questions: Sequence[Question], clock: Clock, progress: Progress, repeat: int) -> _Judged:
-    scores = scorer.score(questions, clock=clock, progress=progress, repeat=repeat)
+def _scored(
+    scorer: Scorer, questions: Sequence[Question], clock: Clock, progress: Progress, repeat: int,
+    journal: Journal | None,
+) -> _Judged:  # fmt: skip
+    scores = scorer.score(questions, clock=clock, progress=progress, repeat=repeat, journal=journal)
     clock.enter("score")
     samples = [
         judge(question, values, greedy)
@@ -130,9 +143,10 @@ def _scored(scorer: Scorer, questions: Sequence[Question], clock: Clock, progres
 
 
 def _answered(
-    answerer: Answerer, questions: Sequence[ChatQuestion], clock: Clock, progress: Progress, repeat: int
-) -> _Judged:
-    answers = answerer.answer(questions, clock=clock, progress=progress, repeat=repeat)
+    answerer: Answerer, questions: Sequence[ChatQuestion], clock: Clock, progress: Progress, repeat: int,
+    journal: Journal | None,
+) -> _Judged:  # fmt: skip
+    answers = answerer.answer(questions, clock=clock, progress=progress, repeat=repeat, journal=journal)
     clock.enter("score")
     samples = [
         judge_answer(question, one.text, one.tokens, one.decoded_tokens)
@@ -152,11 +166,18 @@ def _answered(
     return _Judged(samples, facts, answers.workload, answers.inference_s)
 
 
-def _times(clock: Clock, inference: Sequence[float], headline: str) -> dict[str, Any]:
-    """What the results say of the clock, up to now."""
+def _times(clock: Clock, inference: Sequence[float], headline: str, resumed: dict[str, Any] | None) -> dict[str, Any]:
+    """What the results say of the clock, up to now. A run of which a part was done before has no headline."""
     phases = clock.phases()
     seconds = latencies(phases, inference)
-    return {"latency_s": seconds, "headline": {"clock": headline, "seconds": seconds[headline]}, "phases_s": phases}
+    known_by = {"clock": headline, "seconds": None if resumed else seconds[headline]}
+    return {"latency_s": seconds, "headline": known_by, "phases_s": phases}
+
+
+def _version_facts(runtime: Runtime) -> dict[str, Any]:
+    """The versions that a result depends on, by name."""
+    about = environment(_device_name(runtime.device))
+    return {"python": about["python"], "system": about["system"], **about["versions"]}
 
 
 def _model(runtime: Runtime) -> dict[str, Any]:

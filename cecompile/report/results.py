@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cecompile.errors import UserError
+from cecompile.report import journal
 from cecompile.workload.plan import Plan
 
 SCHEMA = 1
@@ -54,11 +55,12 @@ def environment(device_name: str) -> dict[str, Any]:
     }
 
 
-def prepare_output(directory: Path, overwrite: bool) -> None:
+def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> None:
     """Checks that results can be written to `directory`, before any work is done. Leaves nothing behind.
 
     Raises:
-        UserError: it is a file, holds something else, holds results and `overwrite` is not set, or is not writable.
+        UserError: it is a file, holds something else, holds results or a journal that is neither to be replaced
+            (`overwrite`) nor to be gone on with (`resume`), or is not writable.
     """
     try:
         is_file = directory.exists() and not directory.is_dir()
@@ -67,11 +69,12 @@ def prepare_output(directory: Path, overwrite: bool) -> None:
         raise UserError(f"{directory}: cannot be read: {error.strerror}") from None
     if is_file:
         raise UserError(f"{directory}: is a file; --output names a directory")
-    if held:
-        if not held & {RESULTS, SAMPLES, PREDICTIONS}:
-            raise UserError(f"{directory}: not empty and not a result directory; choose another --output")
-        if not overwrite:
-            raise UserError(f"{directory}: holds results already; --overwrite replaces them")
+    if held and not held & {RESULTS, SAMPLES, PREDICTIONS, journal.NAME}:
+        raise UserError(f"{directory}: not empty and not a result directory; choose another --output")
+    if held and not overwrite and not resume:
+        if journal.NAME in held:
+            raise UserError(f"{directory}: holds an interrupted run; --resume goes on with it, --overwrite starts anew")
+        raise UserError(f"{directory}: holds results already; --overwrite replaces them")
     parent = directory
     while not parent.exists():
         parent = parent.parent
@@ -104,8 +107,15 @@ def write_predictions(directory: Path, texts: Sequence[str]) -> None:
 
 
 def write_results(directory: Path, results: dict[str, Any]) -> None:
-    """Writes results.json, the last file of a run. Raises UserError where the file system refuses."""
+    """Writes results.json, the last file of a run, and removes what killed runs have begun to write.
+
+    Raises:
+        UserError: the file system refuses.
+    """
     _write(directory / RESULTS, [json.dumps(results, indent=2) + "\n"])
+    for name in (RESULTS, SAMPLES, PREDICTIONS):
+        for left in directory.glob(f".{name}.*"):
+            left.unlink(missing_ok=True)
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:

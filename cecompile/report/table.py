@@ -60,8 +60,13 @@ def print_results(console: Console, results: dict[str, Any], output: Path) -> No
             table, "inference runs", str(runs["runs"]), f"from {runs['min']:.2f} to {runs['max']:.2f} s, median counts"
         )
     table.add_section()
+    resumed = results["resumed"]
+    if resumed:
+        done = f"of passes, begun {resumed['from']}: no latency counts as a headline"
+        _row(table, "resumed", f"{resumed['passes']}", done)
     for name, seconds in results["latency_s"].items():
         mark = "<- headline" if name == results["headline"]["clock"] else ""
+        mark = "of the rest alone" if resumed else mark
         _row(table, f"latency {name}", f"{seconds:.2f} s", mark)
     if results["plan"] is not None:
         table.add_section()
