@@ -136,7 +136,7 @@ def eval_command(
     from cecompile.tasks.read import read_dataset
 
     clock = Clock(process_start())
-    name = data or _demo(task)
+    name = _demo(task) if data is None else data
     output = output or Path("results") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     prepare_output(output, overwrite, resume)
     ctx.meta["journal"] = journal = ctx.with_resource(Journal(output, resume))
@@ -183,7 +183,7 @@ def plan_command(
     """
     from cecompile.tasks.read import read_dataset
 
-    dataset = read_dataset(data or _demo(task), task, limit)
+    dataset = read_dataset(_demo(task) if data is None else data, task, limit)
     from rich.console import Console
 
     from cecompile.engine.estimate import as_planned_on, estimate
@@ -239,7 +239,7 @@ def warm_command(
     from cecompile.prewarm import warm
     from cecompile.tasks.read import read_dataset
 
-    dataset = None if max_depth is not None else read_dataset(data or _demo(task), task, limit)
+    dataset = None if max_depth is not None else read_dataset(_demo(task) if data is None else data, task, limit)
     model = _model(how, task if dataset is None else dataset.task)
     questions = None if dataset is None else dataset.questions
     with progress_bars(Console(stderr=True)) as progress:

@@ -178,8 +178,10 @@ def soak_repeat(directory: Path, options: argparse.Namespace) -> int:
     results = {samples for _, samples in sizes}
     if sizes:
         base, last = sizes[min(9, len(sizes) - 1)][0], sizes[-1][0]
-        print(f"{options.runs} runs in one process: {base / 1e6:.1f} MB after the tenth, {last / 1e6:.1f} MB after the last "
-              f"({100 * (last / base - 1):+.2f} %), {len(results)} different results")  # fmt: skip
+        print(
+            f"{options.runs} runs in one process: {base / 1e6:.1f} MB after the tenth, {last / 1e6:.1f} MB after the "
+            f"last ({100 * (last / base - 1):+.2f} %), {len(results)} different results"
+        )
         if abs(last / base - 1) > 0.05 or len(results) > 1:
             wrong.append("runs in one process")
     peaks, outputs = [], set()
@@ -189,8 +191,10 @@ def soak_repeat(directory: Path, options: argparse.Namespace) -> int:
         outputs.add(samples)
         print(f"command {number + 1}: peak {peak / 1e6:.1f} MB", flush=True)
     if peaks:
-        print(f"{options.commands} commands: peaks from {min(peaks) / 1e6:.1f} to {max(peaks) / 1e6:.1f} MB, "
-              f"{len(outputs)} different results")  # fmt: skip
+        print(
+            f"{options.commands} commands: peaks from {min(peaks) / 1e6:.1f} to {max(peaks) / 1e6:.1f} MB, "
+            f"{len(outputs)} different results"
+        )
         if max(peaks) / min(peaks) > 1.05 or len(outputs | results) > 1:
             wrong.append("commands")
     left = [str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()]
@@ -203,7 +207,7 @@ def soak_repeat(directory: Path, options: argparse.Namespace) -> int:
 
 
 def api_run(output: Path) -> tuple[int, bytes]:
-    """One evaluation of the demo with a model loaded anew: this process's memory after it, in bytes, and the samples."""
+    """One evaluation of the demo, its model loaded anew: this process's memory after it, in bytes; the samples."""
     from cecompile import Scorer, evaluate, read_questions
     from cecompile.report.journal import Journal
     from cecompile.system import read_status

@@ -63,12 +63,12 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
             (`overwrite`) nor to be gone on with (`resume`), or is not writable.
     """
     try:
-        is_file = directory.exists() and not directory.is_dir()
+        is_file = os.path.lexists(directory) and not directory.is_dir()
         held = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
     except OSError as error:
         raise UserError(f"{directory}: cannot be read: {error.strerror}") from None
     if is_file:
-        raise UserError(f"{directory}: is a file; --output names a directory")
+        raise UserError(f"{directory}: is a file, or a link to nothing; --output names a directory")
     if held and not held & {RESULTS, SAMPLES, PREDICTIONS, journal.NAME}:
         raise UserError(f"{directory}: not empty and not a result directory; choose another --output")
     if held and not overwrite and not resume:
@@ -83,6 +83,8 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
             pass
     except OSError as error:
         raise UserError(f"{directory}: cannot be written: {parent}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{directory}: cannot be written: {error}") from None
 
 
 def write_samples(directory: Path, samples: Sequence[Any]) -> None:
