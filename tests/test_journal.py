@@ -418,16 +418,19 @@ def test_interrupted_while_loading_there_is_nothing_to_resume(number, status, un
     assert not (run.directory / "early").exists()
 
 
-def test_a_process_that_is_stopped_ends_with_one_line(babbler, tmp_path):
-    """As from a terminal: the signal goes to the whole process group, while torch is being imported or later."""
+@pytest.mark.parametrize("seconds", [0.15, 1.5])
+def test_a_process_that_is_stopped_ends_with_one_line(seconds, babbler, tmp_path):
+    """As from a terminal: the signal goes to the whole process group, while it is starting or importing torch."""
     command = [sys.executable, "-m", "cecompile", "eval", "--engine", "eager", "--model", str(babbler)]
     command += ["--output", str(tmp_path / "out")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, **pipes, text=True, start_new_session=True)
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1.5)
+        process.wait(seconds)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=30)
+    if seconds < 1 and process.returncode == -signal.SIGINT:
+        pytest.skip("Python itself was still starting")
     assert process.returncode == 130
     assert err.startswith("cecompile: interrupted (SIGINT)")
     assert len(err.splitlines()) == 1
