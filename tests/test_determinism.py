@@ -68,8 +68,8 @@ def test_from_points_of_resumption_bitwise(rows, tiny_llama, tmp_path, monkeypat
     run = Runs(tmp_path, tiny_llama, rows, "--engine", "eager", "--tokens-per-bucket", "128", "--max-new-tokens", 2)
     assert run("whole").exit_code == 0
     runs = sum(bucket["runs"] for bucket in run.results("whole")["plan"]["buckets"])
-    assert runs >= 3
-    for point in (1, runs // 2, runs - 1):
+    assert runs >= 2
+    for point in {1, runs // 2, runs - 1}:
         name = f"after {point}"
         with monkeypatch.context() as patch:
             stop_after(patch, point, signal.SIGTERM)
