@@ -62,6 +62,8 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
         UserError: it is a file, holds something else, holds results or a journal that is neither to be replaced
             (`overwrite`) nor to be gone on with (`resume`), or is not writable.
     """
+    if "\0" in str(directory):
+        raise UserError(f"{directory}: cannot be written: no name holds a zero byte")
     try:
         is_file = os.path.lexists(directory) and not directory.is_dir()
         held = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
@@ -83,8 +85,6 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
             pass
     except OSError as error:
         raise UserError(f"{directory}: cannot be written: {parent}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{directory}: cannot be written: {error}") from None
 
 
 def write_samples(directory: Path, samples: Sequence[Any]) -> None:
