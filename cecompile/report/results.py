@@ -62,8 +62,6 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
         UserError: it is a file, holds something else, holds results or a journal that is neither to be replaced
             (`overwrite`) nor to be gone on with (`resume`), or is not writable.
     """
-    if "\0" in str(directory):
-        raise UserError(f"{directory}: cannot be written: no name holds a zero byte")
     try:
         is_file = os.path.lexists(directory) and not directory.is_dir()
         held = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
