@@ -58,6 +58,7 @@ CONTENTS = {
     "a blank choice": (good + line(GOOD, choices=["  ", "b"]), ["bad.jsonl: line 2", "'choices[0]'", "empty"]),
     "choices of numbers": (line(GOOD, choices=["a", 2]), ["bad.jsonl: line 1", "'choices[1]'", "number"]),
     "choices as a text": (line(GOOD, choices="a, b"), ["bad.jsonl: line 1", "'choices'", "list"]),
+    "choices as a set of lists": (line(GOOD, choices="{[]}"), ["bad.jsonl: line 1", "'choices'", "expected a list"]),
     "choices null": (line(GOOD, choices=None), ["bad.jsonl: line 1", "'choices'", "null"]),
     "query a number": (line(GOOD, query=5), ["bad.jsonl: line 1", "'query'", "number"]),
     "query null": (line(GOOD, query=None), ["bad.jsonl: line 1", "'query'", "null"]),
