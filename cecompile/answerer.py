@@ -10,10 +10,12 @@ from cecompile.engine.forward import Readouts
 from cecompile.engine.model import load_generation_config
 from cecompile.engine.stock import StockPipeline, stop_tokens
 from cecompile.engine.verify import stock_attention
-from cecompile.errors import CheckError, UserError
+from cecompile.errors import UserError
+from cecompile.journaled import answer_alone, run_facts, run_passes, write_answers
 from cecompile.packed import PackedModel, Workload, timed
 from cecompile.report.clock import Clock
-from cecompile.runtime import Counter, Progress, Runtime
+from cecompile.report.journal import Journal
+from cecompile.runtime import Progress, Runtime
 from cecompile.tasks.chat import NEW_TOKENS, ChatQuestion
 from cecompile.workload.encode import max_input_length
 from cecompile.workload.graft import Walk, graft, prompts_of, walk
@@ -73,7 +75,7 @@ class Answerer(PackedModel):
 
     def answer(
         self, questions: Sequence[ChatQuestion], *, clock: Clock | None = None,
-        progress: Progress = lambda *_: None, repeat: int = 1,
+        progress: Progress = lambda *_: None, repeat: int = 1, journal: Journal | None = None,
     ) -> Answers:  # fmt: skip
         """What greedy decoding says to every question.
 
@@ -86,8 +88,10 @@ class Answerer(PackedModel):
             run = self._one_by_one(questions, clock, progress)
         else:
             run, workload = self._packed(questions, workload, clock, progress)
+        if journal is not None:
+            journal.begin(run_facts(self.runtime, workload, self.new_tokens))
         clock.enter("inference")
-        answers, seconds = timed(run, repeat)
+        answers, seconds = timed(run, repeat, journal)
         return Answers(answers, workload, seconds)
 
     def _stop_tokens(self) -> frozenset[int]:
@@ -98,24 +102,20 @@ class Answerer(PackedModel):
 
     def _one_by_one(
         self, questions: Sequence[ChatQuestion], clock: Clock, progress: Progress
-    ) -> Callable[[], list[Answer]]:
+    ) -> Callable[[Journal | None], list[Answer]]:
         """Loads the stock model; returns what asks the pipeline one question after another."""
         clock.enter("load_model")
         stock = StockPipeline(self.runtime.load(), self.tokenizer)
 
-        def run() -> list[Answer]:
-            done = Counter("inference", len(questions), progress)
-            out = []
-            for question in questions:
-                out.append(Answer(stock.answer(question.conversation, self.new_tokens)))
-                done(question)
-            return out
+        def run(journal: Journal | None) -> list[Answer]:
+            conversations = [question.conversation for question in questions]
+            return [Answer(text) for text in answer_alone(stock, conversations, self.new_tokens, progress, journal)]
 
         return run
 
     def _packed(
         self, questions: Sequence[ChatQuestion], workload: Workload, clock: Clock, progress: Progress
-    ) -> tuple[Callable[[], list[Answer]], Workload]:
+    ) -> tuple[Callable[[Journal | None], list[Answer]], Workload]:
         """Loads and warms up; returns what runs the passes and reads the answers, and the workload in the end."""
         warmed, staged, workload = self.warm(workload, clock, progress)
         model, sequences = self.runtime.load(), workload.sequences
@@ -123,20 +123,26 @@ class Answerer(PackedModel):
         stock = StockPipeline(model, self.tokenizer)
         prompts = prompts_of(sequences)
 
-        def run() -> list[Answer]:
-            readouts = warmed.engine.run(staged, Counter("inference", len(staged), progress))
-            _refuse_nonsense(questions, sequences.questions, staged, readouts)
-            walks = walk(sequences, most_likely(staged, readouts), stop, self.new_tokens)
-            left = [i for i, one in enumerate(walks) if not one.complete]
-            begun = [np.array([*prompts[i], *walks[i].tokens], dtype=np.int32) for i in left]
-            room = [self.new_tokens - len(walks[i].tokens) for i in left]
-            done = Counter("decoding", len(left), progress) if left else None
+        def named(sequence: int) -> str:
+            return f"question '{questions[sequences.questions[sequence]].id}'"
+
+        def write(begun: Sequence[Ints], room: Sequence[int], done: Callable[[int, list[int]], None]) -> None:
             if warmed.decoder is not None:
-                written = decode(warmed.decoder, begun, room, stop, done)
-            else:
-                with stock_attention(model, self.runtime.stock_attention):
-                    written = [stock.continued(one.tolist(), most) for one, most in zip(begun, room, strict=True)]
-            outside = dict(zip(left, written, strict=True))
+                decode(warmed.decoder, begun, room, stop, done)
+                return
+            with stock_attention(model, self.runtime.stock_attention):
+                for i, (one, most) in enumerate(zip(begun, room, strict=True)):
+                    done(i, stock.continued(one.tolist(), most))
+
+        def run(journal: Journal | None) -> list[Answer]:
+            readouts = run_passes(warmed.engine, staged, progress, named, journal)
+            walks = walk(sequences, most_likely(staged, readouts), stop, self.new_tokens)
+            left = {
+                i: (np.array([*prompts[i], *one.tokens], dtype=np.int32), self.new_tokens - len(one.tokens))
+                for i, one in enumerate(walks)
+                if not one.complete
+            }
+            outside = write_answers(left, write, progress, journal)
             return [_answer(stock, prompts[i], one, outside.get(i, [])) for i, one in enumerate(walks)]
 
         return run, workload
@@ -155,7 +161,7 @@ def decode(
     begun: Sequence[Ints],
     room: Sequence[int],
     stop: frozenset[int],
-    done: Callable[[int], None] | None = None,
+    done: Callable[[int, list[int]], None] = lambda *_: None,
 ) -> list[list[int]]:
     """What greedy decoding writes after each of these token sequences.
 
@@ -164,30 +170,17 @@ def decode(
         begun: at least one token each.
         room: the most tokens to write after each.
         stop: tokens that end an answer.
-        done: called with each row that is done.
+        done: called with each row that is done, and what was written.
     """
     lanes = Lanes(begun, room, stop, decoder.shape)
     decoder.clear()
     while (step := lanes.next()) is not None:
         _, argmax = decoder.run(step)
         for row in lanes.take(argmax):
-            if done is not None:
-                done(row)
+            done(row, lanes.written[row])
     return lanes.written
 
 
 def _answer(stock: StockPipeline, prompt: Ints, begun: Walk, outside: list[int]) -> Answer:
     tokens = begun.tokens + outside
     return Answer(stock.text(prompt.tolist(), tokens), tuple(tokens), len(outside))
-
-
-def _refuse_nonsense(
-    questions: Sequence[ChatQuestion], owner: Ints, staged: Sequence[StagedPass], readouts: Sequence[Readouts]
-) -> None:
-    for one, out in zip(staged, readouts, strict=True):
-        bad = np.flatnonzero(~np.isfinite(out.logprob))
-        if len(bad):
-            question = questions[int(owner[one.choice[bad[0]]])]
-            raise CheckError(
-                f"question '{question.id}': the model's log-probability is {out.logprob[bad[0]]}; nothing was written"
-            )

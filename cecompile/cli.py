@@ -15,6 +15,7 @@ import click
 from cecompile import demo
 from cecompile.engine.profiles import PROFILES
 from cecompile.errors import CheckError, UserError
+from cecompile.interrupt import Interrupted, command_to_resume, signals_raise
 from cecompile.report.clock import CLOCKS, Clock, process_start
 from cecompile.report.words import LANGUAGES
 from cecompile.tasks.chat import NEW_TOKENS
@@ -25,18 +26,31 @@ MAX_DROP_RANGE, MAX_DROP_HELP = click.FloatRange(0, 100), "Points that a metric 
 
 
 class OneLineErrors(click.Group):
-    """Turns the package's own errors into one line on standard error and an exit status."""
+    """Turns the package's own errors and signals into one line on standard error and an exit status."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["arguments"] = list(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with signals_raise():
+                return super().invoke(ctx)
         except (UserError, CheckError) as error:
-            click.echo(f"cecompile: {error}", err=True)
+            click.echo(f"cecompile: {error}{_resuming(ctx, begun=True)}", err=True)
             ctx.exit(2 if isinstance(error, UserError) else 1)
+        except Interrupted as error:
+            nothing = "; nothing to resume" if ctx.invoked_subcommand == "eval" else ""
+            click.echo(f"cecompile: {error}{_resuming(ctx) or nothing}", err=True)
+            ctx.exit(error.status)
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.obj = ["cecompile", *args]  # for the record
-        return super().parse_args(ctx, args)
+
+def _resuming(ctx: click.Context, begun: bool = False) -> str:
+    """How to go on with what the command has left, as the end of a line; with `begun`, if it came so far itself."""
+    journal = ctx.meta.get("journal")
+    if journal is None or not journal.resumable or (begun and not journal.begun):
+        return ""
+    return f"; continue with: {command_to_resume(ctx.meta['arguments'], journal.directory)}"
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -112,22 +126,27 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 @click.option("--clock", "headline", type=click.Choice(CLOCKS), default="strict", help="Which latency is the headline.")
 @click.option("--output", type=click.Path(path_type=Path), help="Result directory. Default: results/DATA-TIME.")
 @click.option("--overwrite", is_flag=True, help="Replace the results in --output.")
+@click.option("--resume", is_flag=True, help="Go on with the interrupted run in --output.")
 @click.option("--baseline", type=click.Path(path_type=Path), help="A result directory to compare with at the end.")
 @click.option("--max-drop", type=MAX_DROP_RANGE, default=MAX_DROP, show_default=True, help=MAX_DROP_HELP)
-@click.pass_obj
+@click.pass_context
 def eval_command(
-    arguments: list[str], data: str | None, task: str, limit: float | None, headline: str, output: Path | None,
-    overwrite: bool, repeat: int, baseline: Path | None, max_drop: float, **how: Any,
+    ctx: click.Context, data: str | None, task: str, limit: float | None, headline: str, output: Path | None,
+    overwrite: bool, resume: bool, repeat: int, baseline: Path | None, max_drop: float, **how: Any,
 ) -> None:  # fmt: skip
     """Score or answer a dataset; write results.json, samples.jsonl and, for answers, predictions.jsonl."""
+    if resume and (overwrite or output is None):
+        raise UserError("--resume: goes on with the run in --output, which must be named, and not with --overwrite")
     from cecompile.report.compare import read_baseline
+    from cecompile.report.journal import Journal
     from cecompile.report.results import prepare_output
     from cecompile.tasks.read import read_dataset
 
     clock = Clock(process_start())
-    name = data or _demo(task)
+    name = _demo(task) if data is None else data
     output = output or Path("results") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    prepare_output(output, overwrite)
+    prepare_output(output, overwrite, resume)
+    ctx.meta["journal"] = journal = ctx.with_resource(Journal(output, resume))
     compared = None if baseline is None else read_baseline(baseline, max_drop)
     clock.enter("preprocess")
     dataset = read_dataset(name, task, limit)
@@ -154,9 +173,10 @@ def eval_command(
             progress=progress,
             repeat=repeat,
             output=output,
+            journal=journal,
             report=report,
             baseline=compared,
-            command=arguments,
+            command=["cecompile", *ctx.meta["arguments"]],
         )
     if evaluation.results.get("comparison", {}).get("verdict") == "past":
         raise CheckError(f"past --max-drop against {baseline}; results in {output}")
@@ -201,7 +221,7 @@ def plan_command(
     """
     from cecompile.tasks.read import read_dataset
 
-    dataset = read_dataset(data or _demo(task), task, limit)
+    dataset = read_dataset(_demo(task) if data is None else data, task, limit)
     from rich.console import Console
 
     from cecompile.engine.estimate import as_planned_on, estimate
@@ -257,7 +277,7 @@ def warm_command(
     from cecompile.prewarm import warm
     from cecompile.tasks.read import read_dataset
 
-    dataset = None if max_depth is not None else read_dataset(data or _demo(task), task, limit)
+    dataset = None if max_depth is not None else read_dataset(_demo(task) if data is None else data, task, limit)
     model = _model(how, task if dataset is None else dataset.task)
     questions = None if dataset is None else dataset.questions
     with progress_bars(Console(stderr=True)) as progress:

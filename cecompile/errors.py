@@ -16,11 +16,14 @@ class CheckError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of an error's message, with the next where it ends in a colon; its kind where it has none."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def printable(text: str, limit: int = 600) -> str:
     """`text` on one line of visible characters: control characters are escaped; a long text loses its middle."""
+    if len(text) > 2 * limit:  # escaping makes a text longer, never shorter
+        text = text[:limit] + text[-limit:]
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     return line if len(line) <= limit else line[: limit // 2] + " … " + line[-limit // 2 :]

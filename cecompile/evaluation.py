@@ -17,6 +17,7 @@ from cecompile.engine.tokenizer import tokenizer_digest
 from cecompile.packed import Workload
 from cecompile.report.clock import Clock, latencies, spread
 from cecompile.report.compare import Baseline, compare, refuse_other
+from cecompile.report.journal import Journal
 from cecompile.report.results import (
     SCHEMA,
     digest_of_results,
@@ -27,7 +28,7 @@ from cecompile.report.results import (
     write_results,
     write_samples,
 )
-from cecompile.runtime import Progress
+from cecompile.runtime import Progress, Runtime
 from cecompile.scorer import Scorer
 from cecompile.system import cpu_model
 from cecompile.tasks.chat import AnswerSample, ChatQuestion, answer_metrics, judge_answer
@@ -64,6 +65,7 @@ def evaluate(
     progress: Progress = lambda *_: None,
     repeat: int = 1,
     output: Path | None = None,
+    journal: Journal | None = None,
     report: Callable[[dict[str, Any]], None] = lambda _: None,
     baseline: Baseline | None = None,
     command: Sequence[str] | None = None,
@@ -79,21 +81,26 @@ def evaluate(
         progress: see `Scorer.score`.
         repeat: times the inference phase runs; the latencies then count its median.
         output: directory for results.json and samples.jsonl, and answers' predictions.jsonl; None writes nothing.
+        journal: of `output`, open; takes what is finished as it is, and is removed when all is written.
         report: called with the results before they are written, as the last thing that the clock sees.
         baseline: a result to compare with; the results then have a `comparison`.
         command: the command line that this is, for the record.
 
     Raises:
-        UserError: see `Scorer.score`; or the baseline is of other questions or another model, told as soon as it shows.
+        UserError: see `Scorer.score`; or the baseline is of other questions or another model, told as soon as it shows;
+            or the file system refuses. The journal then keeps what is finished.
         CheckError: see `Scorer.score`; or the model on the device is not what was loaded.
     """
     clock = clock or Clock()
     runtime, data_facts = model.runtime, {"name": data, "digest": digest(questions)}
     if baseline is not None:
         _expect(baseline, model, {"task": task, "questions": len(questions), "data": data_facts})
+    if journal is not None:
+        journal.expect({"task": task, "data digest": data_facts["digest"], **_version_facts(runtime)})
     runtime.watch()
     run = _answered if isinstance(model, Answerer) else _scored
-    judged = run(model, questions, clock, progress, repeat)  # type: ignore[arg-type]
+    judged = run(model, questions, clock, progress, repeat, journal)  # type: ignore[arg-type]
+    resumed = None if journal is None else journal.resumed
     plan, model_facts = judged.workload.plan, _model(model)
     results: dict[str, Any] = {
         "schema": SCHEMA,
@@ -102,7 +109,8 @@ def evaluate(
         "task": task,
         "questions": len(questions),
         **judged.facts,
-        **_times(clock, judged.inference_s, headline),
+        **_times(clock, judged.inference_s, headline, resumed),
+        "resumed": resumed,
         "warmed": clock.since_start(runtime.warm_moments),
         "inference_s": spread(judged.inference_s),
         "engine": {
@@ -133,15 +141,20 @@ def evaluate(
             write_predictions(output, [sample.text for sample in judged.samples])
     results["samples_digest"] = None if output is None else file_digests(output)
     report(results)
-    results.update(_times(clock, judged.inference_s, headline))
+    results.update(_times(clock, judged.inference_s, headline, resumed))
     results["digest"] = digest_of_results(results)
     if output is not None:
         write_results(output, results)
+    if journal is not None:
+        journal.remove()
     return Evaluation(results, judged.samples)
 
 
-def _scored(scorer: Scorer, questions: Sequence[Question], clock: Clock, progress: Progress, repeat: int) -> _Judged:
-    scores = scorer.score(questions, clock=clock, progress=progress, repeat=repeat)
+def _scored(
+    scorer: Scorer, questions: Sequence[Question], clock: Clock, progress: Progress, repeat: int,
+    journal: Journal | None,
+) -> _Judged:  # fmt: skip
+    scores = scorer.score(questions, clock=clock, progress=progress, repeat=repeat, journal=journal)
     clock.enter("score")
     samples = [
         judge(question, values, greedy)
@@ -156,9 +169,10 @@ def _scored(scorer: Scorer, questions: Sequence[Question], clock: Clock, progres
 
 
 def _answered(
-    answerer: Answerer, questions: Sequence[ChatQuestion], clock: Clock, progress: Progress, repeat: int
-) -> _Judged:
-    answers = answerer.answer(questions, clock=clock, progress=progress, repeat=repeat)
+    answerer: Answerer, questions: Sequence[ChatQuestion], clock: Clock, progress: Progress, repeat: int,
+    journal: Journal | None,
+) -> _Judged:  # fmt: skip
+    answers = answerer.answer(questions, clock=clock, progress=progress, repeat=repeat, journal=journal)
     clock.enter("score")
     samples = [
         judge_answer(question, one.text, one.tokens, one.decoded_tokens)
@@ -178,16 +192,22 @@ def _answered(
     return _Judged(samples, facts, answers.workload, answers.inference_s)
 
 
-def _times(clock: Clock, inference: Sequence[float], headline: str) -> dict[str, Any]:
-    """What the results say of the clock, up to now."""
+def _times(clock: Clock, inference: Sequence[float], headline: str, resumed: dict[str, Any] | None) -> dict[str, Any]:
+    """What the results say of the clock, up to now. A run of which a part was done before has no headline."""
     phases = clock.phases()
     seconds = latencies(phases, inference)
     return {
         "latency_s": seconds,
-        "headline": {"clock": headline, "seconds": seconds[headline]},
+        "headline": {"clock": headline, "seconds": None if resumed else seconds[headline]},
         "phases_s": phases,
         "timeline": clock.timeline(),
     }
+
+
+def _version_facts(runtime: Runtime) -> dict[str, Any]:
+    """The versions that a result depends on, by name."""
+    about = environment(_device_name(runtime.device))
+    return {"python": about["python"], "system": about["system"], **about["versions"]}
 
 
 def _model(scored: Scorer | Answerer) -> dict[str, Any]:

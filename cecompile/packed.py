@@ -17,6 +17,7 @@ from cecompile.engine.layers import on_meta
 from cecompile.engine.model import DTYPES, check_vocabulary, load_config, load_tokenizer, resolve_device
 from cecompile.errors import UserError
 from cecompile.report.clock import Clock
+from cecompile.report.journal import Journal
 from cecompile.runtime import Progress, Runtime
 from cecompile.sizing import Sizing
 from cecompile.warming import Ready, Warmed
@@ -197,12 +198,14 @@ class PackedModel:
             plan_again = True  # memory ran out
 
 
-def timed(run: Callable[[], Outcome], repeat: int) -> tuple[Outcome, list[float]]:
-    """What the first of `repeat` runs gives, and the seconds of each."""
+def timed(
+    run: Callable[[Journal | None], Outcome], repeat: int, journal: Journal | None
+) -> tuple[Outcome, list[float]]:
+    """What the first of `repeat` runs gives, which alone is journaled, and the seconds of each."""
     outcomes, seconds = [], []
-    for _ in range(repeat):
+    for i in range(repeat):
         began = perf_counter()
-        outcomes.append(run())
+        outcomes.append(run(journal if i == 0 else None))
         seconds.append(perf_counter() - began)
     return outcomes[0], seconds
 

@@ -288,13 +288,13 @@ def _hold(geometry: Geometry, decoding: DecodeShape | None, longest: int, answer
 
 
 class Counter:
-    """Turns "one more is done" into progress."""
+    """Turns "one more is done" into progress; `done` of them are from the start."""
 
-    def __init__(self, phase: str, total: int, progress: Progress) -> None:
+    def __init__(self, phase: str, total: int, progress: Progress, done: int = 0) -> None:
         self._phase, self._total, self._progress = phase, total, progress
-        self._done = 0
-        progress(phase, 0, total)
+        self._done = done
+        progress(phase, done, total)
 
-    def __call__(self, _: Any) -> None:
+    def __call__(self, *_: Any) -> None:
         self._done += 1
         self._progress(self._phase, self._done, self._total)

@@ -7,18 +7,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cecompile.engine.forward import Readouts
-from cecompile.engine.reference import score_one_by_one
-from cecompile.errors import CheckError
+from cecompile.journaled import Named, run_facts, run_passes, score_sequences_alone
 from cecompile.packed import PackedModel, Workload, timed
 from cecompile.report.clock import Clock
-from cecompile.runtime import Counter, Progress
+from cecompile.report.journal import Journal
+from cecompile.runtime import Progress
 from cecompile.tasks.question import Question
 from cecompile.workload.encode import encode, max_input_length
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import StagedPass
 
 Outcome = tuple[NDArray[np.float64], NDArray[np.bool_]]  # per sequence: loglikelihood, and whether all is the argmax
-Inference = Callable[[], Outcome]
+Inference = Callable[[Journal | None], Outcome]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Scorer(PackedModel):
 
     def score(
         self, questions: Sequence[Question], *, clock: Clock | None = None, progress: Progress = lambda *_: None,
-        repeat: int = 1,
+        repeat: int = 1, journal: Journal | None = None,
     ) -> Scores:  # fmt: skip
         """Loglikelihoods of every choice of every question.
 
@@ -53,17 +53,23 @@ class Scorer(PackedModel):
             clock: books the phases `preprocess`, `load_model`, `warmup` and `inference`, and is left in the last.
             progress: called as (phase, done, total) while warming up and inferring.
             repeat: times to run the inference phase.
+            journal: takes what is finished, and gives what an interrupted run has finished.
 
         Raises:
-            UserError: the questions or the checkpoint cannot be used.
+            UserError: the questions or the checkpoint cannot be used, or the journal is another run's or cannot be
+                written.
             CheckError: the model gives a loglikelihood that is not a number, what runs is not what the stock model
-                computes, or the cache is not warm and has to be.
+                computes, a pass fails, or the cache is not warm and has to be.
         """
         clock = clock or Clock()
         clock.enter("preprocess")
-        run, workload = self._inference(self.prepare(questions, fit=True), clock, progress)
+        prepared = self.prepare(questions, fit=True)
+        owner = prepared.sequences.questions
+        run, workload = self._inference(prepared, clock, progress, lambda i: f"question '{questions[owner[i]].id}'")
+        if journal is not None:
+            journal.begin(run_facts(self.runtime, workload))
         clock.enter("inference")
-        outcome, seconds = timed(run, repeat)
+        outcome, seconds = timed(run, repeat, journal)
         loglikelihoods, greedy = _by_question(questions, workload, *outcome)
         return Scores(loglikelihoods, greedy, workload, seconds)
 
@@ -77,31 +83,22 @@ class Scorer(PackedModel):
         Raises:
             UserError, CheckError: see `score`.
         """
-        run, _ = self._inference(self.workload(sequences, fit=True), Clock(), progress)
-        loglikelihood, greedy = run()
-        bad = np.flatnonzero(~np.isfinite(loglikelihood))
-        if len(bad):
-            raise CheckError(f"request {bad[0]}: the model's loglikelihood is {loglikelihood[bad[0]]}")
-        return loglikelihood, greedy
+        run, _ = self._inference(self.workload(sequences, fit=True), Clock(), progress, lambda i: f"request {i}")
+        return run(None)
 
-    def _inference(self, workload: Workload, clock: Clock, progress: Progress) -> tuple[Inference, Workload]:
+    def _inference(
+        self, workload: Workload, clock: Clock, progress: Progress, named: Named
+    ) -> tuple[Inference, Workload]:
         """Loads and warms up; returns what scores all sequences, and the workload as it is planned in the end."""
-        ready = self._one_by_one if workload.plan is None else self._packed
-        return ready(workload, clock, progress)
-
-    def _one_by_one(self, workload: Workload, clock: Clock, progress: Progress) -> tuple[Inference, Workload]:
-        """Loads the stock model; returns what scores each sequence alone."""
-        clock.enter("load_model")
-        model, sequences = self.runtime.load(), workload.sequences
-        return lambda: score_one_by_one(model, sequences, Counter("inference", len(sequences), progress)), workload
-
-    def _packed(self, workload: Workload, clock: Clock, progress: Progress) -> tuple[Inference, Workload]:
-        """Loads and warms up; returns what runs the passes, and the workload as it is planned in the end."""
+        if workload.plan is None:
+            clock.enter("load_model")
+            model, sequences = self.runtime.load(), workload.sequences
+            return lambda journal: score_sequences_alone(model, sequences, progress, named, journal), workload
         warmed, staged, workload = self.warm(workload, clock, progress)
         count = len(workload.sequences)
 
-        def run() -> Outcome:
-            return collect(count, staged, warmed.engine.run(staged, Counter("inference", len(staged), progress)))
+        def run(journal: Journal | None) -> Outcome:
+            return collect(count, staged, run_passes(warmed.engine, staged, progress, named, journal))
 
         return run, workload
 
@@ -122,12 +119,6 @@ def _by_question(
     loglikelihood: NDArray[np.float64],
     greedy: NDArray[np.bool_],
 ) -> tuple[list[tuple[float, ...]], list[tuple[bool, ...]]]:
-    bad = np.flatnonzero(~np.isfinite(loglikelihood))
-    if len(bad):
-        question = questions[int(workload.sequences.questions[bad[0]])]
-        raise CheckError(
-            f"question '{question.id}': the model's loglikelihood is {loglikelihood[bad[0]]}; nothing was written"
-        )
     bounds = np.searchsorted(workload.sequences.questions, np.arange(1, len(questions)))
     return (
         [tuple(part.tolist()) for part in np.split(loglikelihood, bounds)],

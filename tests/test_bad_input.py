@@ -58,6 +58,7 @@ CONTENTS = {
     "a blank choice": (good + line(GOOD, choices=["  ", "b"]), ["bad.jsonl: line 2", "'choices[0]'", "empty"]),
     "choices of numbers": (line(GOOD, choices=["a", 2]), ["bad.jsonl: line 1", "'choices[1]'", "number"]),
     "choices as a text": (line(GOOD, choices="a, b"), ["bad.jsonl: line 1", "'choices'", "list"]),
+    "choices as a set of lists": (line(GOOD, choices="{[]}"), ["bad.jsonl: line 1", "'choices'", "expected a list"]),
     "choices null": (line(GOOD, choices=None), ["bad.jsonl: line 1", "'choices'", "null"]),
     "query a number": (line(GOOD, query=5), ["bad.jsonl: line 1", "'query'", "number"]),
     "query null": (line(GOOD, query=None), ["bad.jsonl: line 1", "'query'", "null"]),
@@ -84,6 +85,35 @@ CONTENTS = {
     "PIQA solution empty": (line(PIQA, sol2=""), ["bad.jsonl: line 1", "sol2", "empty"]),
     "PIQA label out of range": (line(PIQA, label=2), ["bad.jsonl: line 1", "'label'", "out of range"]),
     "terminal escapes": (b'{"\\u001b[31mred": 1}\n', ["bad.jsonl: line 1", "\\x1b[31mred"]),
+    "terminal escapes in a value": (line(GOOD, gold="\x1b]0;title\x07"), ["'gold'", "\\x1b]0;title\\x07"]),
+    "bidirectional marks": (line(GOOD, gold="\u202etxt.exe"), ["'gold'", "\\u202etxt.exe"]),
+    "a line break in a key": (b'{"a\\nb": 1}\n', ["bad.jsonl: line 1", "a\\nb"]),
+    "a value of ten megabytes": (line(GOOD, gold="x" * 10_000_000), ["bad.jsonl: line 1", "'gold'", "xxx"]),
+    "a key of ten megabytes": (b'{"' + b"k" * 10_000_000 + b'": 1}\n', ["bad.jsonl: line 1", "no known format"]),
+    "a list written out, nested": (line(GOOD, choices="[" * 100_000), ["'choices'", "expected a list"]),
+    "one empty of many choices": (line(GOOD, choices=["x"] * 100_000 + [" "]), ["'choices[100000]'", "empty"]),
+    "gold not a number": (b'{"query": "q", "choices": ["a", "b"], "gold": NaN}\n', ["'gold'", "number (nan)"]),
+    "gold infinite": (b'{"query": "q", "choices": ["a", "b"], "gold": 1e999}\n', ["'gold'", "number (inf)"]),
+    "gold an object": (line(GOOD, gold={"a": 0}), ["'gold'", "object"]),
+    "gold of many digits": (line(GOOD, gold="1" * 5000), ["'gold'", "index of a choice"]),
+    "id null": (line(GOOD, id=None), ["bad.jsonl: line 1", "'id'", "null"]),
+    "id a surrogate": (line(GOOD, id="\ud800"), ["bad.jsonl: line 1", "'id'", "surrogate"]),
+    "choices in choices": (line(GOOD, choices=[["a"], ["b"]]), ["'choices[0]'", "a list"]),
+    "an array cut off": (b'[{"query": "q", ', ["bad.jsonl: line 1", "not valid JSON"]),
+    "an array with more after it": (b"[] []", ["bad.jsonl: line 1", "not valid JSON"]),
+    "an empty array": (b"[]", ["bad.jsonl", "no rows"]),
+    "an array of arrays": (b"[[1]]", ["bad.jsonl: item 1", "expected an object"]),
+    "an array nested too deeply": (b"[" * 200_000, ["not valid JSON", "nested too deeply"]),
+    "zeros": (bytes(1000), ["bad.jsonl: line 1", "not valid JSON"]),
+    "control characters": (b'{"query": "a\x00b"}\n', ["bad.jsonl: line 1", "not valid JSON"]),
+    "a program": (b"\x7fELF\x02\x01\x01\x00\n", ["bad.jsonl: line 1", "not valid JSON"]),
+    "compressed": (b"\x1f\x8b\x08\x00\xff\xff", ["bad.jsonl: line 1", "UTF-8"]),
+    "a chat role that is a number": (
+        line(CHAT, message=[{"role": 1, "content": "x"}]),
+        ["'message[0].role'", "number"],
+    ),
+    "ARC labels of numbers": (line(ARC, choices={"text": ["a", "b"], "label": [1, 2]}), ["'choices.label[0]'"]),
+    "ARC key a number": (line(ARC, answerKey=1), ["'answerKey'", "expected a text"]),
 }
 
 
@@ -122,10 +152,24 @@ def test_csv_names_the_row(tmp_path):
     assert "bad.csv: row 2: field 'choices': 1 choices" in refuse(tmp_path, "--data", path)
 
 
-def test_parquet_that_is_not(tmp_path):
-    path = tmp_path / "bad.parquet"
-    path.write_bytes(b"not parquet")
-    assert "bad.parquet: not readable as parquet" in refuse(tmp_path, "--data", path)
+TABLES = {
+    "parquet that is not": ("bad.parquet", b"not parquet", "bad.parquet: not readable as parquet"),
+    "parquet of nothing": ("bad.parquet", b"", "bad.parquet: not readable as parquet"),
+    "parquet cut off": ("bad.parquet", b"PAR1" + bytes(40), "bad.parquet: not readable as parquet"),
+    "CSV of nothing": ("bad.csv", b"", "bad.csv: not readable as csv"),
+    "CSV of a header alone": ("bad.csv", b"query,choices,gold\n", "bad.csv: not readable as csv"),
+    "CSV of other columns": ("bad.csv", b"a,b\n1,2\n", "bad.csv: row 1: fields a, b: no known format"),
+    "CSV of uneven rows": ("bad.csv", b"query,choices\na,b\na,b,c,d\n", "bad.csv: not readable as csv"),
+    "CSV not in UTF-8": ("bad.csv", b"query,choices\n\xff,b\n", "bad.csv: not readable as csv"),
+    "CSV with an open quote": ("bad.csv", b'query,choices\n"a,b\n', "bad.csv"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_bad_tables(name, tmp_path):
+    file, content, words = TABLES[name]
+    (tmp_path / file).write_bytes(content)
+    assert words in refuse(tmp_path, "--data", tmp_path / file)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +180,13 @@ def test_parquet_that_is_not(tmp_path):
         ("x" * 5000, "cannot be read"),
         ("nobody/nothing-of-the-kind", "neither a file nor a dataset that loads"),
         ("not a hub id", "no such file"),
+        ("zero\0byte.jsonl", "zero\\x00byte.jsonl"),
+        ("\x1b[2J.jsonl", "\\x1b[2J.jsonl: no such file"),
+        ("/dev/zero", "neither a file nor a directory"),
+        ("", "is a directory"),
+        ("../../../../../../etc/passwd", "unknown file type"),
+        ("file:///etc/passwd", "no such file"),
+        ("https://example.org/rows.jsonl", "no such file"),
     ],
 )
 def test_data_that_is_not_there(data, words, tmp_path):

@@ -60,6 +60,8 @@ LISTS = {
         "c",
     ),
     "choices: [[1, 2], {'a': 1}]": (),
+    "choices: [{{}: 1}]": (),  # what has no hash cannot be a key
+    "choices: [{[]}, 'a']": (),
     "no list": (),
     "": (),
 }

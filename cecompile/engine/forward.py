@@ -93,10 +93,12 @@ class Engine:
         return Decoder(self._model, self._readout, shape, self._pool)
 
     @torch.inference_mode()
-    def run(self, passes: Iterable[StagedPass], done: Callable[[StagedPass], None] = lambda _: None) -> list[Readouts]:
-        """Runs the passes in order. `done` is called after each.
+    def run(
+        self, passes: Iterable[StagedPass], done: Callable[[StagedPass, Readouts], None] = lambda *_: None
+    ) -> list[Readouts]:
+        """Runs the passes in order. `done` is called with each and what it read out, in order.
 
-        On CUDA the host collects a pass while the device runs the next.
+        On CUDA the host collects a pass while the device runs the next; elsewhere each pass is collected at once.
         """
         out: list[Readouts] = []
         queued: tuple[StagedPass, _Slot, int] | None = None
@@ -105,7 +107,7 @@ class Engine:
             if queued is not None:
                 one, slot, turn = queued
                 out.append(slot.collect(one, turn))
-                done(one)
+                done(one, out[-1])
 
         for one in passes:
             slot = self._slots[one.bucket]
@@ -117,6 +119,9 @@ class Engine:
             slot.unload(turn)
             collect()
             queued = one, slot, turn
+            if self._device.type == "cpu":
+                collect()
+                queued = None
         collect()
         return out
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -60,6 +58,9 @@ def load_config(model: str) -> Any:
     if not there and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise UserError(f"{model}: no such directory")
     config = _loading(model, "config.json", lambda: AutoConfig.from_pretrained(model, trust_remote_code=False))
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if layers is not None and layers < 1:  # which transformers would make a model of
+        raise UserError(f"{model}: config.json: num_hidden_layers is {layers}")
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{model}: {config.model_type} is an encoder-decoder model; decoder-only models are scored")
     return config
@@ -222,8 +223,11 @@ def _checkpoint_files(model: str) -> list[Path]:
         return []
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{model}: weights: {INDEX}: not an index: {type(error).__name__}: {error}") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{model}: weights: {INDEX}: names {name!r}, which is not a file beside it")
     found = {name: _find(model, name) for name in names}
     for name, path in found.items():
         if path is None:
@@ -239,7 +243,7 @@ def _find(model: str, name: str) -> Path | None:
 def _loading(model: str, what: str, load: Any) -> Any:
     try:
         return load()
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError, NotPlain):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError, StrictDataclassError) as error:
+    except Exception as error:  # damaged files make their readers raise errors of every kind
         raise UserError(f"{model}: {what}: {first_line(error)}") from None

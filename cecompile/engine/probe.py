@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from cecompile.engine.architecture import refusal
 from cecompile.engine.attention import TreeMasks, install
 from cecompile.engine.reference import rounding, stock_logits
-from cecompile.errors import UserError, first_line
+from cecompile.errors import CheckError, UserError, first_line
 from cecompile.workload.plan import BLOCK, Geometry, make_plan
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import stage_all, views
@@ -32,6 +32,7 @@ def choose_attention(model: PreTrainedModel, wanted: str) -> tuple[str, str | No
 
     Raises:
         UserError: what is wanted does not compute this model exactly.
+        CheckError: the stock model's logits are not numbers.
     """
     candidates = [wanted] if wanted != "auto" else (["flex", "sdpa"] if model.device.type == "cuda" else ["sdpa"])
     reasons: list[str] = []
@@ -62,6 +63,8 @@ def _problem(model: PreTrainedModel, attention: str) -> str | None:
     finally:
         model.set_attn_implementation(stock)
     expected = torch.cat([stock_logits(model, sequences, i) for i in range(len(sequences))])
+    if (expected.isnan() | expected.isposinf()).any():
+        raise CheckError(f"{type(model).__name__}: the stock model's logits are not numbers; no result was written")
     difference = ((got - expected).square().mean().sqrt() / expected.std()).item()
     if difference <= TOLERANCE[model.dtype]:
         return None

@@ -3,7 +3,7 @@
 It shares none of the tree, packing or attention code, so that the other engines can be checked against it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -44,26 +44,16 @@ def rounding(model: PreTrainedModel, sequences: Sequences, which: Iterable[int])
 
 
 @torch.inference_mode()
-def score_one_by_one(
-    model: PreTrainedModel, sequences: Sequences, done: Callable[[int], None] = lambda _: None
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Per sequence, the loglikelihood of its readouts (natural logarithm) and whether each is the argmax.
+def score_alone(model: PreTrainedModel, sequences: Sequences, i: int) -> tuple[float, bool]:
+    """The loglikelihood of sequence `i`'s readouts (natural logarithm), and whether each is the argmax."""
+    target = torch.from_numpy(sequences.targets(i).astype(np.int64)).to(model.device)
+    logits = stock_logits(model, sequences, i)
+    logprobs = torch.log_softmax(logits, dim=-1)
+    loglikelihood: float = logprobs.gather(1, target[:, None]).double().sum().item()
+    return loglikelihood, bool((logits.argmax(dim=-1) == target).all())
 
-    Args:
-        model: a stock causal model in evaluation mode.
-        sequences: n sequences.
-        done: called with each sequence's index when it is scored.
 
-    Returns:
-        (n,) float64 and (n,) bool.
-    """
-    loglikelihood = np.zeros(len(sequences), dtype=np.float64)
-    greedy = np.zeros(len(sequences), dtype=bool)
-    for i in range(len(sequences)):
-        target = torch.from_numpy(sequences.targets(i).astype(np.int64)).to(model.device)
-        logits = stock_logits(model, sequences, i)
-        logprobs = torch.log_softmax(logits, dim=-1)
-        loglikelihood[i] = logprobs.gather(1, target[:, None]).double().sum().item()
-        greedy[i] = bool((logits.argmax(dim=-1) == target).all())
-        done(i)
-    return loglikelihood, greedy
+def score_one_by_one(model: PreTrainedModel, sequences: Sequences) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """`score_alone` for all of n sequences: (n,) float64 and (n,) bool. `model`: a stock one in evaluation mode."""
+    scores = [score_alone(model, sequences, i) for i in range(len(sequences))]
+    return np.array([s[0] for s in scores]), np.array([s[1] for s in scores], dtype=bool)

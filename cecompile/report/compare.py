@@ -63,7 +63,8 @@ class Comparison:
         agreement: fraction of the questions on which the answers are the same.
         largest_difference: of all loglikelihoods; None for texts.
         differing: on how many questions the answers differ.
-        speed_ratio: the reference's seconds over the candidate's, on the candidate's headline clock.
+        speed_ratio: the reference's seconds over the candidate's, on the candidate's headline clock; None where a run
+            was resumed.
         inference_speed_ratio: the same of inference alone.
         verdict: "within" or "past" the drop allowed. Without labels, what counts is the most that accuracy could have
             dropped: the questions that differ.
@@ -76,8 +77,8 @@ class Comparison:
     agreement: float
     largest_difference: float | None
     differing: int
-    speed_ratio: float
-    inference_speed_ratio: float
+    speed_ratio: float | None
+    inference_speed_ratio: float | None
     verdict: str
 
 
@@ -233,7 +234,10 @@ def _largest(a: Samples, b: Samples) -> float | None:
     return max(apart) if apart else None
 
 
-def _ratio(reference: StoredResult, name: str, results: Mapping[str, Any], clock: Any) -> float:
+def _ratio(reference: StoredResult, name: str, results: Mapping[str, Any], clock: Any) -> float | None:
+    """None where a run was interrupted and resumed: its latencies are of a part."""
+    if reference.results.get("resumed") or results.get("resumed"):
+        return None
     seconds = []
     for who, held in ((reference.name, reference.results), (name, results)):
         latency = value_at(held, "latency_s") or {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cecompile.errors import UserError
+from cecompile.report import journal
 from cecompile.workload.plan import Plan
 
 SCHEMA = 1
@@ -62,24 +63,26 @@ def environment(device_name: str) -> dict[str, Any]:
     }
 
 
-def prepare_output(directory: Path, overwrite: bool) -> None:
+def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> None:
     """Checks that results can be written to `directory`, before any work is done. Leaves nothing behind.
 
     Raises:
-        UserError: it is a file, holds something else, holds results and `overwrite` is not set, or is not writable.
+        UserError: it is a file, holds something else, holds results or a journal that is neither to be replaced
+            (`overwrite`) nor to be gone on with (`resume`), or is not writable.
     """
     try:
-        is_file = directory.exists() and not directory.is_dir()
+        is_file = os.path.lexists(directory) and not directory.is_dir()
         held = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
     except OSError as error:
         raise UserError(f"{directory}: cannot be read: {error.strerror}") from None
     if is_file:
-        raise UserError(f"{directory}: is a file; --output names a directory")
-    if held:
-        if not held & {RESULTS, SAMPLES, PREDICTIONS}:
-            raise UserError(f"{directory}: not empty and not a result directory; choose another --output")
-        if not overwrite:
-            raise UserError(f"{directory}: holds results already; --overwrite replaces them")
+        raise UserError(f"{directory}: is a file, or a link to nothing; --output names a directory")
+    if held and not held & {RESULTS, SAMPLES, PREDICTIONS, journal.NAME}:
+        raise UserError(f"{directory}: not empty and not a result directory; choose another --output")
+    if held and not overwrite and not resume:
+        if journal.NAME in held:
+            raise UserError(f"{directory}: holds an interrupted run; --resume goes on with it, --overwrite starts anew")
+        raise UserError(f"{directory}: holds results already; --overwrite replaces them")
     parent = directory
     while not parent.exists():
         parent = parent.parent
@@ -124,8 +127,15 @@ def digest_of_results(results: dict[str, Any]) -> str:
 
 
 def write_results(directory: Path, results: dict[str, Any]) -> None:
-    """Writes results.json, the last file of a run. Raises UserError where the file system refuses."""
+    """Writes results.json, the last file of a run, and removes what killed runs have begun to write.
+
+    Raises:
+        UserError: the file system refuses.
+    """
     write_whole(directory / RESULTS, [json.dumps(results, indent=2) + "\n"])
+    for name in (RESULTS, SAMPLES, PREDICTIONS):
+        for left in directory.glob(f".{name}.*"):
+            left.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, parts: Iterable[str | bytes]) -> None:

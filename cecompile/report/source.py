@@ -46,7 +46,7 @@ SHAPE = {
         "in_tree": Maybe(int), "tokens": Maybe(int), "decoded_tokens": Maybe(int), "max_new_tokens": int,
     }),
     "latency_s": dict.fromkeys(CLOCKS, float),
-    "headline": {"clock": str, "seconds": float},
+    "headline": {"clock": str, "seconds": Maybe(float)},
     "phases_s": dict.fromkeys(PHASES, float),
     "inference_s": {"runs": int, "median": float, "min": float, "max": float},
     "engine": {"name": str, "attention": Maybe(str), "note": Maybe(str)},
@@ -99,6 +99,8 @@ def read_results(directory: Path) -> dict[str, Any]:
     checked: dict[str, Any] = _checked(results, SHAPE, f"{path}: field '", "")
     if checked["headline"]["clock"] not in CLOCKS:
         raise UserError(f"{path}: field 'headline.clock': expected one of {', '.join(CLOCKS)}")
+    if checked["headline"]["seconds"] is None:
+        raise UserError(f"{path}: of a run that was interrupted and resumed: it has no latency to show")
     if checked["questions"] < 1:
         raise UserError(f"{path}: field 'questions': expected at least 1")
     if not set(checked["metrics"]) & set(METRICS):

@@ -62,8 +62,13 @@ def print_results(console: Console, results: dict[str, Any], output: Path) -> No
             table, "inference runs", str(runs["runs"]), f"from {runs['min']:.2f} to {runs['max']:.2f} s, median counts"
         )
     table.add_section()
+    resumed = results["resumed"]
+    if resumed:
+        done = f"of passes, begun {resumed['from']}: no latency counts as a headline"
+        _row(table, "resumed", f"{resumed['passes']}", done)
     for name, seconds in results["latency_s"].items():
         mark = "<- headline" if name == results["headline"]["clock"] else ""
+        mark = "of the rest alone" if resumed else mark
         _row(table, f"latency {name}", f"{seconds:.2f} s", mark)
     if "comparison" in results:
         table.add_section()
@@ -107,7 +112,8 @@ def _comparison_rows(table: Table, comparison: dict[str, Any], clock: str) -> No
         _row(table, "loglikelihoods", f"{comparison['largest_difference']:.2g}", "the largest difference")
     ratios = {clock: comparison["speed_ratio"], "inference": comparison["inference_speed_ratio"]}
     for name, ratio in ratios.items():
-        _row(table, f"speed, {name}", f"{ratio:.2f}", "times the reference's")
+        if ratio is not None:
+            _row(table, f"speed, {name}", f"{ratio:.2f}", "times the reference's")
 
 
 def _differences(compared: dict[str, Any]) -> Table:

@@ -69,7 +69,7 @@ def find_choices(text: str) -> tuple[str, ...]:
 def _literal(written: str) -> list[str] | None:
     try:
         value = ast.literal_eval(written)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
     if not isinstance(value, list) or not all(isinstance(item, (str, bool, int, float)) for item in value):
         return None

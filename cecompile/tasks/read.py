@@ -45,6 +45,7 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
         UserError: the data cannot be read, or a row is not a question; names the file, the line and the field.
     """
     questions: list[Any] = []
+    before = _state(data)
     fmt = None
     last = int(limit) if limit is not None and limit >= 1 else None
     for position, (where, row) in enumerate(itertools.islice(_rows(data), last)):
@@ -56,6 +57,8 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
             state = "missing, though earlier rows have one" if question.label is None else "given, unlike earlier rows"
             raise UserError(f"{where}: field '{fmt.label_field}': {state}")
         questions.append(question)
+    if _state(data) != before:
+        raise UserError(f"{data}: changed while it was read")
     if fmt is None:
         raise UserError(f"{data}: no rows")
     if limit is not None and limit < 1:
@@ -63,11 +66,20 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
     return Dataset(fmt.task, questions)
 
 
+def _state(data: str | Path) -> tuple[int, ...] | None:
+    """What changes with a file; None if there is none."""
+    try:
+        found = Path(data).stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _rows(data: str | Path) -> Iterator[tuple[str, Any]]:
     """Pairs of (place for messages, row)."""
     path = Path(data)
     try:
-        is_file, is_directory = path.is_file(), path.is_dir()
+        is_file, is_directory, is_there = path.is_file(), path.is_dir(), path.exists()
     except OSError as error:
         raise UserError(f"{data}: cannot be read: {error.strerror}") from None
     if is_file:
@@ -79,6 +91,8 @@ def _rows(data: str | Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: unknown file type '{path.suffix}'; .jsonl, .json, .parquet and .csv are read")
     if is_directory:
         raise UserError(f"{path}: is a directory; name one file in it")
+    if is_there:
+        raise UserError(f"{path}: neither a file nor a directory; save it as a file")
     match = HUB_ID.fullmatch(str(data))
     if match is None or path.suffix.lower() in (".jsonl", ".ndjson", ".json", ".parquet", ".csv"):
         raise UserError(f"{data}: no such file")

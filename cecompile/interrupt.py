@@ -1,0 +1,72 @@
+"""Being stopped: SIGINT and SIGTERM end a command in order, with one line and the shell's exit status for it."""
+
+import os
+import shlex
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+GRACE = 1.0  # seconds in which a second signal is taken for the first
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised where the main thread stands when a signal comes.
+
+    Attributes:
+        status: what the process should exit with: 128 and the signal's number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted ({signal.Signals(number).name})")
+        self.status = 128 + number
+
+
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    """While this lasts, the first SIGINT or SIGTERM raises `Interrupted`. One that comes later, while that is being
+    dealt with, ends the process at once."""
+    first: float | None = None
+
+    def handle(number: int, _: FrameType | None) -> None:
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            raise Interrupted(number)
+        if time.monotonic() - first > GRACE:
+            os._exit(128 + number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = {number: signal.signal(number, handle) for number in numbers}
+    except ValueError:  # not the main thread: whoever runs this there deals with signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def command_to_resume(arguments: Sequence[str], output: Path) -> str:
+    """The command line that goes on with an interrupted one.
+
+    Args:
+        arguments: of the interrupted command, the program's name left out.
+        output: its result directory.
+    """
+    kept = [a for a in arguments if a not in ("--overwrite", "--resume")]
+    if not any(a == "--output" or a.startswith("--output=") for a in kept):
+        kept += ["--output", str(output)]
+    return " ".join(map(_quoted, ("cecompile", *kept, "--resume")))
+
+
+def _quoted(argument: str) -> str:
+    """For a shell; what cannot be printed is written as bytes."""
+    if argument.isprintable():
+        return shlex.quote(argument)
+    plain = (chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in os.fsencode(argument))
+    return f"$'{''.join(plain)}'"

@@ -1,0 +1,202 @@
+"""Work that is journaled: what the journal has is taken from there, the rest is done, and journaled when it is."""
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from cecompile.engine.forward import Engine, Readouts
+from cecompile.engine.reference import score_alone
+from cecompile.engine.stock import StockPipeline
+from cecompile.errors import CheckError, UserError, first_line
+from cecompile.packed import Workload
+from cecompile.report.journal import ANSWERS, PASSES, Journal
+from cecompile.runtime import Counter, Progress, Runtime
+from cecompile.workload.plan import Plan
+from cecompile.workload.sequences import Ints, Sequences
+from cecompile.workload.stage import StagedPass
+
+Named = Callable[[int], str]  # what a user knows a sequence as
+Write = Callable[[Sequence[Ints], Sequence[int], Callable[[int, list[int]], None]], None]
+_SCORE = struct.Struct("<d?")
+
+
+def run_facts(runtime: Runtime, workload: Workload, new_tokens: int = 0) -> dict[str, Any]:
+    """What the readouts of a model that has been warmed up for a workload depend on, beside the data and versions.
+
+    Raises:
+        UserError: the model was not loaded from a checkpoint, so that none can be told to be the same.
+    """
+    if runtime.fingerprint is None:
+        raise UserError(f"{runtime.name}: loaded elsewhere, has no fingerprint: its runs cannot be journaled")
+    model, on_cpu = runtime.model, runtime.device.type == "cpu"
+    assert model is not None
+    return {
+        "model fingerprint": runtime.fingerprint,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "engine": runtime.engine,
+        "attention": None if runtime.engine == "reference" else runtime.attention,
+        "device": runtime.device.type if on_cpu else torch.cuda.get_device_name(runtime.device),
+        "threads": torch.get_num_threads() if on_cpu else None,
+        "longest answer": new_tokens,
+        "tokens": _digest_of_sequences(workload.sequences),
+    } | ({} if workload.plan is None else _plan_facts(workload.plan))
+
+
+def _digest_of_sequences(sequences: Sequences) -> str:
+    sha = hashlib.sha256()
+    for part in (sequences.token_ids, sequences.starts, sequences.predicted, sequences.questions):
+        sha.update(part.tobytes())
+    return sha.hexdigest()
+
+
+def _plan_facts(plan: Plan) -> dict[str, Any]:
+    sha = hashlib.sha256(repr((plan.geometry, plan.buckets, plan.decoding)).encode())
+    for one in plan.passes:
+        sha.update(repr((one.bucket, len(one.rows))).encode())
+        for row in one.rows:
+            for part in (row.depth, row.end, row.position, row.choice, row.entry):
+                sha.update(part.tobytes())
+    shapes = [f"{plan.runs(i)} runs of {b.rows} x {b.length} tokens" for i, b in enumerate(plan.buckets)]
+    return {"plan": ", ".join(shapes), "plan digest": sha.hexdigest()}
+
+
+def run_passes(
+    engine: Engine, staged: Sequence[StagedPass], progress: Progress, named: Named, journal: Journal | None
+) -> list[Readouts]:
+    """What all passes read out, in order.
+
+    Args:
+        engine: warm.
+        staged: the passes.
+        progress: called as ("inference", done, total).
+        named: for messages.
+        journal: begun; None does without.
+
+    Raises:
+        CheckError: a log-probability is not a number, or a pass fails.
+        UserError: see `Journal.add`.
+    """
+    kept = {i: _readouts(one, journal.get(PASSES, i)) for i, one in enumerate(staged)} if journal else {}
+    out = {i: readouts for i, readouts in kept.items() if readouts is not None}
+    left = [i for i in range(len(staged)) if i not in out]
+    count = Counter("inference", len(staged), progress, len(out))
+
+    def done(one: StagedPass, readouts: Readouts) -> None:
+        _refuse_nonsense(one.choice, readouts.logprob, named)
+        i = left[len(out) - before]
+        out[i] = readouts
+        if journal is not None:
+            journal.add(PASSES, i, readouts.logprob.astype("<f4").tobytes() + readouts.argmax.astype("<i4").tobytes())
+        count()
+
+    before = len(out)
+    with _failure_in_one_line(lambda: f"after {len(out)} of {len(staged)} passes"):
+        engine.run([staged[i] for i in left], done)
+    return [out[i] for i in range(len(staged))]
+
+
+def _readouts(one: StagedPass, payload: bytes | None) -> Readouts | None:
+    """A journaled pass's."""
+    if payload is None or len(payload) != 8 * len(one.entry):
+        return None
+    half = len(payload) // 2
+    return Readouts(
+        np.frombuffer(payload[:half], "<f4").astype(np.float32), np.frombuffer(payload[half:], "<i4").astype(np.int32)
+    )
+
+
+def score_sequences_alone(
+    model: PreTrainedModel, sequences: Sequences, progress: Progress, named: Named, journal: Journal | None
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """`score_one_by_one`, journaled by sequence; args, raises: see `run_passes`."""
+    kept = [journal.get(PASSES, i) if journal else None for i in range(len(sequences))]
+    loglikelihood = np.zeros(len(sequences))
+    greedy = np.zeros(len(sequences), dtype=bool)
+    count = Counter("inference", len(sequences), progress, sum(k is not None for k in kept))
+    for i, payload in enumerate(kept):
+        if payload is not None and len(payload) == _SCORE.size:
+            loglikelihood[i], greedy[i] = _SCORE.unpack(payload)
+            continue
+        with _failure_in_one_line(lambda i=i: f"after {i} of {len(sequences)} sequences"):  # type: ignore[misc]
+            loglikelihood[i], greedy[i] = score_alone(model, sequences, i)
+        _refuse_nonsense(np.array([i]), loglikelihood[i : i + 1], named)
+        if journal is not None:
+            journal.add(PASSES, i, _SCORE.pack(loglikelihood[i], greedy[i]))
+        count()
+    return loglikelihood, greedy
+
+
+def answer_alone(
+    stock: StockPipeline,
+    conversations: Sequence[list[dict[str, str]]],
+    new_tokens: int,
+    progress: Progress,
+    journal: Journal | None,
+) -> list[str]:
+    """The pipeline's answers, journaled by question; raises: see `run_passes`."""
+    kept = [journal.get(ANSWERS, i) if journal else None for i in range(len(conversations))]
+    count = Counter("inference", len(conversations), progress, sum(k is not None for k in kept))
+    out = []
+    for i, (conversation, payload) in enumerate(zip(conversations, kept, strict=True)):
+        if payload is not None:
+            out.append(payload.decode())
+            continue
+        with _failure_in_one_line(lambda i=i: f"after {i} of {len(conversations)} answers"):  # type: ignore[misc]
+            out.append(stock.answer(conversation, new_tokens))
+        if journal is not None:
+            journal.add(ANSWERS, i, out[-1].encode())
+        count()
+    return out
+
+
+def write_answers(
+    rows: Mapping[int, tuple[Ints, int]], write: Write, progress: Progress, journal: Journal | None
+) -> dict[int, list[int]]:
+    """What greedy decoding writes after each row's tokens, journaled by row; raises: see `run_passes`.
+
+    Args:
+        rows: by question, the tokens it begins with, and the most tokens to write.
+        write: decodes; is given both for all rows to do, and what to call with each row and its tokens.
+        progress: called as ("decoding", done, total) if there is something to decode.
+        journal: see `run_passes`.
+    """
+    kept = {i: journal.get(ANSWERS, i) for i in rows} if journal else {}
+    out = {i: np.frombuffer(payload, "<i4").tolist() for i, payload in kept.items() if payload is not None}
+    left = [i for i in rows if i not in out]
+    if not rows:
+        return out
+    count = Counter("decoding", len(rows), progress, len(out))
+
+    def done(row: int, tokens: list[int]) -> None:
+        out[left[row]] = tokens
+        if journal is not None:
+            journal.add(ANSWERS, left[row], np.array(tokens, dtype="<i4").tobytes())
+        count()
+
+    with _failure_in_one_line(lambda: f"after {len(out)} of {len(rows)} answers decoded"):
+        write([rows[i][0] for i in left], [rows[i][1] for i in left], done)
+    return out
+
+
+def _refuse_nonsense(sequence: Any, values: Any, named: Named) -> None:
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise CheckError(
+            f"{named(int(sequence[bad[0]]))}: the model's log-probability is {values[bad[0]]}; no result was written"
+        )
+
+
+@contextmanager
+def _failure_in_one_line(where: Callable[[], str]) -> Iterator[None]:
+    """An error of the device or of torch, as one line; `where` says how far the run had come."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CheckError(f"inference failed {where()}: {first_line(error)}") from error

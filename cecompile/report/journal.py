@@ -1,0 +1,260 @@
+"""The journal of a run: what is finished, appended as it is, so that an interrupted run can go on from there.
+
+    MAGIC
+    record 0     the header, JSON: what the run depends on, and when it began
+    record 1...  a finished part of the run each: its kind, its index, its bytes
+
+A record is a head (kind, index, length of the payload, digest over those three, the record's place and the payload)
+and the payload. Records are only ever appended, by one process at a time, so that a process may be killed at any
+moment: what is read back ends at the first record that is cut off or damaged, and goes on from there.
+
+This module knows neither what is journaled nor why.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import struct
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cecompile.errors import UserError
+
+NAME = ".journal.partial"
+PASSES, ANSWERS = "passes", "answers"  # the kinds of records
+SYNC = 5.0  # seconds between two waits for the disk, at least
+
+_MAGIC = b"cecompile journal 1\n"
+_KINDS = ("header", PASSES, ANSWERS)
+_HEAD = struct.Struct("<IIQ16s")  # kind, index, payload's length, digest
+
+
+class Journal:
+    """A result directory's journal.
+
+    Args:
+        directory: where; made when the journal begins.
+        resume: go on with the journal that is there; otherwise one that is there is replaced when this one begins.
+
+    Raises:
+        UserError: there is none to resume, it is damaged from its beginning on, or another process is writing it.
+    """
+
+    def __init__(self, directory: Path, resume: bool = False) -> None:
+        self.directory = directory
+        self.path = directory / NAME
+        self._file: int | None = None
+        self._made: list[Path] = []  # directories, innermost first
+        self._facts: dict[str, Any] = {}
+        self._then: dict[str, Any] | None = None  # the header that is resumed
+        self._kept: dict[tuple[str, int], bytes] = {}
+        self._size = 0
+        self._synced = time.monotonic()
+        self._added = 0
+        self._begun = False
+        if resume:
+            self._open_to_resume()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there is something on disk that a later run can go on with."""
+        return bool(self._kept or self._added) and self.path.exists()
+
+    @property
+    def begun(self) -> bool:
+        """Whether what the run depends on was complete, and the same where it was resumed."""
+        return self._begun
+
+    @property
+    def resumed(self) -> dict[str, Any] | None:
+        """How much was taken over, by kind, and when the run began that it is from; None if nothing was."""
+        if self._then is None or not self._kept:
+            return None
+        counts = {kind: sum(k == kind for k, _ in self._kept) for kind in _KINDS[1:]}
+        return {kind: n for kind, n in counts.items() if n or kind == PASSES} | {"from": self._then["began"]}
+
+    def expect(self, facts: Mapping[str, Any]) -> None:
+        """Adds to what the run depends on, by name, as plain JSON values.
+
+        Raises:
+            UserError: the run that is resumed depended on something else; says on what.
+        """
+        self._facts |= facts
+        if self._then is None:
+            return
+        then = self._then["facts"]
+        different = [
+            f"{name} is {_shown(now)}, was {_shown(then.get(name))}"
+            for name, now in facts.items()
+            if now != then.get(name)
+        ]
+        if different:
+            raise UserError(f"{self.directory}: cannot be resumed: {'; '.join(different)}")
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Ready for records, with the last of what the run depends on.
+
+        Raises:
+            UserError: see `expect`; the file system refuses; another process is writing.
+        """
+        self.expect(facts)
+        self._begun = True
+        if self._then is not None:
+            return
+        try:
+            missing = [p for p in (self.directory, *self.directory.parents) if not p.exists()]
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._made = missing
+            self._lock(os.O_CREAT)
+            assert self._file is not None
+            os.ftruncate(self._file, 0)
+            self._write(_MAGIC)
+        except OSError as error:
+            raise self._refusal(error) from None
+        header = {"facts": self._facts, "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        self._append("header", 0, json.dumps(header).encode())
+
+    def get(self, kind: str, index: int) -> bytes | None:
+        """A record of the run that is resumed, or None."""
+        return self._kept.get((kind, index))
+
+    def add(self, kind: str, index: int, payload: bytes) -> None:
+        """Appends a record. Once this returns, it survives the process; the machine, some seconds later.
+
+        Raises:
+            UserError: the file system refuses; the journal ends with the record before.
+        """
+        self._append(kind, index, payload)
+        self._added += 1
+
+    def close(self) -> None:
+        """Ends it; what is of no use to a later run is removed."""
+        if self._file is None:
+            return
+        if not (self._kept or self._added):
+            self.remove()
+            return
+        with contextlib.suppress(OSError):
+            os.fsync(self._file)
+        os.close(self._file)
+        self._file = None
+
+    def remove(self) -> None:
+        """Removes the file, as the last thing a run does, and the directories made for it that are empty."""
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        os.close(self._file)
+        self._file = None
+        with contextlib.suppress(OSError):
+            for directory in self._made:
+                directory.rmdir()
+
+    def _open_to_resume(self) -> None:
+        try:
+            self._lock(0)
+            assert self._file is not None
+            with open(self._file, "rb", closefd=False) as file:
+                content = file.read()
+            records = read(content)
+            first = next(records, None)
+            self._then = None if first is None else _header(first)
+            if self._then is None:
+                os.close(self._file)
+                self._file = None
+                raise UserError(f"{self.path}: damaged, cannot be resumed; --overwrite starts anew")
+            self._size = first[3] if first else 0
+            for kind, index, payload, end in records:
+                self._kept[kind, index] = payload
+                self._size = end
+            os.ftruncate(self._file, self._size)
+            os.lseek(self._file, self._size, os.SEEK_SET)
+        except FileNotFoundError:
+            raise UserError(f"{self.directory}: no interrupted run to resume") from None
+        except OSError as error:
+            raise self._refusal(error) from None
+
+    def _lock(self, flags: int) -> None:
+        """Opens the file, not through a link, for this process alone."""
+        self._file = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._file)
+            self._file = None
+            raise UserError(f"{self.directory}: another process is writing results here") from None
+
+    def _append(self, kind: str, index: int, payload: bytes) -> None:
+        digest = _digest(_KINDS.index(kind), index, self._size, payload)
+        try:
+            self._write(_HEAD.pack(_KINDS.index(kind), index, len(payload), digest) + payload)
+            if time.monotonic() - self._synced > SYNC:
+                assert self._file is not None
+                os.fsync(self._file)
+                self._synced = time.monotonic()
+        except OSError as error:
+            raise self._refusal(error) from None
+
+    def _write(self, data: bytes) -> None:
+        """All of `data` or, where the file system refuses, nothing."""
+        assert self._file is not None
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+        except OSError:
+            os.ftruncate(self._file, self._size)
+            os.lseek(self._file, self._size, os.SEEK_SET)
+            raise
+        self._size += len(data)
+
+    def _refusal(self, error: OSError) -> UserError:
+        return UserError(f"{self.path}: cannot be written: {error.strerror}")
+
+
+def read(content: bytes) -> Iterator[tuple[str, int, bytes, int]]:
+    """The records of a journal, up to the first that is not whole: kind, index, payload, and where the record ends."""
+    if not content.startswith(_MAGIC):
+        return
+    at = len(_MAGIC)
+    while at + _HEAD.size <= len(content):
+        kind, index, length, digest = _HEAD.unpack_from(content, at)
+        begin = at + _HEAD.size
+        payload = content[begin : begin + length]
+        if kind >= len(_KINDS) or len(payload) < length or digest != _digest(kind, index, at, payload):
+            return
+        at = begin + length
+        yield _KINDS[kind], index, payload, at
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; of a digest its beginning."""
+    return f"{value[:12]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else str(value)
+
+
+def _digest(kind: int, index: int, at: int, payload: bytes) -> bytes:
+    sha = hashlib.blake2b(struct.pack("<IIQQ", kind, index, len(payload), at), digest_size=16)
+    sha.update(payload)
+    return sha.digest()
+
+
+def _header(record: tuple[str, int, bytes, int]) -> dict[str, Any] | None:
+    """The first record's content; None if it is not a header."""
+    try:
+        header = json.loads(record[2]) if record[0] == "header" else None
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(header, dict) and isinstance(header.get("facts"), dict) and isinstance(header.get("began"), str)
+    return header if whole else None

@@ -1,0 +1,100 @@
+"""What is the same bit for bit, and what within rounding: runs, engines made anew, resumed runs, bucket sizes, order.
+
+Bitwise: the same questions in the same order, with the same options, on the same device with the same number of
+threads and the same versions, whatever was interrupted. Within rounding: other bucket sizes, a part of the questions,
+another order of them: a question then shares its pass with others, and sums are taken in another order. That a cold and
+a warm compile cache give the same bit for bit is in test_cache.py.
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_journal import CHATS, ROWS, Runs, stop_after, write_rows
+
+from cecompile import Scorer, read_questions
+
+ROUNDING = 1e-4  # in a loglikelihood, float32
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    return read_questions(write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl"))
+
+
+def scores(model: Path, questions, **how) -> dict[str, tuple[float, ...]]:
+    """Loglikelihoods by id, of a scorer made anew."""
+    scorer = Scorer.from_pretrained(model, device="cpu", **({"engine": "eager", "tokens_per_bucket": 256} | how))
+    return dict(zip([q.id for q in questions], scorer.score(questions).loglikelihoods, strict=True))
+
+
+@pytest.fixture(scope="module")
+def expected(questions, tiny_llama):
+    return scores(tiny_llama, questions)
+
+
+def test_again_bitwise(questions, tiny_llama, expected):
+    assert scores(tiny_llama, questions) == expected
+
+
+def test_the_reference_again_bitwise(questions, tiny_llama):
+    assert scores(tiny_llama, questions[:5], engine="reference") == scores(
+        tiny_llama, questions[:5], engine="reference"
+    )
+
+
+def test_in_another_process_bitwise(questions, tiny_llama, expected, tmp_path):
+    import torch
+
+    data = write_rows(tmp_path / "rows.jsonl")
+    code = (
+        "import json, sys, torch; from cecompile import Scorer, read_questions;"
+        "torch.set_num_threads(int(sys.argv[3]));"
+        "s = Scorer.from_pretrained(sys.argv[1], device='cpu', engine='eager', tokens_per_bucket=256);"
+        "print(json.dumps(s.score(read_questions(sys.argv[2])).loglikelihoods))"
+    )
+    command = [sys.executable, "-c", code, str(tiny_llama), str(data), str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [tuple(one) for one in json.loads(done.stdout)] == list(expected.values())
+
+
+@pytest.mark.parametrize("rows", [ROWS, CHATS], ids=["scored", "answered"])
+def test_from_points_of_resumption_bitwise(rows, tiny_llama, tmp_path, monkeypatch):
+    run = Runs(tmp_path, tiny_llama, rows, "--engine", "eager", "--tokens-per-bucket", "128", "--max-new-tokens", 2)
+    assert run("whole").exit_code == 0
+    runs = sum(bucket["runs"] for bucket in run.results("whole")["plan"]["buckets"])
+    assert runs >= 2
+    for point in {1, runs // 2, runs - 1}:
+        name = f"after {point}"
+        with monkeypatch.context() as patch:
+            stop_after(patch, point, signal.SIGTERM)
+            assert run(name).exit_code == 143
+        assert run(name, "--resume").exit_code == 0
+        assert run.results(name)["resumed"]["passes"] == point
+        assert run.samples(name) == run.samples("whole")
+
+
+@pytest.mark.parametrize("tokens", [128, 512, 4096])
+def test_any_bucket_size_within_rounding(tokens, questions, tiny_llama, expected):
+    same_within_rounding(scores(tiny_llama, questions, tokens_per_bucket=tokens), expected)
+
+
+@pytest.mark.parametrize("limit", [1, 13, 39])
+def test_a_limit_within_rounding(limit, questions, tiny_llama, expected):
+    same_within_rounding(scores(tiny_llama, questions[:limit]), expected)
+
+
+def test_another_order_within_rounding(questions, tiny_llama, expected):
+    shuffled = random.Random(0).sample(questions, len(questions))
+    same_within_rounding(scores(tiny_llama, shuffled), expected)
+
+
+def same_within_rounding(got, expected) -> None:
+    for id, values in got.items():
+        np.testing.assert_allclose(values, expected[id], rtol=0, atol=ROUNDING)
+        assert int(np.argmax(values)) == int(np.argmax(expected[id]))

@@ -1,0 +1,447 @@
+"""What can go wrong that is nobody's typing: damaged checkpoints, full disks, devices that fail, clocks that jump.
+
+Each ends with its exit status and one line, and leaves a journal that can be resumed, or nothing.
+"""
+
+import json
+import os
+import resource
+import shutil
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from test_journal import CHATS, HOW, ROWS, Runs, write_rows
+
+from cecompile import demo
+from cecompile.cli import cli
+from cecompile.engine.forward import Engine
+from cecompile.report.journal import NAME, Journal
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def evaluate(tmp_path: Path, *arguments: object, status: int = 2) -> str:
+    """Runs eval; checks the status, one printable line, no traceback and no output directory; returns the line."""
+    output = tmp_path / "out"
+    how = ["eval", "--device", "cpu", "--engine", "eager", "--output", str(output)]
+    result = CliRunner().invoke(cli, [*how, *map(str, arguments)])
+    assert result.exit_code == status, result.output
+    lines = result.output.splitlines()
+    assert len(lines) == 1, result.output
+    assert lines[0].isprintable()
+    assert "Traceback" not in lines[0]
+    assert not output.exists()
+    return lines[0]
+
+
+# ---- checkpoints
+
+
+def flip(path: Path, place: int, bits: int = 0xFF) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= bits
+    path.write_bytes(content)
+
+
+def replace(path: Path, old: bytes, new: bytes) -> None:
+    content = path.read_bytes()
+    assert content.count(old) >= 1
+    path.write_bytes(content.replace(old, new, 1))
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def shard(model: Path, **index: object) -> None:
+    """Names the weights in an index, as of two files; `index` is put into it."""
+    names = dict.fromkeys(load_file(model / WEIGHTS), "one.safetensors")
+    (model / WEIGHTS).rename(model / "one.safetensors")
+    (model / INDEX).write_text(json.dumps({"weight_map": names} | index))
+
+
+def json_file(name: str, **changes: object):
+    def change(model: Path) -> None:
+        path = model / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def content_of(name: str, content: bytes):
+    return lambda model: (model / name).write_bytes(content)
+
+
+def weights_as(model: Path, name: str) -> None:
+    (model / WEIGHTS).unlink()
+    (model / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+
+
+def code_from_the_hub(model: Path) -> None:
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "mine.py").write_text("open('pwned', 'w')")
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+CHECKPOINTS = {
+    "an empty file": (lambda m: cut(m / WEIGHTS, 0), ["weights", WEIGHTS]),
+    "cut in the header's length": (lambda m: cut(m / WEIGHTS, 5), ["weights", WEIGHTS]),
+    "cut in the header": (lambda m: cut(m / WEIGHTS, 100), ["weights", WEIGHTS]),
+    "cut in the last tensor": (lambda m: cut(m / WEIGHTS, -1), ["weights", WEIGHTS]),
+    "longer than its header says": (lambda m: (m / WEIGHTS).open("ab").write(b"\0" * 64), ["weights", WEIGHTS]),
+    "a bit of the header's length": (lambda m: flip(m / WEIGHTS, 6, 1), ["weights", WEIGHTS]),
+    "a brace of the header": (lambda m: flip(m / WEIGHTS, 8), ["weights", WEIGHTS]),
+    "a tensor's name": (lambda m: replace(m / WEIGHTS, b"model.norm", b"model.nurm"), ["weights", "model.norm"]),
+    "a tensor's dtype": (lambda m: replace(m / WEIGHTS, b'"F32"', b'"F23"'), ["weights", WEIGHTS]),
+    "a tensor's place": (lambda m: replace(m / WEIGHTS, b'_offsets":[0,', b'_offsets":[1,'), ["weights", WEIGHTS]),
+    "a tensor's shape": (lambda m: replace(m / WEIGHTS, b'"shape":[64]', b'"shape":[46]'), ["weights"]),
+    "a directory for a file": (lambda m: ((m / WEIGHTS).unlink(), (m / WEIGHTS).mkdir()), ["weights"]),
+    "a link to nothing": (lambda m: ((m / WEIGHTS).unlink(), (m / WEIGHTS).symlink_to("gone")), ["weights"]),
+    "a shard that is not there": (lambda m: (shard(m), (m / "one.safetensors").unlink()), ["no one.safetensors"]),
+    "a shard cut off": (lambda m: (shard(m), cut(m / "one.safetensors", 999)), ["one.safetensors"]),
+    "an index that is not JSON": (lambda m: (shard(m), cut(m / INDEX, 20)), [INDEX, "not an index"]),
+    "an index that is a list": (lambda m: (shard(m), (m / INDEX).write_text("[]")), [INDEX, "not an index"]),
+    "an index without a map": (lambda m: (shard(m), (m / INDEX).write_text("{}")), [INDEX, "not an index"]),
+    "an index nested deeply": (lambda m: (shard(m), (m / INDEX).write_bytes(DEEP)), [INDEX, "not an index"]),
+    "an index that climbs out": (lambda m: shard(m, weight_map={"a": f"../{m.name}/{WEIGHTS}"}), [INDEX, "'../"]),
+    "an index of absolute paths": (lambda m: shard(m, weight_map={"a": "/etc/passwd"}), [INDEX, "'/etc/passwd'"]),
+    "an index of numbers": (lambda m: shard(m, weight_map={"a": 1}), [INDEX, "names 1"]),
+    "a pickle": (lambda m: weights_as(m, "pytorch_model.bin"), ["safetensors"]),
+    "another pickle": (lambda m: weights_as(m, "model.pt"), ["safetensors"]),
+    "a GGUF file": (lambda m: weights_as(m, "model.gguf"), ["safetensors"]),
+    "code from the hub": (code_from_the_hub, ["config.json"]),
+    "a tokenizer of code from the hub": (
+        json_file("tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.T", None]}, tokenizer_class="Mine"),
+        ["tokenizer"],
+    ),
+    "an empty config": (content_of("config.json", b""), ["config.json"]),
+    "a config that is a list": (content_of("config.json", b"[]"), ["config.json"]),
+    "a config that is not JSON": (content_of("config.json", b"\xff\xfe{"), ["config.json"]),
+    "a config nested deeply": (content_of("config.json", b'{"a":' + DEEP + b"}"), ["config.json"]),
+    "a config of no model": (content_of("config.json", b"{}"), ["config.json"]),
+    "a config of an unknown model": (content_of("config.json", b'{"model_type": "\\u001b[31m"}'), ["config.json"]),
+    "no layers": (json_file("config.json", num_hidden_layers=-1), ["num_hidden_layers is -1"]),
+    "more layers than stored": (json_file("config.json", num_hidden_layers=3), ["weights", "missing"]),
+    "heads that do not divide": (
+        json_file("config.json", num_attention_heads=3, head_dim=None),
+        ["config.json", "attention heads"],
+    ),
+    "a vocabulary of another size": (json_file("config.json", vocab_size=77), ["tokenizer"]),
+    "a tokenizer cut off": (lambda m: cut(m / "tokenizer.json", 1000), ["tokenizer"]),
+    "an empty tokenizer": (content_of("tokenizer.json", b""), ["tokenizer"]),
+    "a tokenizer that is a list": (content_of("tokenizer.json", b"[]"), ["tokenizer"]),
+    "a tokenizer config cut off": (lambda m: cut(m / "tokenizer_config.json", 10), ["tokenizer"]),
+}
+
+
+@pytest.fixture
+def model(tiny_llama, tmp_path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(tiny_llama, tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_damaged_checkpoints(name, model, tmp_path, monkeypatch):
+    damage, words = CHECKPOINTS[name]
+    damage(model)
+    monkeypatch.chdir(tmp_path)
+    message = evaluate(tmp_path, "--model", model, "--limit", 3)
+    assert str(model)[:200] in message
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("engine", ["eager", "reference"])
+def test_weights_that_are_not_numbers(value, engine, model, tmp_path):
+    tensors = load_file(model / WEIGHTS)
+    tensors["model.norm.weight"][:] = value
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    message = evaluate(tmp_path, "--model", model, "--limit", 3, "--engine", engine, status=1)
+    words = {"eager": "the stock model's logits are not numbers", "reference": "question '0': the model's log-prob"}
+    assert words[engine] in message
+
+
+def test_the_question_that_gives_no_number_is_named(babbler, tmp_path):
+    """One token's embedding is no number, and one late question has it: what was done before is kept."""
+    from transformers import AutoTokenizer
+
+    model = shutil.copytree(babbler, tmp_path / "model")
+    token = AutoTokenizer.from_pretrained(model)("Question Z is", add_special_tokens=False)["input_ids"]
+    usual = set(AutoTokenizer.from_pretrained(model)("".join(map(str, ROWS)))["input_ids"])
+    tensors = load_file(model / WEIGHTS)
+    tensors["model.embed_tokens.weight"][next(t for t in token if t not in usual)] = float("nan")
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    rows = [*ROWS[:3], ROWS[0] | {"id": "the odd one", "query": "Question Z is"}, ROWS[4]]
+    run = Runs(tmp_path, model, rows, "--engine", "reference")
+    for more in ([], ["--resume"]):
+        failed = run("out", *more)
+        assert failed.exit_code == 1
+        assert "question 'the odd one': the model's log-probability is nan; no result was written" in failed.output
+        assert "continue with: cecompile eval" in failed.output
+        assert [p.name for p in (tmp_path / "out").iterdir()] == [NAME]
+
+
+# ---- the run
+
+
+@pytest.fixture(scope="module")
+def babbler(tiny_llama, tmp_path_factory) -> Path:
+    from conftest import save_tiny_llama
+
+    directory = tmp_path_factory.mktemp("babbler")
+    vocabulary = json.loads((tiny_llama / "config.json").read_text())["vocab_size"]
+    save_tiny_llama(directory, vocabulary, max_position_embeddings=512)
+    for file in tiny_llama.glob("token*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trees(babbler, tmp_path_factory) -> Runs:
+    rows, how, _ = HOW["trees"]
+    run = Runs(tmp_path_factory.mktemp("trees"), babbler, rows, *how)
+    assert run("whole").exit_code == 0
+    return run
+
+
+def goes_on(run: Runs, name: str, failed, status: int, *words: str) -> None:
+    """The run failed with one line that has these words, and can be resumed to the same result."""
+    assert failed.exit_code == status, failed.output
+    assert len(failed.stderr.splitlines()) == 1, failed.output
+    for word in (*words, "; continue with: cecompile eval "):
+        assert word in failed.stderr
+    assert [p.name for p in (run.directory / name).iterdir()] == [NAME]
+    again = run(name, "--resume")
+    assert again.exit_code == 0, again.output
+    assert run.results(name)["resumed"]
+    assert run.samples(name) == run.samples("whole")
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """What a full disk is to a process: writes are cut short, then refused."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("records", [1, 3])
+def test_the_disk_is_full_before_the_end(records, trees):
+    from cecompile.report.journal import read
+
+    name = f"full {records}"
+    add = Journal.add
+    with pytest.MonkeyPatch.context() as patch:  # the disk fills up in the middle of a record
+
+        def add_and_fill(self, *record):
+            if self._added == records:
+                size = self.path.stat().st_size + 30
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            add(self, *record)
+
+        patch.setattr(Journal, "add", add_and_fill)
+        with files_of_at_most(resource.RLIM_INFINITY):
+            failed = trees(name)
+    assert len(list(read((trees.directory / name / NAME).read_bytes()))) == 1 + records
+    goes_on(trees, name, failed, 2, "cannot be written: File too large")
+
+
+def test_the_disk_is_full_from_the_start(trees):
+    with files_of_at_most(10):
+        failed = trees("full")
+    assert failed.exit_code == 2
+    assert "cannot be written: File too large" in failed.output
+    assert "continue" not in failed.output
+    assert not (trees.directory / "full").exists()
+
+
+@pytest.mark.parametrize("kind", ["write_samples", "write_results"])
+def test_the_disk_is_full_at_the_end(kind, trees, monkeypatch):
+    from cecompile import evaluation
+
+    write = getattr(evaluation, kind)
+
+    def full(*arguments):
+        with files_of_at_most(100):
+            write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, kind, full)
+        failed = trees(kind)
+    if kind == "write_results":  # samples.jsonl is whole by then, and written again
+        (trees.directory / kind / "samples.jsonl").unlink()
+    goes_on(trees, kind, failed, 2, "cannot be written: File too large")
+
+
+def test_a_disk_that_is_really_full(trees, monkeypatch):
+    """/dev/full answers every write as a full disk does."""
+    before = os.open
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            os,
+            "open",
+            lambda path, *how, **more: before("/dev/full" if str(path).endswith(NAME) else path, *how, **more),
+        )
+        failed = trees("dev full")
+    assert failed.exit_code == 2
+    assert len(failed.output.splitlines()) == 1
+    assert not (trees.directory / "dev full").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.AcceleratorError, torch.OutOfMemoryError])
+def test_a_device_that_fails(error, trees, monkeypatch):
+    forward, calls = Engine._forward, []
+    name = error.__name__
+
+    def fail_later(self, slot, readouts):
+        calls.append(1)
+        if len(calls) == 7:
+            raise error("CUDA error: an illegal memory access\nCUDA kernel errors might be reported later")
+        forward(self, slot, readouts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_forward", fail_later)
+        failed = trees(name)
+    goes_on(trees, name, failed, 1, "inference failed after", "passes: CUDA error: an illegal memory access")
+
+
+def test_a_device_that_fails_while_decoding(babbler, tmp_path, monkeypatch):
+    from cecompile.engine.decode import Decoder
+
+    run = Runs(tmp_path, babbler, CHATS, *HOW["chats"][1])
+    assert run("whole").exit_code == 0
+    decode, add = Decoder.run, Journal.add
+    with monkeypatch.context() as patch:
+        answered = []
+        patch.setattr(Journal, "add", lambda self, *r: (add(self, *r), answered.append(r[0] == "answers"))[0])
+
+        def fail_later(self, step):
+            if any(answered):
+                raise RuntimeError("CUDA error: device-side assert triggered")
+            return decode(self, step)
+
+        patch.setattr(Decoder, "run", fail_later)
+        failed = run("out")
+    goes_on(run, "out", failed, 1, "answers decoded: CUDA error")
+
+
+def test_data_that_changes_while_it_is_read(tmp_path, tiny_llama, monkeypatch):
+    from cecompile.tasks import read
+
+    data = write_rows(tmp_path / "rows.jsonl", ROWS[:3])
+    convert = read.to_question
+
+    def convert_while_others_write(row, fmt, where, position):
+        if position == 1:
+            with data.open("a") as file:
+                file.write(json.dumps(ROWS[0]) + "\n")
+        return convert(row, fmt, where, position)
+
+    monkeypatch.setattr(read, "to_question", convert_while_others_write)
+    assert "rows.jsonl: changed while it was read" in evaluate(tmp_path, "--model", tiny_llama, "--data", data)
+
+
+def test_data_that_is_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    assert "neither a file nor a directory" in evaluate(tmp_path, "--data", tmp_path / "rows.jsonl")
+
+
+def test_links_that_go_round(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to("b.jsonl")
+    (tmp_path / "b.jsonl").symlink_to("a.jsonl")
+    evaluate(tmp_path, "--data", tmp_path / "a.jsonl")
+    evaluate(tmp_path, "--model", tmp_path / "a.jsonl")
+
+
+def test_clocks_that_are_set_back(trees, monkeypatch):
+    """The wall clock may jump, as at the end of summer time: no phase is longer or shorter for it."""
+    now, jumps = time.time, iter(range(10_000))
+    monkeypatch.setattr(time, "time", lambda: now() - 86_400 * next(jumps))
+    assert trees("clock").exit_code == 0
+    phases = trees.results("clock")["phases_s"]
+    assert all(seconds >= 0 for seconds in phases.values())
+    assert sum(phases.values()) < 86_400
+    assert trees.samples("clock") == trees.samples("whole")
+
+
+def test_an_output_directory_that_disappears(trees, monkeypatch):
+    """Results are written all the same; only the journal is gone."""
+    from cecompile import evaluation
+
+    write = evaluation.write_samples
+    monkeypatch.setattr(evaluation, "write_samples", lambda to, samples: (shutil.rmtree(to), write(to, samples))[1])
+    assert trees("gone").exit_code == 0
+    assert trees.samples("gone") == trees.samples("whole")
+
+
+# ---- where results go
+
+
+OUTPUTS = {
+    "a device": ("/dev/full", "is a file"),
+    "below a file": (f"{demo.HELLASWAG}/out", ""),
+    "below a device": ("/dev/null/out", ""),
+    "where nothing can be made": ("/proc/out", "cannot be written"),
+    "a name that is too long": ("x" * 300, ""),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs_that_cannot_be(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output, words = OUTPUTS[name]
+    for more in ([], ["--overwrite"], ["--resume"]):
+        result = CliRunner().invoke(cli, ["eval", "--output", output, *more])
+        assert result.exit_code == 2, result.output
+        assert len(result.output.splitlines()) == 1 or "Usage:" in result.output
+        assert words in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_links_to_nothing(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    result = CliRunner().invoke(cli, ["eval", "--output", str(tmp_path / "link")])
+    assert result.exit_code == 2, result.output
+    assert len(result.output.splitlines()) == 1
+    assert "a link to nothing" in result.output
+
+
+def test_links_among_the_results_are_replaced_not_followed(trees, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.write_text("theirs")
+    output = trees.directory / "links"
+    output.mkdir()
+    for file in ("results.json", "samples.jsonl", ".samples.jsonl.1"):
+        (output / file).symlink_to(theirs)
+    assert trees("links", "--overwrite").exit_code == 0
+    assert theirs.read_text() == "theirs"
+    assert sorted(p.name for p in output.iterdir() if not p.is_symlink()) == ["results.json", "samples.jsonl"]
+
+
+def test_names_in_the_data_are_no_paths(babbler, tmp_path):
+    rows = [ROWS[0] | {"id": "../../climbed"}, ROWS[1] | {"id": "/tmp/climbed\x1b[31m"}]
+    run = Runs(tmp_path, babbler, rows, "--engine", "eager")
+    done = run("out")
+    assert done.exit_code == 0
+    assert "\x1b" not in done.output
+    assert [json.loads(line)["id"] for line in run.samples("out").splitlines()] == [r["id"] for r in rows]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "rows.jsonl"]
+
+
+def test_a_cache_directory_that_is_a_link(tmp_path):
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "cache").symlink_to(tmp_path / "real")
+    message = evaluate(tmp_path, "--engine", "compiled", "--cache-dir", tmp_path / "cache")
+    assert "is a symbolic link" in message
+    assert not list((tmp_path / "real").iterdir())

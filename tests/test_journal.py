@@ -1,0 +1,437 @@
+"""The journal: what is read back after any damage, and runs that go on where they were interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cecompile import Scorer, evaluate, read_questions
+from cecompile.cli import cli
+from cecompile.errors import UserError
+from cecompile.interrupt import command_to_resume
+from cecompile.report import journal as journal_module
+from cecompile.report.journal import ANSWERS, NAME, PASSES, Journal, read
+
+ROWS = [
+    {"query": f"Question {i} is", "choices": ["short", "rather longer " * 4, "x"], "gold": i % 3} for i in range(40)
+]
+CHATS = [
+    {"message": [{"role": "user", "content": f"question: who is number {i}?\nchoices: ['it', 'they']"}], "answer": "it"}
+    for i in range(12)
+]
+RECORDS = [(PASSES, 0, b"first"), (PASSES, 1, b""), (ANSWERS, 7, bytes(range(256)))]
+FACTS = {"model": "m", "plan": [1, 2]}
+
+
+def written(directory: Path, records=RECORDS, facts=FACTS) -> bytes:
+    with Journal(directory) as journal:
+        journal.begin(facts)
+        for record in records:
+            journal.add(*record)
+    return (directory / NAME).read_bytes()
+
+
+def kept(directory: Path, records=RECORDS) -> list:
+    with Journal(directory, resume=True) as journal:
+        journal.begin(FACTS)
+        return [r for r in records if journal.get(*r[:2]) == r[2]]
+
+
+def test_what_is_added_is_read_back(tmp_path):
+    written(tmp_path)
+    assert kept(tmp_path) == RECORDS
+    with Journal(tmp_path, resume=True) as journal:
+        assert journal.resumed is not None
+        assert journal.resumed["passes"] == 2
+        assert journal.resumed["answers"] == 1
+        journal.begin(FACTS)
+        journal.add(PASSES, 2, b"later")
+    assert kept(tmp_path, [*RECORDS, (PASSES, 2, b"later")]) == [*RECORDS, (PASSES, 2, b"later")]
+
+
+def test_a_journal_cut_anywhere_keeps_the_records_before(tmp_path):
+    whole = written(tmp_path)
+    ends = [end for *_, end in read(whole)]
+    for size in range(len(whole)):
+        (tmp_path / NAME).write_bytes(whole[:size])
+        if size < ends[0]:
+            with pytest.raises(UserError, match="damaged"):
+                Journal(tmp_path, resume=True)
+        else:
+            count = sum(end <= size for end in ends[1:])
+            assert kept(tmp_path) == RECORDS[:count]
+            assert (tmp_path / NAME).exists() == (count > 0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_damage_is_noticed_wherever_it_is(data, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("damaged")
+    whole = bytearray(written(directory))
+    ends = [end for *_, end in read(bytes(whole))]
+    place = data.draw(st.integers(0, len(whole) - 1))
+    whole[place] ^= data.draw(st.integers(1, 255))
+    records = list(read(bytes(whole)))
+    assert [r[3] for r in records] == [end for end in ends if end <= place]
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_are_read_without_an_error(content):
+    list(read(content))
+    list(read(journal_module._MAGIC + content))
+
+
+def test_records_out_of_their_place_are_not_read(tmp_path):
+    whole = written(tmp_path)
+    ends = [end for *_, end in read(whole)]
+    swapped = whole[: ends[0]] + whole[ends[1] : ends[2]] + whole[ends[0] : ends[1]]
+    assert len(list(read(swapped))) == 1
+    assert len(list(read(whole + bytes(4096)))) == 4
+
+
+def test_an_empty_journal_leaves_nothing(tmp_path):
+    with Journal(tmp_path / "a" / "b") as journal:
+        journal.begin(FACTS)
+        assert (tmp_path / "a" / "b" / NAME).exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_process_writes(tmp_path):
+    with Journal(tmp_path) as journal:
+        journal.begin(FACTS)
+        journal.add(*RECORDS[0])
+        with pytest.raises(UserError, match="another process"):
+            Journal(tmp_path, resume=True)
+        with pytest.raises(UserError, match="another process"):
+            Journal(tmp_path).begin(FACTS)
+    assert kept(tmp_path) == RECORDS[:1]
+
+
+def test_a_link_in_the_journals_place_is_not_followed(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "out" / NAME).symlink_to(tmp_path / "theirs")
+    with pytest.raises(UserError, match="cannot be written"):
+        Journal(tmp_path / "out").begin(FACTS)
+    assert (tmp_path / "theirs").read_text() == "theirs"
+
+
+def test_what_the_run_depends_on_is_compared(tmp_path):
+    written(tmp_path)
+    with Journal(tmp_path, resume=True) as journal, pytest.raises(UserError, match="plan is 3, was") as caught:
+        journal.begin(FACTS | {"plan": 3})
+    assert "model" not in str(caught.value)
+    assert kept(tmp_path) == RECORDS
+
+
+def test_waiting_for_the_disk_is_bounded(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(file))
+    written(tmp_path, [(PASSES, i, b"x" * 100) for i in range(500)])
+    assert len(synced) == 1  # as it is closed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["eval"], "cecompile eval --output out --resume"),
+        (["eval", "--overwrite", "--output", "a b"], "cecompile eval --output 'a b' --resume"),
+        (["eval", "--output=o", "--resume"], "cecompile eval --output=o --resume"),
+        (["eval", "--data", "a'\n\x1b"], r"cecompile eval --data $'a\x27\x0a\x1b' --output out --resume"),
+    ],
+)
+def test_the_command_that_resumes(arguments, command):
+    assert command_to_resume(arguments, Path("out")) == command
+
+
+def test_the_shell_reads_the_command_back():
+    argument = "a'b\\c\n\u202e漢\x1b"
+    command = command_to_resume(["--data", argument], Path("out")).replace("cecompile", "printf '%s|'", 1)
+    shown = subprocess.run(["bash", "-c", command], capture_output=True, check=True).stdout.decode()
+    assert shown.split("|")[1] == argument
+
+
+# ---- runs
+
+
+def write_rows(path: Path, rows=ROWS) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+class Runs:
+    """`eval` of one model and file, in this process, as it is or stopped by a signal after some records."""
+
+    def __init__(self, directory: Path, model: Path, rows, *how: object) -> None:
+        self.data = write_rows(directory / "rows.jsonl", rows)
+        self.directory = directory
+        self.arguments = ["--model", str(model), "--data", str(self.data), "--device", "cpu", *map(str, how)]
+
+    def __call__(self, output: str, *more: object, **options):
+        to = str(self.directory / output)
+        return CliRunner().invoke(cli, ["eval", *self.arguments, "--output", to, *map(str, more)], **options)
+
+    def samples(self, output: str) -> bytes:
+        return (self.directory / output / "samples.jsonl").read_bytes()
+
+    def results(self, output: str) -> dict:
+        return json.loads((self.directory / output / "results.json").read_text())
+
+
+def stop_after(monkeypatch, records: int, number: int = signal.SIGINT) -> None:
+    """A real signal to this process once so many records are in the journal."""
+    add = Journal.add
+
+    def add_and_stop(self, *record):
+        add(self, *record)
+        if self._added == records:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Journal, "add", add_and_stop)
+
+
+HOW = {
+    "trees": (ROWS, ["--engine", "eager", "--tokens-per-bucket", "256"], 3),
+    "reference": (ROWS[:6], ["--engine", "reference"], 7),
+    "chats": (CHATS, ["--engine", "eager", "--tokens-per-bucket", "256", "--max-new-tokens", "6"], 1),
+    "decoded": (CHATS, ["--engine", "eager", "--tokens-per-bucket", "256", "--max-new-tokens", "6"], 9),
+    "chats, reference": (CHATS[:4], ["--engine", "reference", "--max-new-tokens", "4"], 2),
+}
+
+
+@pytest.fixture(scope="module")
+def babbler(tiny_llama, tmp_path_factory) -> Path:
+    """The tiny Llama with the positions and the template that chats need."""
+    from conftest import save_tiny_llama
+
+    directory = tmp_path_factory.mktemp("babbler")
+    vocabulary = json.loads((tiny_llama / "config.json").read_text())["vocab_size"]
+    save_tiny_llama(directory, vocabulary, max_position_embeddings=512)
+    for file in tiny_llama.glob("token*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(babbler, tmp_path_factory):
+    """Per kind of run its `Runs`, with the uninterrupted one's results in "whole"."""
+    made: dict[str, Runs] = {}
+
+    def get(kind: str) -> Runs:
+        if kind not in made:
+            rows, how, _ = HOW[kind]
+            made[kind] = Runs(tmp_path_factory.mktemp("runs"), babbler, rows, *how)
+            done = made[kind]("whole")
+            assert done.exit_code == 0, done.output
+            assert made[kind].results("whole")["resumed"] is None
+            assert not (made[kind].directory / "whole" / NAME).exists()
+        return made[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", HOW)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_goes_on(kind, number, status, uninterrupted, monkeypatch):
+    run, records = uninterrupted(kind), HOW[kind][2]
+    name = f"stopped {status}"
+    with monkeypatch.context() as patch:
+        stop_after(patch, records, number)
+        stopped = run(name)
+    assert stopped.exit_code == status
+    assert stopped.output.startswith(f"cecompile: interrupted ({signal.Signals(number).name}); continue with: ")
+    assert len(stopped.output.splitlines()) == 1
+    assert stopped.output.endswith("--resume\n")
+    assert [p.name for p in (run.directory / name).iterdir()] == [NAME]
+    refused = run(name)
+    assert refused.exit_code == 2
+    assert "--resume goes on" in refused.output
+
+    again = run(name, "--resume")
+    assert again.exit_code == 0, again.output
+    resumed = run.results(name)["resumed"]
+    assert sum(n for kind, n in resumed.items() if kind != "from") == records
+    assert run.results(name)["headline"]["seconds"] is None
+    assert "no latency counts as a headline" in " ".join(again.output.split())
+    assert "<- headline" not in again.output
+    assert not (run.directory / name / NAME).exists()
+    for file in {p.name for p in (run.directory / "whole").iterdir()} - {"results.json"}:
+        assert (run.directory / name / file).read_bytes() == (run.directory / "whole" / file).read_bytes()
+    nothing = run(name, "--resume")
+    assert nothing.exit_code == 2
+    assert "no interrupted run to resume" in nothing.output
+
+
+def test_every_point_of_resumption_gives_the_same(uninterrupted, monkeypatch):
+    """Stopped after each pass, resumed, stopped again after the next, to the end."""
+    run = uninterrupted("trees")
+    passes = sum(bucket["runs"] for bucket in run.results("whole")["plan"]["buckets"])
+    assert passes >= 4
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        assert run("bit by bit").exit_code == 130
+        for _ in range(passes - 1):
+            assert run("bit by bit", "--resume").exit_code == 130
+    assert run("bit by bit", "--resume").exit_code == 0
+    assert run.results("bit by bit")["resumed"]["passes"] == passes
+    assert run.samples("bit by bit") == run.samples("whole")
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.95])
+def test_from_a_damaged_record_on_all_is_computed_again(place, uninterrupted, monkeypatch):
+    run = uninterrupted("trees")
+    name = f"damaged {place}"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        run(name)
+    path = run.directory / name / NAME
+    content = bytearray(path.read_bytes())
+    ends = [end for *_, end in read(bytes(content))]
+    at = ends[0] + int(place * (len(content) - ends[0]))
+    content[at] ^= 4
+    path.write_bytes(content)
+    done = run(name, "--resume")
+    assert done.exit_code == 0, done.output
+    left = sum(end <= at for end in ends[1:])
+    assert (run.results(name)["resumed"] or {"passes": 0})["passes"] == left
+    assert run.samples(name) == run.samples("whole")
+
+
+@pytest.fixture(scope="module")
+def stopped(uninterrupted) -> Runs:
+    """A run that was interrupted; its journal is in "stopped"."""
+    run = uninterrupted("trees")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        assert run("stopped").exit_code == 130
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        (["--limit", 39], "data digest is"),
+        (["--tokens-per-bucket", 512], "plan is"),
+        (["--engine", "reference"], "engine is reference, was eager"),
+        (["--dtype", "bfloat16"], "dtype is bfloat16, was float32"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(changes, difference, stopped):
+    before = (stopped.directory / "stopped" / NAME).read_bytes()
+    refused = stopped("stopped", "--resume", *changes)
+    assert refused.exit_code == 2, refused.output
+    assert len(refused.output.splitlines()) == 1
+    assert "cannot be resumed" in refused.output
+    assert difference in refused.output
+    assert "continue with" not in refused.output
+    assert (stopped.directory / "stopped" / NAME).read_bytes() == before
+
+
+def test_another_model_or_version_is_not_gone_on_with(stopped, babbler, tmp_path, monkeypatch):
+    from conftest import save_tiny_llama
+
+    for file in babbler.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    vocabulary = json.loads((babbler / "config.json").read_text())["vocab_size"]
+    save_tiny_llama(tmp_path, vocabulary, max_position_embeddings=512, initializer_range=0.31)
+    assert "model fingerprint is" in stopped("stopped", "--resume", "--model", tmp_path).output
+    monkeypatch.setattr("cecompile.report.results.platform.python_version", lambda: "3.99")
+    assert "python is 3.99, was" in stopped("stopped", "--resume").output
+
+
+def test_resume_names_its_output_and_excludes_overwrite(tmp_path):
+    for arguments in (["--resume"], ["--resume", "--overwrite", "--output", str(tmp_path)]):
+        refused = CliRunner().invoke(cli, ["eval", *arguments])
+        assert refused.exit_code == 2
+        assert "--resume: goes on with the run in --output" in refused.output
+    missing = CliRunner().invoke(cli, ["eval", "--resume", "--output", str(tmp_path / "none")])
+    assert missing.exit_code == 2
+    assert "no interrupted run to resume" in missing.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_first_of_repeated_runs_is_journaled(uninterrupted, monkeypatch):
+    run = uninterrupted("trees")
+    passes = sum(bucket["runs"] for bucket in run.results("whole")["plan"]["buckets"])
+    added = []
+    add = Journal.add
+    monkeypatch.setattr(Journal, "add", lambda self, *record: (added.append(record[1]), add(self, *record))[1])
+    assert run("repeated", "--repeat", 3).exit_code == 0
+    assert added == list(range(passes))
+    assert run.results("repeated")["inference_s"]["runs"] == 3
+
+
+def test_overwriting_an_interrupted_run_starts_anew(uninterrupted, monkeypatch):
+    run = uninterrupted("trees")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        run("begun")
+    assert run("begun", "--overwrite").exit_code == 0
+    assert run.results("begun")["resumed"] is None
+    assert run.samples("begun") == run.samples("whole")
+
+
+def test_killed_while_writing_leaves_what_the_next_run_clears_away(uninterrupted, monkeypatch):
+    run = uninterrupted("trees")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        run("killed")
+    (run.directory / "killed" / ".samples.jsonl.1").write_text("half")
+    assert run("killed", "--resume").exit_code == 0
+    assert sorted(p.name for p in (run.directory / "killed").iterdir()) == ["results.json", "samples.jsonl"]
+
+
+def test_a_model_loaded_elsewhere_is_not_journaled(babbler, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(babbler).eval()
+    scorer = Scorer.from_model(model, AutoTokenizer.from_pretrained(babbler), engine="eager")
+    questions = read_questions(write_rows(tmp_path / "rows.jsonl", ROWS[:4]))
+    with Journal(tmp_path / "out") as journal, pytest.raises(UserError, match="no fingerprint"):
+        evaluate(scorer, questions, output=tmp_path / "out", journal=journal)
+    assert not (tmp_path / "out").exists()
+    assert evaluate(scorer, questions, output=tmp_path / "out").results["resumed"] is None
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_while_loading_there_is_nothing_to_resume(number, status, uninterrupted, monkeypatch):
+    from cecompile.runtime import Runtime
+
+    run = uninterrupted("trees")
+    load = Runtime.load
+
+    def stopped(self):
+        os.kill(os.getpid(), number)
+        return load(self)
+
+    monkeypatch.setattr(Runtime, "load", stopped)
+    done = run("early")
+    assert done.exit_code == status
+    assert done.output == f"cecompile: interrupted ({signal.Signals(number).name}); nothing to resume\n"
+    assert not (run.directory / "early").exists()
+
+
+@pytest.mark.parametrize("seconds", [0.15, 1.5])
+def test_a_process_that_is_stopped_ends_with_one_line(seconds, babbler, tmp_path):
+    """As from a terminal: the signal goes to the whole process group, while it is starting or importing torch."""
+    command = [sys.executable, "-m", "cecompile", "eval", "--engine", "eager", "--model", str(babbler)]
+    command += ["--output", str(tmp_path / "out")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, start_new_session=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    if seconds < 1 and process.returncode == -signal.SIGINT:
+        pytest.skip("Python itself was still starting")
+    assert process.returncode == 130
+    assert err.startswith("cecompile: interrupted (SIGINT)")
+    assert len(err.splitlines()) == 1
+    assert out == ""
