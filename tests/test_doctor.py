@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from cecompile.cli import cli
+from cecompile.report import machine
 from cecompile.report.doctor import GIB, as_json_object, has_kernels, judge, print_doctor
 from cecompile.report.machine import (
     Device,
@@ -240,8 +242,8 @@ def test_missing_triton_and_ptxas(orin):
     assert "ptxas is missing" in problems(replace(facts, tools=replace(facts.tools, ptxas=None, ptxas_by=None)))
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="Triton of a CUDA build comes with ptxas")
-def test_ptxas_is_found_but_triton_has_to_be_told(orin):
+def test_ptxas_is_found_but_triton_has_to_be_told(orin, monkeypatch):
+    monkeypatch.setattr(machine, "util", SimpleNamespace(find_spec=lambda _: None))  # no Triton that comes with one
     ptxas = str(orin / "usr/local/cuda/bin/ptxas")
     untold = find_tools(orin, {"PATH": str(orin / "bin")})
     assert (untold.ptxas, untold.ptxas_by) == (f"{ptxas} 12.6", "toolkit")
