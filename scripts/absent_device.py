@@ -24,6 +24,7 @@ from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
 from torch._inductor.runtime import triton_helpers
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
@@ -161,6 +162,7 @@ def _patches(properties: Properties, version: str, found: Callable[[Kernel], Non
     yield mock.patch.object(triton_helpers, "set_driver_to_gpu", giving(None))  # kernels ask for it as they are loaded
     yield mock.patch.object(torch.version, "cuda", torch.version.cuda or version)
     yield mock.patch.object(FakeTensorMode, "avoid_device_init", True)
+    yield mock.patch.object(fake_tensor, "init_gpu_context", giving(None))
     yield torch._inductor.config.patch(_OPTIONS)
     fold = UniformValueConstantFolder.run  # computes with tensors of one element, real ones
 
