@@ -42,12 +42,16 @@ if [ ! -e "$stamp" ] || [ "$root/pyproject.toml" -nt "$stamp" ] || [ "$root/scri
     echo "Setting up $venv (once, some minutes) ..." >&2
     constraints="$root/scripts/constraints.txt"
     if [ -e "$venv/kept-torch.txt" ]; then
-        { grep -vE '^(torch|numpy)==' "$constraints"; cat "$venv/kept-torch.txt"; } >"$venv/constraints.txt"
+        { grep -vE '^(torch|numpy|triton)==' "$constraints"; cat "$venv/kept-torch.txt"; } >"$venv/constraints.txt"
         constraints="$venv/constraints.txt"
     fi
     pip=("$python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints")
     "${pip[@]}" 'torch>=2.8.0a0' ||
         stop "cecompile needs torch 2.8 or newer; this machine keeps $(cat "$venv/kept-torch.txt" 2>/dev/null || echo none)"
     "${pip[@]}" --editable "$root[$extras]"
+    if [[ ",$extras," = *,test,* && "$(uname -s)" = Linux ]] &&
+        "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
+        "${pip[@]}" triton # compiles for a GPU that is not there, as a test does; other builds of torch have their own
+    fi
     touch "$stamp"
 fi

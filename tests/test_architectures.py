@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_chat import generated
 from test_engine import ARCHITECTURES, COMMON, prepared, random_sequences, tiny_model
 from transformers import AutoConfig
@@ -23,6 +24,7 @@ GROUPED = {"num_key_value_heads": 2}
 SIZED = GROUPED | {"head_dim": 8}
 WINDOWED = {"sliding_window": 9}
 EXPERTS = {"num_experts_per_tok": 2}
+MIXTURES = ("deepseek_v3", "gpt_oss", "mixtral", "qwen3_moe")
 MIXED = WINDOWED | {"layer_types": ["sliding_attention", "full_attention"]}
 
 # model_type: what the tiny model has beside test_engine's COMMON. All of it matters to attention, head or routing.
@@ -78,7 +80,7 @@ REFUSED = {
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}, "ALiBi"),
     "falcon with ALiBi": ({"alibi": True}, "ALiBi"),
     "mamba": ({"state_size": 8}, "keeps a state"),
-    "recurrent_gemma": ({}, "keeps a state"),
+    "recurrent_gemma": ({}, "keeps a state|attention cannot be replaced"),  # as the release of transformers marks it
     "gpt_neo": (
         {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4},
         "attention cannot be replaced",
@@ -95,6 +97,16 @@ def model_type(name: str) -> str:
     return name.split()[0]
 
 
+def skip_what_cannot_run(kind: str) -> None:
+    """transformers computes experts by grouped products, which torch has on the CPU in 2.13, and has not in 2.8."""
+    one = torch.zeros(1, 16, 16, dtype=torch.bfloat16)
+    if kind in MIXTURES:
+        try:
+            torch._grouped_mm(one[0], one, offs=torch.tensor([16], dtype=torch.int32))
+        except NotImplementedError:
+            pytest.skip("this torch has no grouped products on the CPU")
+
+
 def config_of(name: str):
     return AutoConfig.for_model(model_type(name), **(COMMON | REFUSED[name][0]))
 
@@ -104,6 +116,7 @@ def config_of(name: str):
     [(k, "sdpa") for k in COMPILED] + [(k, "flex") for k in COMPILED if k not in NO_FLEX],
 )
 def test_compiled_trees_are_exact(kind, attention):
+    skip_what_cannot_run(kind)
     model, sequences = tiny_model(kind, **EXACT[kind]), random_sequences(questions=5)
     expected, expected_greedy = score_one_by_one(model, sequences)
     assert choose_attention(model, attention) == (attention, None)
@@ -116,6 +129,7 @@ def test_compiled_trees_are_exact(kind, attention):
 
 @pytest.mark.parametrize("kind", NO_FLEX)
 def test_where_flex_does_not_go_it_is_refused_with_the_reason(kind):
+    skip_what_cannot_run(kind)
     model = tiny_model(kind, **EXACT[kind])
     with pytest.raises(UserError, match=r"cannot be scored as trees \(flex: "):
         choose_attention(model, "flex")
@@ -123,6 +137,7 @@ def test_where_flex_does_not_go_it_is_refused_with_the_reason(kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in EXACT if kind not in ARCHITECTURES])
 def test_decodes_as_generate_does(kind):
+    skip_what_cannot_run(kind)
     model, random = tiny_model(kind, **EXACT[kind]), np.random.default_rng(1)
     prompts = [random.integers(3, 96, n).astype(np.int32) for n in (1, 30, 7, 23)]
     expected = [generated(model, prompt, 8, None) for prompt in prompts]
@@ -134,14 +149,14 @@ def test_decodes_as_generate_does(kind):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_exact_is_refused_before_loading(name, tmp_path):
     config = config_of(name)
-    assert REFUSED[name][1] in refusal(on_meta(config))
+    assert re.search(REFUSED[name][1], refusal(on_meta(config)))
     config.save_pretrained(tmp_path)  # there are no weights at all
     from cecompile import demo
 
     for file in demo.MODEL.glob("token*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     for kind in (Scorer, Answerer):
-        with pytest.raises(UserError, match=f"{REFUSED[name][1]}.*--engine reference runs them"):
+        with pytest.raises(UserError, match=f"({REFUSED[name][1]}).*--engine reference runs them"):
             kind.from_pretrained(tmp_path, device="cpu")
     assert Scorer.from_pretrained(tmp_path, device="cpu", engine="reference").runtime.model is None
 

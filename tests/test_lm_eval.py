@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from test_engine import ARCHITECTURES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from cecompile import demo
 from cecompile.cli import cli
@@ -183,6 +183,8 @@ def compare(ours, theirs):
 
 @pytest.mark.parametrize(("kind", "engine"), [(k, "eager") for k in KINDS] + [("llama", "compiled")])
 def test_equals_the_hf_backend(kind, engine, tasks, tmp_path):
+    if kind == "gemma2" and Gemma2ForCausalLM._supports_sdpa:
+        pytest.skip("this transformers' own gemma2 leaves out the soft cap; trees are refused")
     model = save_model(tmp_path, kind)
     ours = CecompileLM(pretrained=str(model), device="cpu", dtype="float32", engine=engine)
     theirs = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=8)

@@ -21,7 +21,10 @@ from cecompile.report.units import short_name
 def progress_bars(console: Console) -> Iterator[Any]:
     """A callable (phase, done, total) that draws a bar per phase; draws nothing where there is no terminal."""
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    if not console.is_terminal:  # rich before 14.3 ends bars that are disabled with an empty line
+        yield lambda *_: None
+        return
+    with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def show(phase: str, done: int, total: int) -> None:

@@ -1,0 +1,19 @@
+"""Prints pip constraints that keep what is installed here and must not be replaced: torch, and what it was built with.
+
+python3 scripts/keep_installed.py > kept.txt && python3 -m pip install --constraint kept.txt cecompile
+"""
+
+import re
+from importlib import metadata
+
+KEPT = re.compile(r"(torch|torchvision|torchaudio|pytorch-triton|triton|numpy|nvidia-.+|cuda-.+)")
+
+
+def constraints() -> list[str]:
+    """One line `name==version` for each of them, sorted."""
+    found = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(): d.version for d in metadata.distributions()}
+    return sorted(f"{name}=={version}" for name, version in found.items() if KEPT.fullmatch(name))
+
+
+if __name__ == "__main__":
+    print("\n".join(constraints()))
