@@ -17,6 +17,7 @@ from cecompile.report.rules import rule_rows
 from cecompile.report.words import DASH, EXAMPLES, Words
 
 Results = dict[str, Any]
+ROW = 19  # points: a line of a table, and room for some of two lines
 
 
 def make_document(results: Results, languages: Sequence[str]) -> bytes:
@@ -238,7 +239,7 @@ def _setting(results: Results, w: Writer) -> list[Flowable]:
         ("credits.version", ", ".join([f"Python {machine['python']}", *versions])),
     ]
     rows = [(w.text(name), literal(value)) for name, value in facts if value]
-    return [*w.section("setting"), w.table(rows, (0.2, 0.8), head=False)]
+    return [*w.section("setting", len(rows) * ROW), w.table(rows, (0.2, 0.8), head=False)]
 
 
 def _credits(results: Results, w: Writer) -> list[Flowable]:

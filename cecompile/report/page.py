@@ -68,10 +68,10 @@ class Writer:
     def paragraph(self, name: str, style: ParagraphStyle = BODY, **fields: object) -> Paragraph:
         return Paragraph(self.text(name, **fields), style)
 
-    def section(self, name: str) -> list[Flowable]:
-        """A numbered heading, which never stands alone at the end of a page."""
+    def section(self, name: str, height: float = 30 * mm) -> list[Flowable]:
+        """A numbered heading; it begins a page where less than `height` points are left for it and what follows."""
         self.sections += 1
-        return [CondPageBreak(30 * mm), Paragraph(f"{self.sections}. {self.words(name)}", SECTION)]
+        return [CondPageBreak(height), Paragraph(f"{self.sections}. {self.words(name)}", SECTION)]
 
     def figure(self, drawing: Drawing, name: str, **fields: object) -> KeepTogether:
         """A drawing with a numbered caption."""
