@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from cecompile.engine.cache import WARM, Entry
 from cecompile.engine.decode import Decoder, NotDecodableError
 from cecompile.engine.forward import Engine
+from cecompile.engine.memory import is_out_of_memory
 from cecompile.engine.verify import decoding_disagreement, disagreement
 from cecompile.errors import CheckError, UserError, first_line, printable
 from cecompile.workload.lanes import DecodeShape
@@ -156,9 +157,15 @@ class Warmer:
     def _wrong(self, warmed: Warmed, ready: Ready) -> str | None:
         if ready.sequences is None:
             return None
-        off = disagreement(warmed.engine, self._model, self._stock, ready.sequences, ready.staged)
-        if warmed.decoder is not None:
-            off = max(off, decoding_disagreement(warmed.decoder, self._model, self._stock, ready.sequences))
+        try:
+            off = disagreement(warmed.engine, self._model, self._stock, ready.sequences, ready.staged)
+            if warmed.decoder is not None:
+                off = max(off, decoding_disagreement(warmed.decoder, self._model, self._stock, ready.sequences))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            warmed.remark("not held against the stock model, which memory does not suffice for beside what is warm")
+            return None
         if off <= 1:
             return None
         return f"the {warmed.name} pass is {off:.2g} times as far from the stock model as rounding explains"

@@ -10,7 +10,7 @@ from cecompile import Question, Scorer
 from cecompile.engine import forward
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
-from cecompile.engine.reference import score_one_by_one
+from cecompile.engine.reference import rounding, score_one_by_one
 from cecompile.errors import UserError
 from cecompile.scorer import collect
 from cecompile.workload.plan import choose_geometry, make_plan
@@ -210,3 +210,12 @@ def test_a_wrong_compilation_is_found_out_and_not_used(tiny_llama, monkeypatch):
     assert scorer.runtime.engine == "eager"
     assert scorer.runtime.note.startswith("ran uncompiled: the compiled pass is ")
     np.testing.assert_allclose(got.loglikelihoods, expected.loglikelihoods, rtol=0, atol=1e-3)
+
+
+def test_how_far_rounding_moves_a_models_logits():
+    model, sequences = tiny_model("llama", num_hidden_layers=4), random_sequences()
+    own = model.config._attn_implementation
+    single = rounding(model, sequences, [0, 1])
+    half = rounding(model.to(torch.bfloat16), sequences, [0, 1])
+    assert model.config._attn_implementation == own
+    assert 0 <= single < 1e-4 < half < 0.2

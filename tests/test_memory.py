@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import save_tiny_llama
 
-from cecompile import demo
+from cecompile import Question, Scorer, demo, warming
 from cecompile.engine.memory import is_out_of_memory, parse_size
 
 
@@ -108,6 +108,17 @@ def test_buckets_get_smaller_when_memory_runs_out_all_the_same(wide_llama):
     note, slots = done.stdout.splitlines()[-2:]
     assert note.startswith("buckets made smaller: memory ran out with ")
     assert int(slots) < 8192
+
+
+def test_without_memory_for_the_stock_model_beside_it_a_run_goes_on_unchecked(tiny_llama, monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(warming, "disagreement", out_of_memory)
+    scorer = Scorer.from_pretrained(tiny_llama, device="cpu", engine="eager")
+    scores = scorer.score([Question("0", "The question is", ("easy", "not so easy"), 0)])
+    assert len(scores.loglikelihoods[0]) == 2
+    assert scorer.runtime.note.startswith("not held against the stock model")
 
 
 @pytest.mark.parametrize(

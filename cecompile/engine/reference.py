@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from cecompile.workload.sequences import Sequences
 
+ROUNDED, READ = 256, 8  # tokens of a sequence, and of the last how many the logits, that show what rounding does
+
 
 @torch.inference_mode()
 def stock_logits(model: PreTrainedModel, sequences: Sequences, i: int) -> Tensor:
@@ -31,10 +33,15 @@ def rounding(model: PreTrainedModel, sequences: Sequences, which: Iterable[int])
     """
     own = model.config._attn_implementation
     other = "eager" if own != "eager" else "sdpa"
-    expected = [stock_logits(model, sequences, i) for i in which]
+
+    def logits(i: int) -> Tensor:  # (tokens, vocabulary) of its beginning: eager attention holds a matrix of tokens
+        input_ids = torch.from_numpy(sequences.inputs(i)[:ROUNDED].astype(np.int64)).to(model.device)
+        return model(input_ids=input_ids[None], use_cache=False).logits[0, -READ:].float()
+
+    expected = [logits(i) for i in which]
     try:
         model.set_attn_implementation(other)
-        got = [stock_logits(model, sequences, i) for i in which]
+        got = [logits(i) for i in which]
     except ValueError:  # it has none
         return 0.0
     finally:
