@@ -106,7 +106,9 @@ def test_document_has_the_results_figures(scored, language):
         has(text, f"{b['rows']:,} × {b['length']:,}", f"{b['readouts']:,}")
         has(text, f"{100 * b['useful_tokens'] / (b['rows'] * b['length'] * b['runs']):.2f} %")
     has(text, f"{r['model']['parameters']:,}", r["model"]["architecture"], r["model"]["dtype"], r["model"]["name"])
-    has(text, r["environment"]["device"], f"{r['memory']['peak_bytes'] / 1e6:.1f} MB", "torch " + versions(r)["torch"])
+    peak = r["memory"]["peak_bytes"]
+    has(text, f"{peak / 1e6:.1f} MB" if peak < 1e9 else f"{peak / 1e9:.2f} GB")
+    has(text, r["environment"]["device"], "torch " + versions(r)["torch"])
 
 
 def written(seconds: float) -> str:
