@@ -25,15 +25,24 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Where tests run on several processes, one marked `alone` waits for the others' and they for it."""
+    """Where tests run on several processes, one marked `alone` waits for the others' and they for it.
+
+    It then has all cores, as it has where it is run by itself.
+    """
     with contextlib.ExitStack() as stack:
         if "PYTEST_XDIST_WORKER" in os.environ:
+            alone = item.get_closest_marker("alone") is not None
             folder = item.config.cache.mkdir("turns")
             gate, hall = (stack.enter_context((folder / name).open("w")) for name in ("gate", "hall"))
             stack.callback(fcntl.flock, hall, fcntl.LOCK_UN)
             fcntl.flock(gate, fcntl.LOCK_EX)  # who waits for the hall keeps the next from slipping in
-            fcntl.flock(hall, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+            fcntl.flock(hall, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             fcntl.flock(gate, fcntl.LOCK_UN)
+            if alone:
+                import torch
+
+                stack.callback(torch.set_num_threads, torch.get_num_threads())
+                torch.set_num_threads(len(os.sched_getaffinity(0)))
         return (yield)
 
 
