@@ -1,7 +1,6 @@
 """The command line: argument handling only. Heavy imports wait inside the commands."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -143,7 +142,7 @@ def eval_command(
     from cecompile.tasks.read import read_dataset
 
     clock = Clock(process_start())
-    name = _demo(task) if data is None else data
+    name = _named(data, task)
     output = output or Path("results") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     prepare_output(output, overwrite, resume)
     ctx.meta["journal"] = journal = ctx.with_resource(Journal(output, resume))
@@ -221,7 +220,7 @@ def plan_command(
     """
     from cecompile.tasks.read import read_dataset
 
-    dataset = read_dataset(_demo(task) if data is None else data, task, limit)
+    dataset = read_dataset(_named(data, task), task, limit)
     from rich.console import Console
 
     from cecompile.engine.estimate import as_planned_on, estimate
@@ -234,7 +233,7 @@ def plan_command(
     workload = model.prepare(dataset.questions, fit=how["memory_limit"] is not None)
     assert workload.plan is not None
     budget = model.runtime.budget(workload.plan, "cuda" if profile else None)
-    summary = plan_summary(workload.plan) | {"memory": dataclasses.asdict(budget)}
+    summary = plan_summary(workload.plan) | {"memory": budget.summary()}
     estimated = estimate(profile, model.runtime.config, workload.plan, len(workload.sequences)) if profile else None
     if as_json:
         click.echo(json.dumps(summary | ({"estimate": estimated} if estimated else {})))
@@ -277,7 +276,7 @@ def warm_command(
     from cecompile.prewarm import warm
     from cecompile.tasks.read import read_dataset
 
-    dataset = None if max_depth is not None else read_dataset(_demo(task) if data is None else data, task, limit)
+    dataset = None if max_depth is not None else read_dataset(_named(data, task), task, limit)
     model = _model(how, task if dataset is None else dataset.task)
     questions = None if dataset is None else dataset.questions
     with progress_bars(Console(stderr=True)) as progress:
@@ -334,9 +333,9 @@ def lm_eval_command(arguments: tuple[str, ...]) -> None:
     run_command_line(arguments)
 
 
-def _demo(task: str) -> str:
-    """The embedded questions for a task."""
-    return str(demo.CHAT if task == "chat" else demo.HELLASWAG)
+def _named(data: str | None, task: str) -> str:
+    """The dataset to read: the embedded questions for the task where none is named."""
+    return str(demo.CHAT if task == "chat" else demo.HELLASWAG) if data is None else data
 
 
 def _model(how: dict[str, Any], task: str) -> Any:

@@ -87,6 +87,17 @@ def tiny_llama(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def babbler(tiny_llama, tmp_path_factory) -> Path:
+    """The tiny Llama with the positions and the template that chats need."""
+    directory = tmp_path_factory.mktemp("babbler")
+    vocabulary = json.loads((tiny_llama / "config.json").read_text())["vocab_size"]
+    save_tiny_llama(directory, vocabulary, max_position_embeddings=512)
+    for file in tiny_llama.glob("token*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+@pytest.fixture(scope="session")
 def llama_tokenizer_dir(tmp_path_factory) -> Path:
     """A small random Llama with the Llama-2 tokenizer."""
     directory = tmp_path_factory.mktemp("llama_tokenizer")

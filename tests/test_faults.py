@@ -193,18 +193,6 @@ def test_the_question_that_gives_no_number_is_named(babbler, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def babbler(tiny_llama, tmp_path_factory) -> Path:
-    from conftest import save_tiny_llama
-
-    directory = tmp_path_factory.mktemp("babbler")
-    vocabulary = json.loads((tiny_llama / "config.json").read_text())["vocab_size"]
-    save_tiny_llama(directory, vocabulary, max_position_embeddings=512)
-    for file in tiny_llama.glob("token*"):
-        (directory / file.name).write_bytes(file.read_bytes())
-    return directory
-
-
-@pytest.fixture(scope="module")
 def trees(babbler, tmp_path_factory) -> Runs:
     rows, how, _ = HOW["trees"]
     run = Runs(tmp_path_factory.mktemp("trees"), babbler, rows, *how)

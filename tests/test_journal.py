@@ -207,19 +207,6 @@ HOW = {
 
 
 @pytest.fixture(scope="module")
-def babbler(tiny_llama, tmp_path_factory) -> Path:
-    """The tiny Llama with the positions and the template that chats need."""
-    from conftest import save_tiny_llama
-
-    directory = tmp_path_factory.mktemp("babbler")
-    vocabulary = json.loads((tiny_llama / "config.json").read_text())["vocab_size"]
-    save_tiny_llama(directory, vocabulary, max_position_embeddings=512)
-    for file in tiny_llama.glob("token*"):
-        (directory / file.name).write_bytes(file.read_bytes())
-    return directory
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(babbler, tmp_path_factory):
     """Per kind of run its `Runs`, with the uninterrupted one's results in "whole"."""
     made: dict[str, Runs] = {}

@@ -11,7 +11,7 @@ import torch
 from conftest import save_tiny_llama
 
 from cecompile import Question, Scorer, demo, warming
-from cecompile.engine.memory import is_out_of_memory, parse_size
+from cecompile.engine.memory import Budget, is_out_of_memory, parse_size
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +139,9 @@ def test_forms_of_running_out_of_memory(error):
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("out of memory"), OSError("NvMap")])
 def test_other_errors_are_not_that(error):
     assert not is_out_of_memory(error)
+
+
+def test_what_takes_turns_is_counted_once():
+    parts = {"weights": 100, "activations": 30, "mask": 2, "head": 3, "cache": 50, "fixed": 7, "loading": 5}
+    assert Budget(**parts, in_turns=False).summary() == parts | {"total": 192}
+    assert Budget(**parts, in_turns=True).summary() == parts | {"total": 157}

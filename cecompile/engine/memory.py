@@ -10,7 +10,7 @@ import os
 import re
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,12 @@ class Budget:
         passes = self.activations + self.mask + self.head
         working = max(passes, self.cache) if self.in_turns else passes + self.cache
         return self.weights + max(self.loading, working + self.fixed)
+
+    def summary(self) -> dict[str, int]:
+        """Bytes by part, and the `total`, which is less than the sum of parts that take turns."""
+        parts = asdict(self)
+        del parts["in_turns"]
+        return parts | {"total": self.total}
 
 
 def model_sizes(config: Any, dtype: str) -> Sizes:

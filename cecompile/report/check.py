@@ -28,13 +28,12 @@ def problems(directory: Path) -> list[str]:
     Raises:
         UserError: it is not a result directory; see `read_result`.
     """
-    stored = read_result(directory)
-    return [*_digests(stored, directory), *inconsistencies(stored)]
+    return problems_of(read_result(directory))
 
 
-def inconsistencies(stored: StoredResult) -> list[str]:
-    """The same without the files' digests."""
-    found = []
+def problems_of(stored: StoredResult) -> list[str]:
+    """The same of a result that has been read."""
+    found = list(_digests(stored))
     for check in (_samples, _metrics, _clock, _timeline, _warmup, _weights, _precision, _plan, _memory, _comparison):
         found += _tried(check, stored)
     return found
@@ -51,7 +50,7 @@ def _tried(check: Callable[[StoredResult], Found], stored: StoredResult) -> list
     return found
 
 
-def _digests(stored: StoredResult, directory: Path) -> Found:
+def _digests(stored: StoredResult) -> Found:
     results = stored.results
     if results.get("digest") is None:
         yield "results.json: field 'digest': missing"
@@ -61,7 +60,7 @@ def _digests(stored: StoredResult, directory: Path) -> Found:
     if not isinstance(written, dict):
         yield "results.json: field 'samples_digest': missing"
         return
-    for name, digest in file_digests(directory).items():
+    for name, digest in file_digests(Path(stored.name)).items():
         if written.get(name) != digest:
             yield f"{name}: was edited: its digest is not the one in results.json"
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cecompile.errors import CheckError, UserError, printable
-from cecompile.report.check import problems
+from cecompile.report.check import problems_of
 from cecompile.report.clock import CLOCKS
 from cecompile.report.stored import StoredResult, read_result, value_at
 from cecompile.tasks.chat import AnswerSample
@@ -97,10 +97,11 @@ def read_baseline(directory: Path, max_drop: float = MAX_DROP) -> Baseline:
         UserError: there is none.
         CheckError: it contradicts itself.
     """
-    wrong = problems(directory)
+    stored = read_result(directory)
+    wrong = problems_of(stored)
     if wrong:
         raise CheckError(f"baseline {directory}: {wrong[0]}")
-    return Baseline(read_result(directory), max_drop)
+    return Baseline(stored, max_drop)
 
 
 def refuse_other(reference: StoredResult, name: str, results: Mapping[str, Any], whole: bool = True) -> None:
@@ -261,7 +262,7 @@ def compare_directories(reference: Path, candidate: Path, max_drop: float = MAX_
     stored = {"reference": read_result(reference), "candidate": read_result(candidate)}
     other = stored["candidate"]
     comparison, differences = compare(stored["reference"], other.name, other.results, other.samples, max_drop)
-    found = {"reference": problems(reference), "candidate": problems(candidate)}
+    found = {who: problems_of(one) for who, one in stored.items()}
     failed = [f"{stored[who].name}: {problem}" for who, some in found.items() for problem in some]
     if comparison.verdict == "past":
         failed.append(past(comparison))

@@ -15,13 +15,14 @@ from reportlab.pdfbase import pdfmetrics
 from reportlab.pdfbase.ttfonts import TTFont
 from reportlab.platypus import CondPageBreak, Flowable, KeepTogether, Paragraph, SimpleDocTemplate, Spacer, Table
 
+from cecompile.report.figures import FAINT, INK, RULE
 from cecompile.report.fonts import BOLD, FAMILY, FAMILY_BOLD, REGULAR, shown
 from cecompile.report.words import Words
 
 MARGIN = 20 * mm
 FRAME_PADDING = 6  # reportlab's own, around what the frame holds
 WIDTH = A4[0] - 2 * MARGIN - 2 * FRAME_PADDING
-INK, FAINT, RULE, PALE = HexColor("#111827"), HexColor("#6b7280"), HexColor("#d1d5db"), HexColor("#f3f4f6")
+PALE = HexColor("#f3f4f6")
 
 BODY = ParagraphStyle("body", fontName=FAMILY, fontSize=9.5, leading=14.5, textColor=INK, spaceAfter=5)
 CELL = ParagraphStyle("cell", BODY, fontSize=8.8, leading=12.6, spaceAfter=0)

@@ -145,12 +145,9 @@ def print_plan(console: Console, plan: dict[str, Any], estimate: dict[str, Any] 
     table = _table()
     _plan_rows(table, plan)
     table.add_section()
-    rest = {part: size for part, size in plan["memory"].items() if part not in ("weights", "loading")}
-    loading = plan["memory"]["loading"]
     for part, size in plan["memory"].items():
-        _row(table, f"memory, {part}", f"{size / 1e9:.2f} GB", "")
-    peak = plan["memory"]["weights"] + max(loading, sum(rest.values()))
-    _row(table, "memory", f"{peak / 1e9:.2f} GB", "predicted peak")
+        name, note = ("memory", "predicted peak") if part == "total" else (f"memory, {part}", "")
+        _row(table, name, f"{size / 1e9:.2f} GB", note)
     if estimate is not None:
         table.add_section()
         _estimate_rows(table, estimate)
