@@ -7,7 +7,7 @@ is nearly always. Where there is more to it (weights to be merged, renamed, dequ
 import copy
 import mmap
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from cecompile.engine.span import Share
 from cecompile.engine.stream import Checkpoint, StoredTensor, read_header, stream
 from cecompile.errors import UserError, first_line
 
@@ -54,8 +55,9 @@ class Loaded:
 
 
 def load_plainly(
-    model: str, config: Any, dtype: torch.dtype | None, device: torch.device, files: Sequence[Path]
-) -> Loaded:
+    model: str, config: Any, dtype: torch.dtype | None, device: torch.device, files: Sequence[Path],
+    share: Share | None = None, read_all: bool = True,
+) -> Loaded:  # fmt: skip
     """The stock model on `device`, bit by bit what `from_pretrained` gives.
 
     Args:
@@ -64,6 +66,8 @@ def load_plainly(
         dtype: of the parameters; None is the checkpoint's.
         device: where to.
         files: all safetensors files of the checkpoint.
+        share: what to load of it; the rest stays on the meta device. None loads all.
+        read_all: read also what is not loaded, for the fingerprint.
 
     Raises:
         NotPlain: `from_pretrained` must do it.
@@ -74,8 +78,12 @@ def load_plainly(
     network = _skeleton(model, config, _parameter_dtype(config, dtype, files, tensors))
     _check_renaming(network, tensors)
     sources = _match(model, network, tensors)
-    targets = _allocate(network, sources, device)
-    checkpoint = stream(model, tensors, targets, device)
+    expected = network.state_dict(keep_vars=True)
+    absent = set() if share is None else share.absent(network)
+    sources = {name: indices for name, indices in sources.items() if id(expected[name]) not in absent}
+    targets = _allocate(network, sources, device, absent)
+    only = None if read_all else {i for indices in sources.values() for i in indices}
+    checkpoint = stream(model, tensors, targets, device, only)
     for indices in sources.values():
         if len({(tensors[i].dtype, checkpoint.digests[i]) for i in indices}) > 1:
             raise NotPlain(f"{tensors[indices[0]].name} and {tensors[indices[1]].name} are tied and differ")
@@ -192,8 +200,12 @@ def _first_names(network: PreTrainedModel, expected: dict[str, torch.Tensor]) ->
     return first_names
 
 
-def _allocate(network: PreTrainedModel, sources: dict[str, list[int]], device: torch.device) -> dict[int, torch.Tensor]:
+def _allocate(
+    network: PreTrainedModel, sources: dict[str, list[int]], device: torch.device, absent: Collection[int]
+) -> dict[int, torch.Tensor]:
     """Puts memory on `device` under every parameter, and moves the other buffers there; what is tied stays tied.
+
+    Tensors whose `id` is among those `absent` stay where they are.
 
     Returns:
         What to fill, by the index of the stored tensor.
@@ -209,7 +221,7 @@ def _allocate(network: PreTrainedModel, sources: dict[str, list[int]], device: t
     for module in network.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
-                if tensor is not None:
+                if tensor is not None and id(tensor) not in absent:
                     held[name] = made[id(tensor)] if id(tensor) in made else tensor.to(device)
     return targets
 

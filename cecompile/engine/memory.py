@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from cecompile.engine.layers import decoder_layers, on_meta
+from cecompile.engine.span import Share
 from cecompile.errors import UserError
 from cecompile.system import read_meminfo, read_status, read_text
 from cecompile.workload.lanes import DecodeShape
@@ -105,12 +106,13 @@ class Budget:
         return parts | {"total": self.total}
 
 
-def model_sizes(config: Any, dtype: str) -> Sizes:
+def model_sizes(config: Any, dtype: str, share: Share | None = None) -> Sizes:
     """Counts a model's parameters without making them.
 
     Args:
         config: of a causal model.
         dtype: "auto" (the configuration's), "float32", "bfloat16" or "float16".
+        share: what of the model is held; None is all.
     """
     model = on_meta(config)
     text = config.get_text_config()
@@ -119,7 +121,8 @@ def model_sizes(config: Any, dtype: str) -> Sizes:
     heads = text.num_attention_heads
     kept = getattr(text, "num_key_value_heads", None) or heads
     resolved = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-    parameters = sum(p.numel() for p in model.parameters())
+    absent = set() if share is None else share.absent(model)
+    parameters = sum(p.numel() for p in model.parameters() if id(p) not in absent)
     inside = sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters())
     queries = text.num_hidden_layers * heads * (getattr(text, "head_dim", None) or width // heads)
     return Sizes(

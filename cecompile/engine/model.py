@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from cecompile.engine.load import Loaded, NotPlain, load_plainly
+from cecompile.engine.span import Share
 from cecompile.engine.stream import Checkpoint, read_header, stream
 from cecompile.errors import UserError, first_line
 
@@ -80,7 +81,9 @@ def load_model(model: str, config: Any, dtype: str, device: torch.device) -> Pre
     return load_checkpoint(model, config, dtype, device).model
 
 
-def load_checkpoint(model: str, config: Any, dtype: str, device: torch.device) -> Loaded:
+def load_checkpoint(
+    model: str, config: Any, dtype: str, device: torch.device, share: Share | None = None, read_all: bool = True
+) -> Loaded:
     """The stock model with the checkpoint's weights, on `device`, for inference, and the checkpoint's fingerprint.
 
     Args:
@@ -88,19 +91,23 @@ def load_checkpoint(model: str, config: Any, dtype: str, device: torch.device) -
         config: what `load_config` returned.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: where to.
+        share, read_all: see `load_plainly`.
 
     Raises:
-        UserError: files are missing or damaged, or weights are missing from them.
+        UserError: files are missing or damaged, or weights are missing from them; or only `from_pretrained` can load
+            them, which loads no share.
         torch.OutOfMemoryError: the weights do not fit on the device.
     """
     try:
         files = _loading(model, "weights", lambda: _plain_files(model))
         with _quiet_transformers():
-            loaded = load_plainly(model, config, DTYPES.get(dtype), device, files)
+            loaded = load_plainly(model, config, DTYPES.get(dtype), device, files, share, read_all)
             _loading(model, "generation config", lambda: _set_generation_config(loaded.model, model))
         return loaded
     except NotPlain as error:
         reason = str(error)
+        if share is not None:
+            raise UserError(f"{model}: weights: cannot be loaded in parts: {reason}") from None
     # out of the handler, so that nothing of the attempt is held
     return Loaded(_load_by_transformers(model, config, dtype, device), read_checkpoint(model), reason)
 

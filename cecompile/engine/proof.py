@@ -151,12 +151,13 @@ def _hash(sha: Any, copied: tuple[Tensor, torch.cuda.Event] | None) -> None:
 
 
 def _named(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters and buffers, persistent or not, by all their names; without what a model recomputes as it runs."""
+    """Parameters and buffers, persistent or not, by all their names; without what a model recomputes as it runs, and
+    what was not loaded."""
     named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named |= dict(model.named_buffers(remove_duplicate=False))
     if rope_type(model.config.get_text_config()) in ("dynamic", "longrope"):  # chosen by the length of each input
         named = {n: t for n, t in named.items() if not n.endswith("inv_freq") or n.endswith("original_inv_freq")}
-    return named
+    return {name: tensor for name, tensor in named.items() if not tensor.is_meta}
 
 
 def _stored(loaded: Loaded) -> dict[str, Content]:

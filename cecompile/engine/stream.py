@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -130,8 +130,9 @@ class Checkpoint:
 
 
 def stream(
-    model: str, tensors: Sequence[StoredTensor], targets: Mapping[int, torch.Tensor], device: torch.device
-) -> Checkpoint:
+    model: str, tensors: Sequence[StoredTensor], targets: Mapping[int, torch.Tensor], device: torch.device,
+    only: Collection[int] | None = None,
+) -> Checkpoint:  # fmt: skip
     """Reads all tensors once; fills some; takes the digest of each, and of what becomes of it in another dtype.
 
     Takes BLOCKS * BLOCK bytes of host memory, pinned for a CUDA device, and gives them back.
@@ -142,11 +143,12 @@ def stream(
         targets: what to fill, by index into `tensors`: contiguous, on `device`, of the same shape. Another dtype is
             converted to as `Tensor.to` does; then the stored tensor must be `aligned`.
         device: where the targets are.
+        only: indices of those to read, all targets among them; the others' digests are of nothing. None reads all.
 
     Raises:
         UserError: a file cannot be read, or has become shorter.
     """
-    blocks = list(_blocks(tensors))
+    blocks = list(_blocks(tensors, range(len(tensors)) if only is None else only))
     with ExitStack() as stack:
         buffers = stack.enter_context(host_buffers(BLOCKS, BLOCK, device))
         opened = {file: _open(model, file, stack) for file in dict.fromkeys(block.file for block in blocks)}
@@ -196,13 +198,14 @@ class _Block:
     pieces: list[_Piece]
 
 
-def _blocks(tensors: Sequence[StoredTensor]) -> Iterator[_Block]:
+def _blocks(tensors: Sequence[StoredTensor], only: Collection[int]) -> Iterator[_Block]:
     """Cuts files into blocks. BLOCK is a multiple of any element's size: what is aligned is cut between elements."""
     pieces: list[_Piece] = []
     start = filled = 0
-    for index, tensor in enumerate(tensors):
+    for index in sorted(only):
+        tensor = tensors[index]
         begin, end = tensor.start, tensor.start + tensor.size
-        if pieces and (filled == BLOCK or tensor.file != tensors[pieces[0].tensor].file):
+        if pieces and (start + filled != begin or tensor.file != tensors[pieces[0].tensor].file):
             yield _Block(tensors[pieces[0].tensor].file, start, filled, pieces)
             pieces = []
         while begin < end:
