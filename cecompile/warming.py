@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 
@@ -12,6 +13,7 @@ from cecompile.engine.cache import WARM, Entry
 from cecompile.engine.decode import Decoder, NotDecodableError
 from cecompile.engine.forward import Engine
 from cecompile.engine.memory import is_out_of_memory
+from cecompile.engine.pipeline import Stage
 from cecompile.engine.verify import decoding_disagreement, disagreement
 from cecompile.errors import CheckError, UserError, first_line, printable
 from cecompile.workload.lanes import DecodeShape
@@ -20,6 +22,14 @@ from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import StagedPass, stage_all
 
 Done = Callable[[Any], None]
+
+
+class StageError(Exception):
+    """Another stage of a pipeline cannot compile its layers; says why."""
+
+
+# no C++ compiler, no Triton, or a layer that does not compile
+NOT_COMPILED = (TorchDynamoException, FailOnRecompileLimitHit, StageError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +99,21 @@ class Warmer:
         attention: "flex" or "sdpa", as the probe has chosen.
         readout_chunk: see `Engine`.
         entry: of the compile cache; None compiles without.
+        stage: what the model is of a pipeline; None is all of it.
+        gather: what each rank has, in their order, which all wait for: all stages come to the same engine.
     """
 
     def __init__(
-        self, model: PreTrainedModel, stock: str, attention: str, readout_chunk: int, entry: Entry | None
-    ) -> None:
+        self, model: PreTrainedModel, stock: str, attention: str, readout_chunk: int, entry: Entry | None,
+        stage: Stage | None = None, gather: Callable[[Any], list[Any]] = lambda mine: [mine],
+    ) -> None:  # fmt: skip
         self._model = model
         self._stock = stock
         self._attention = attention
         self._chunk = readout_chunk
         self._entry = entry
+        self._stage = stage
+        self._gather = gather
 
     def warm(self, name: str, ready: Ready, done: Done) -> Warmed:
         """An engine with every bucket warm: compiled, or uncompiled with a note where nothing compiles or is right.
@@ -114,26 +129,52 @@ class Warmer:
         note = None
         if name == "compiled":
             try:
-                warmed = self._engine(name, ready, done)
+                warmed = self._in_all_stages(lambda: self._engine(name, ready, done))
                 note = self._wrong(warmed, ready)
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-                # no C++ compiler, no Triton, or a layer that does not compile
+            except NOT_COMPILED as error:
                 note = printable(first_line(error), 200)
             if note is None:
                 warmed.remark(self._publish(ready))
                 return warmed
-        warmed = self._engine("eager", ready, done)
+        warmed = self._in_all_stages(lambda: self._engine("eager", ready, done))
         wrong = self._wrong(warmed, ready)
         if wrong:
             raise CheckError(f"{wrong}; nothing was written")
         warmed.remark(note and f"ran uncompiled: {note}")
         return warmed
 
+    def _in_all_stages(self, make: Callable[[], Warmed]) -> Warmed:
+        """What is made where all stages make theirs; where one fails, because nothing compiles or memory runs out, all
+        do, and for the same."""
+        if self._stage is None:
+            return make()
+        made: Warmed | None = None
+        error: Exception | None = None
+        try:
+            made = make()
+        except NOT_COMPILED as caught:
+            error = caught
+        except Exception as caught:
+            if not is_out_of_memory(caught):
+                raise
+            error = torch.OutOfMemoryError(str(caught))
+        failed = [one for one in self._gather(error and (type(error) is torch.OutOfMemoryError, str(error))) if one]
+        if failed:
+            out_of_memory, message = max(failed)
+            raise torch.OutOfMemoryError(message) if out_of_memory else StageError(message)
+        assert made is not None
+        return made
+
     def _engine(self, name: str, ready: Ready, done: Done) -> Warmed:
         began = perf_counter()
         compiled = name == "compiled"
         engine = Engine(
-            self._model, ready.buckets, attention=self._attention, compiled=compiled, readout_chunk=self._chunk
+            self._model,
+            ready.buckets,
+            attention=self._attention,
+            compiled=compiled,
+            readout_chunk=self._chunk,
+            stage=self._stage,
         )
         warmed = Warmed(engine, name, ready.compiled)
 
@@ -158,14 +199,21 @@ class Warmer:
         if ready.sequences is None:
             return None
         try:
-            off = disagreement(warmed.engine, self._model, self._stock, ready.sequences, ready.staged)
+            off: float | None = disagreement(warmed.engine, self._model, self._stock, ready.sequences, ready.staged)
             if warmed.decoder is not None:
+                assert off is not None
                 off = max(off, decoding_disagreement(warmed.decoder, self._model, self._stock, ready.sequences))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            if self._stage is not None:  # the others wait for what it would have sent
+                raise CheckError(f"out of memory as the {warmed.name} pass was checked") from None
+            off = None
+        found = self._gather(off) if self._stage is not None else [off]
+        if None in found:
             warmed.remark("not held against the stock model, which memory does not suffice for beside what is warm")
             return None
+        off = max(found)
         if off <= 1:
             return None
         return f"the {warmed.name} pass is {off:.2g} times as far from the stock model as rounding explains"

@@ -223,9 +223,7 @@ def score_padded(model: PreTrainedModel, sequences: Sequences, batch_size: int) 
     return out
 
 
-def time_engine(
-    model: PreTrainedModel, work: Work, options: argparse.Namespace, how: dict[str, bool]
-) -> dict[str, Any]:
+def time_engine(model: PreTrainedModel, work: Work, options: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]:
     """Seconds of warm-up and of inference, and the metrics; on CUDA also how busy the device is, and its memory."""
     chunk, on_cuda = TUNING[model.device.type].readout_chunk, model.device.type == "cuda"
     if on_cuda:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from cecompile.engine.layers import decoder_layers, on_meta
 from cecompile.engine.profiles import PROFILES, Profile
@@ -108,26 +109,27 @@ def model_sizes(config: Any) -> ModelSizes:
     """
     model = on_meta(config)
     text = config.get_text_config()
-    matrices = [
-        (name, p.numel())
-        for layer in decoder_layers(model)
-        for name, p in layer.named_parameters()
-        if p.dim() > 1  # linear layers, GPT-2's Conv1D, and stacked experts
-    ]
-    used = _experts_used(text)
+    layers, used = decoder_layers(model), experts_used(text)
     head = model.get_output_embeddings().weight
     return ModelSizes(
-        layers=len(decoder_layers(model)),
+        layers=len(layers),
         hidden=text.hidden_size,
         vocabulary=head.shape[0],
-        layer_parameters=sum(n for _, n in matrices),
-        active_parameters=sum(round(n * used) if "experts" in name.split(".") else n for name, n in matrices),
+        layer_parameters=sum(sum(matrices(layer).values()) for layer in layers),
+        active_parameters=sum(sum(matrices(layer, used).values()) for layer in layers),
         parameters=sum(p.numel() for p in model.parameters()),
         checkpoint_value=(config.dtype or torch.bfloat16).itemsize,
     )
 
 
-def _experts_used(config: Any) -> float:
+def matrices(layer: nn.Module, used: float = 1.0) -> dict[str, int]:
+    """Parameters of a layer's linear layers (GPT-2's Conv1D and stacked experts too), by name; of experts the share
+    that is `used`."""
+    sizes = {name: p.numel() for name, p in layer.named_parameters() if p.dim() > 1}
+    return {name: round(n * used) if "experts" in name.split(".") else n for name, n in sizes.items()}
+
+
+def experts_used(config: Any) -> float:
     """The share of the experts that a token is given to; 1 without experts."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((n for name in names if (n := getattr(config, name, None))), None)

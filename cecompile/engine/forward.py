@@ -16,7 +16,8 @@ from cecompile.engine.attention import TreeMasks, install
 from cecompile.engine.capture import capture
 from cecompile.engine.decode import Decoder
 from cecompile.engine.head import readout_of
-from cecompile.engine.layers import compiled_parts, inputs_are_free
+from cecompile.engine.layers import body_of, compiled_parts, inputs_are_free
+from cecompile.engine.pipeline import Stage
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, data_size, empty_pass, views
@@ -41,6 +42,8 @@ class Engine:
         compiled: compile each decoder layer and the head. Otherwise the same pass runs as it is.
         captured: on CUDA, capture each bucket in a graph; None does so if it is compiled.
         readout_chunk: readouts whose logits are held at once; divides every bucket's readouts.
+        stage: what the model is of a pipeline, all stages of which run the same passes; None is all of it. One that
+            does not end the pipeline reads out zeros.
     """
 
     def __init__(
@@ -52,15 +55,19 @@ class Engine:
         compiled: bool,
         readout_chunk: int,
         captured: bool | None = None,
+        stage: Stage | None = None,
     ) -> None:
         parts = compiled_parts(model)
         for module in parts:
             module._compiled_call_impl = None  # whatever another engine has set
-        options = _compile_options(model) if compiled else {}
+        options = _compile_options(model, stage) if compiled else {}
         install(model, attention)
         self.buckets = tuple(buckets)
+        self.stage = stage
         self._model = model
-        self._body = model.base_model
+        self._body = stage or body_of(model)
+        if stage is not None:
+            stage.reserve(max(bucket.slots for bucket in buckets))
         self._readout = readout_of(model)
         self._chunk = readout_chunk
         self._device = model.device
@@ -112,10 +119,14 @@ class Engine:
         for one in passes:
             slot = self._slots[one.bucket]
             turn = slot.load(one)
+            if self.stage is not None:
+                self.stage.receive(slot.bucket.shape)
             if slot.graph is not None:
                 slot.graph.replay()
             else:
                 self._forward(slot, int(one.entry.max()) // TARGETS + 1)
+            if self.stage is not None:
+                self.stage.send(slot.bucket.shape)
             slot.unload(turn)
             collect()
             queued = one, slot, turn
@@ -130,15 +141,14 @@ class Engine:
             torch.cuda.synchronize(self._device)
 
     def _forward(self, slot: "_Slot", readouts: int) -> None:
-        """The pass, with at least its first `readouts` readouts."""
+        """The pass, with at least its first `readouts` readouts where it has any."""
         part = slot.part
         with slot.masks.active():
             hidden = self._body(
-                input_ids=part["token_ids"].long(),
-                position_ids=part["depth"].long(),
-                use_cache=False,
-                **slot.masks.arguments(self._model),
-            ).last_hidden_state
+                part["token_ids"].long(), position_ids=part["depth"].long(), **slot.masks.arguments(self._model)
+            )
+        if self.stage is not None and not self.stage.ends:
+            return
         hidden = hidden.flatten(0, 1)
         for at in range(0, readouts, self._chunk):
             chunk = slice(at, at + self._chunk)
@@ -228,8 +238,8 @@ class _CudaSide:
     filled: torch.cuda.Event = field(default_factory=torch.cuda.Event)
 
 
-def _compile_options(model: PreTrainedModel) -> dict[str, Any]:
+def _compile_options(model: PreTrainedModel, stage: Stage | None) -> dict[str, Any]:
     """Inductor options for compiling the model's parts on its device."""
     if model.device.type == "cuda":
-        return cuda.compile_options(inputs_are_free(model))
+        return cuda.compile_options(inputs_are_free(model, None if stage is None else stage.trial))
     return cpu.compile_options(model)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 Readout = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Head = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -36,19 +37,32 @@ class _GivenHiddenStates(nn.Module):
         return _Output(last_hidden_state=inputs_embeds)
 
 
-def readout_of(model: PreTrainedModel) -> Readout:
-    """A function from hidden states (n, width) and targets (n, k) to their log-probabilities and the argmax (n,).
+def head_of(model: PreTrainedModel) -> Head:
+    """A function from hidden states (n, width) to logits (n, vocabulary), float32.
 
-    The logits come from the causal model's own `forward`, with its decoder replaced by the given hidden states in a
-    shallow copy, so biases, scales and soft caps of the head are its own code. Log-probabilities are float32, natural
-    logarithm; the argmax is int32, the first of equals.
+    They come from the causal model's own `forward`, with its decoder replaced by the given hidden states in a shallow
+    copy, so biases, scales and soft caps of the head are its own code.
     """
     head = copy.copy(model)
     head._modules = dict(model._modules)
     head._modules[model.base_model_prefix] = _GivenHiddenStates()
 
+    def logits(hidden: Tensor) -> Tensor:
+        found: Tensor = head(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
+        return found
+
+    return logits
+
+
+def readout_of(model: PreTrainedModel) -> Readout:
+    """A function from hidden states (n, width) and targets (n, k) to their log-probabilities and the argmax (n,).
+
+    Log-probabilities of the logits of `head_of`, float32, natural logarithm; the argmax is int32, the first of equals.
+    """
+    head = head_of(model)
+
     def readout(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(inputs_embeds=hidden[None], use_cache=False).logits[0].float()  # (n, vocabulary)
+        logits = head(hidden)
         highest, argmax = logits.max(dim=1, keepdim=True)
         normaliser = highest + (logits - highest).exp().sum(dim=1, keepdim=True).log()
         return logits.gather(1, target.long()) - normaliser, argmax[:, 0].int()

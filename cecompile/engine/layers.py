@@ -1,6 +1,7 @@
 """The parts of a model that are compiled, and what may be done to what they are given."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cecompile.errors import UserError, first_line
+
+Body = Callable[..., Tensor]  # token ids (rows, length) int64, and what else a decoder is called with: hidden states
 
 
 def on_meta(config: Any) -> PreTrainedModel:
@@ -29,6 +32,17 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
+def body_of(model: PreTrainedModel) -> Body:
+    """The model's own decoder."""
+    decoder = model.base_model
+
+    def body(token_ids: Tensor, **arguments: Any) -> Tensor:
+        hidden: Tensor = decoder(input_ids=token_ids, use_cache=False, **arguments).last_hidden_state
+        return hidden
+
+    return body
+
+
 def compiled_parts(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers, and norms beside them but for those that are one operator of torch already."""
     layers = decoder_layers(model)
@@ -38,12 +52,16 @@ def compiled_parts(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @torch.inference_mode()
-def inputs_are_free(model: PreTrainedModel) -> bool:
+def inputs_are_free(model: PreTrainedModel, body: Body | None = None) -> bool:
     """Whether nobody reads the hidden states given to a decoder layer after it, so that it may overwrite them.
 
     Found out on a few tokens: each layer's input is filled with NaN once the layer is done, and the model's output
     stays finite all the same.
+
+    Args:
+        body: what runs the model's layers, where that is not its own decoder.
     """
+    body = body or body_of(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     poisoned = 0
 
@@ -59,7 +77,7 @@ def inputs_are_free(model: PreTrainedModel) -> bool:
     model.set_attn_implementation("eager")
     try:
         input_ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
-        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = body(input_ids)
     finally:
         model.set_attn_implementation(attention)
         for hook in hooks:

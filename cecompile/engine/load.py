@@ -67,7 +67,8 @@ def load_plainly(
         device: where to.
         files: all safetensors files of the checkpoint.
         share: what to load of it; the rest stays on the meta device. None loads all.
-        read_all: read also what is not loaded, for the fingerprint.
+        read_all: read also what is not loaded, for the fingerprint. Otherwise the share that begins the model reads,
+            beside what is loaded, what is no parameter's.
 
     Raises:
         NotPlain: `from_pretrained` must do it.
@@ -80,9 +81,10 @@ def load_plainly(
     sources = _match(model, network, tensors)
     expected = network.state_dict(keep_vars=True)
     absent = set() if share is None else share.absent(network)
+    others = set(range(len(tensors))).difference(*sources.values()) if share is None or share.first == 0 else set()
     sources = {name: indices for name, indices in sources.items() if id(expected[name]) not in absent}
     targets = _allocate(network, sources, device, absent)
-    only = None if read_all else {i for indices in sources.values() for i in indices}
+    only = None if read_all else others.union(*sources.values())
     checkpoint = stream(model, tensors, targets, device, only)
     for indices in sources.values():
         if len({(tensors[i].dtype, checkpoint.digests[i]) for i in indices}) > 1:

@@ -50,6 +50,7 @@ FITS = {
 }
 LOADING = {"cuda": 0, "cpu": 264 * MiB}  # bytes of the device's memory that reading files takes at most, and gives back
 USABLE = {"cuda": 0.985, "cpu": 0.92}  # the share of the memory that a prediction may fill
+RECEIVED, SENT = 1, 3  # buffers for what comes; for what goes, one that is filled and two on their way
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -59,11 +60,12 @@ class Sizes:
 
     Attributes:
         parameters: number of weights, each tied one once.
-        width, inner, vocabulary: of hidden states, of the MLP's hidden states, of the logits.
+        width, inner, vocabulary: of hidden states, of the MLP's hidden states, of the logits; 0 without a head.
         cached: values of keys and values per token, over all layers.
         groups: queries' heads per keys' head.
         key_cost: arithmetic of a token looking at one more key, in that of its decoder layers' weights.
         itemsize: bytes of a weight and of an activation.
+        states: buffers of hidden states that come from or go to other parts of the model.
     """
 
     parameters: int
@@ -74,6 +76,7 @@ class Sizes:
     groups: int
     key_cost: float
     itemsize: int
+    states: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +132,12 @@ def model_sizes(config: Any, dtype: str, share: Share | None = None) -> Sizes:
         parameters=parameters,
         width=width,
         inner=next((n for n in named if n), 4 * width),
-        vocabulary=text.vocab_size,
+        vocabulary=text.vocab_size if share is None or share.with_head else 0,
         cached=text.num_hidden_layers * kept * _head_sizes(text),
         groups=heads // kept,
         key_cost=2 * queries / max(1, inside),
         itemsize=torch.empty(0, dtype=resolved).element_size(),
+        states=0 if share is None else RECEIVED * (share.first > 0) + SENT * (share.last < share.layers),
     )
 
 
@@ -159,7 +163,7 @@ def budget(sizes: Sizes, geometry: Geometry, device: str, engine: str, decoding:
     logits = geometry.readout_chunk * sizes.vocabulary
     return Budget(
         weights=sizes.parameters * sizes.itemsize,
-        activations=int(slots * per_slot),
+        activations=int(slots * per_slot) + sizes.states * slots * sizes.width * sizes.itemsize,
         mask=pairs * (sizes.itemsize + 1),
         head=logits * (sizes.itemsize if engine == "compiled" else sizes.itemsize + 8),
         cache=0 if decoding is None else _cache(sizes, decoding, per_slot if in_turns else 0),

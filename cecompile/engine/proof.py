@@ -8,7 +8,7 @@ changed, rounded, pruned or exchanged by anything on the way from the file to th
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -22,12 +22,14 @@ from cecompile.engine.architecture import rope_type
 from cecompile.engine.attention import NAMES
 from cecompile.engine.layers import on_meta
 from cecompile.engine.load import Loaded
+from cecompile.engine.span import Share, Span
 from cecompile.engine.stream import digest_of, host_buffers
 from cecompile.errors import CheckError, UserError
 
 THREADS = min(8, os.cpu_count() or 1)  # nothing else runs then
 BLOCK = 4 * 2**20  # bytes copied out at once; each thread has two such buffers
 EQUAL = "equal to the checkpoint"
+Together = Callable[[dict[Any, Any]], dict[Any, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +65,13 @@ class Proof:
         self._held = known | contents({name: t for name, t in named.items() if name not in known})
         self.verified = _verified(loaded)
 
-    def check(self, name: str, model: PreTrainedModel) -> str:
+    def check(self, name: str, model: PreTrainedModel, together: Together = dict) -> str:
         """Digests the model where it lies.
 
         Args:
             name: the model's, for the message.
             model: after the run.
+            together: where this is a part of the model, gives what all parts hold for what this one holds.
 
         Returns:
             SHA-256 (hex) of what the device holds: where `verified` is EQUAL, of the checkpoint's tensors with the
@@ -87,12 +90,12 @@ class Proof:
             if self._config.get(key) != config.get(key):
                 raise CheckError(f"{name}: the configuration's {key} changed during the run; nothing was written")
         if self.verified != EQUAL or self._loaded is None:
-            lines = sorted(f"{key} {one.dtype} {one.shape} {one.digest}" for key, one in now.items())
+            lines = sorted(f"{key} {one.dtype} {one.shape} {one.digest}" for key, one in together(now).items())
             return hashlib.sha256("\n".join(lines).encode()).hexdigest()
         digests = list(self._loaded.checkpoint.digests)
-        for key, indices in self._loaded.sources.items():
-            for i in indices:
-                digests[i] = now[key].digest
+        held = {i: now[key].digest for key, indices in self._loaded.sources.items() for i in indices}
+        for i, digest in together(held).items():
+            digests[i] = digest
         return digest_of(self._loaded.checkpoint.tensors, digests)
 
     def _as_long_as_before(self, model: PreTrainedModel) -> dict[str, Tensor]:
@@ -196,8 +199,11 @@ def _fixed(config: Any) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in generation}
 
 
-def changed(model: PreTrainedModel) -> dict[str, Any]:
+def changed(model: PreTrainedModel, share: Share | None = None) -> dict[str, Any]:
     """results.json's `model.changed`: what of a live model is not the stock model's, found by walking both.
+
+    Args:
+        share: what there is of the model, in a `Span`; it is held against the same of a fresh one. None is all.
 
     Returns:
         attention: the name under which the model's attention is registered, None if that is its own. compiled: how
@@ -210,13 +216,16 @@ def changed(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "attention": attention if attention in NAMES.values() else None,
         "compiled": dict(sorted(compiled.items())),
-        "replaced_modules": _replaced(model),
+        "replaced_modules": _replaced(model, share),
     }
 
 
-def _replaced(model: PreTrainedModel) -> list[str] | None:
+def _replaced(model: PreTrainedModel, share: Share | None) -> list[str] | None:
     try:
-        fresh = _kinds(on_meta(model.config))
+        stock = on_meta(model.config)
+        if share is not None:
+            Span.of(stock, share)
+        fresh = _kinds(stock)
     except UserError:
         return None
     live = _kinds(model)

@@ -3,7 +3,7 @@
 It shares none of the tree, packing or attention code, so that the other engines can be checked against it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -13,30 +13,46 @@ from transformers import PreTrainedModel
 
 from cecompile.workload.sequences import Sequences
 
+Forward = Callable[[Tensor], Tensor]  # token ids (1, n) int64: logits (1, n, vocabulary)
+
 ROUNDED, READ = 256, 8  # tokens of a sequence, and of the last how many the logits, that show what rounding does
 
 
 @torch.inference_mode()
-def stock_logits(model: PreTrainedModel, sequences: Sequences, i: int) -> Tensor:
-    """The stock model's logits where sequence `i` predicts its tokens: (predicted, vocabulary), float32."""
+def stock_logits(model: PreTrainedModel, sequences: Sequences, i: int, forward: Forward | None = None) -> Tensor:
+    """The stock model's logits where sequence `i` predicts its tokens: (predicted, vocabulary), float32.
+
+    `forward` is what runs the model where its own forward does not.
+    """
     input_ids = torch.from_numpy(sequences.inputs(i).astype(np.int64)).to(model.device)
-    return model(input_ids=input_ids[None], use_cache=False).logits[0, -int(sequences.predicted[i]) :].float()
+    return (forward or _forward_of(model))(input_ids[None])[0, -int(sequences.predicted[i]) :].float()
+
+
+def _forward_of(model: PreTrainedModel) -> Forward:
+    def forward(input_ids: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+    return forward
 
 
 @torch.inference_mode()
-def rounding(model: PreTrainedModel, sequences: Sequences, which: Iterable[int]) -> float:
+def rounding(
+    model: PreTrainedModel, sequences: Sequences, which: Iterable[int], forward: Forward | None = None
+) -> float:
     """How far rounding alone moves the stock model's logits: 0 where it has one attention implementation only.
 
     That is the root mean square of what they differ by between two of its own implementations of the same arithmetic,
     "eager" and the one it is loaded with, in standard deviations of the logits. One rounding that differs at the first
-    layer makes all later ones differ.
+    layer makes all later ones differ. `forward`: see `stock_logits`.
     """
+    forward = forward or _forward_of(model)
     own = model.config._attn_implementation
     other = "eager" if own != "eager" else "sdpa"
 
     def logits(i: int) -> Tensor:  # (tokens, vocabulary) of its beginning: eager attention holds a matrix of tokens
         input_ids = torch.from_numpy(sequences.inputs(i)[:ROUNDED].astype(np.int64)).to(model.device)
-        return model(input_ids=input_ids[None], use_cache=False).logits[0, -READ:].float()
+        return forward(input_ids[None])[0, -READ:].float()
 
     expected = [logits(i) for i in which]
     try:

@@ -89,6 +89,19 @@ class Span:
         self._nothing = torch.zeros((), dtype=dtype, device=model.device)
         self._given = size
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, share: Share) -> "Span":
+        """The span of a share; the embedding and the head are taken out too where they are not held.
+
+        Raises:
+            UserError: see `Span`.
+        """
+        absent = share.absent(model)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None and any(id(t) in absent for t in _own(module)):
+                _put(model, module, _Absent(module))
+        return cls(model, share.first, share.last)
+
     def __call__(self, token_ids: Tensor, received: Tensor | None, **arguments: Any) -> Tensor:
         """The hidden states after these layers, (rows, length, width); after the model's last norm where it `ends`.
 
@@ -139,6 +152,21 @@ class _Standing(nn.Module):
             self.given = hidden_states
         handed_on = hidden_states if self.instead is None else self.instead
         return (handed_on, None) if self._more else handed_on
+
+
+class _Absent(nn.Module):
+    """Stands where the embedding or the head stood, which nobody calls; of the same width."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.embedding_dim = getattr(module, "embedding_dim", None)
+
+
+def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
 
 
 def _hands_on_more(layer: nn.Module) -> bool:

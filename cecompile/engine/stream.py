@@ -108,7 +108,7 @@ class Checkpoint:
 
     Attributes:
         tensors: all that its files hold.
-        digests: SHA-256 (hex) of the bytes of each.
+        digests: SHA-256 (hex) of the bytes of each; of no bytes where it was not read.
         converted: SHA-256 (hex) of what was written of a tensor, by its index, where that was another dtype.
     """
 
@@ -120,6 +120,18 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """See `digest_of`."""
         return digest_of(self.tensors, self.digests)
+
+    def read(self) -> dict[int, tuple[str, str | None]]:
+        """By the index of each tensor that was read, its digest, and that of what it was converted to."""
+        nothing = hashlib.sha256().hexdigest()
+        return {i: (d, self.converted.get(i)) for i, d in enumerate(self.digests) if d != nothing}
+
+    def with_read(self, parts: Mapping[int, tuple[str, str | None]]) -> "Checkpoint":
+        """The same, with what others have `read` of it."""
+        digests = list(self.digests)
+        for i, (digest, _) in parts.items():
+            digests[i] = digest
+        return Checkpoint(self.tensors, digests, {i: made for i, (_, made) in parts.items() if made is not None})
 
     def stored_dtypes(self) -> dict[str, int]:
         """How many numbers are stored in each dtype, by its name."""

@@ -4,17 +4,19 @@ Compilers have bugs, and a wrong score looks like any other. So of one real pass
 scored again, one by one, by the stock model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cecompile.engine.decode import Decoder
 from cecompile.engine.forward import Engine, Readouts
+from cecompile.engine.pipeline import Stage
 from cecompile.engine.probe import ROUNDINGS, TOLERANCE
 from cecompile.engine.reference import rounding, stock_logits
 from cecompile.workload.lanes import Step
@@ -27,7 +29,7 @@ CHECKED = 4  # sequences of a pass
 @torch.inference_mode()
 def disagreement(
     engine: Engine, model: PreTrainedModel, stock: str, sequences: Sequences, staged: Sequence[StagedPass]
-) -> float:
+) -> float | None:
     """How far a warm engine is from the stock model, over what is tolerated: fine up to 1.
 
     Measured is the root mean square of the log-probabilities' differences, in standard deviations of the logits.
@@ -40,13 +42,18 @@ def disagreement(
         stock: the stock model's attention implementation.
         sequences: all sequences.
         staged: their passes, of which the first of each bucket is run.
+
+    All stages of a pipeline call this for the same; those before the last find nothing: 0. None from a stage whose
+    memory does not suffice for it.
     """
     first = {one.bucket: one for one in reversed(staged)}.values()
-    got = engine.run(first)
+    picked = [_picked(one, out, sequences) for one, out in zip(first, engine.run(first), strict=True)]
     with stock_attention(model, stock):
-        return max(
-            _difference(model, sequences, _picked(one, out, sequences)) for one, out in zip(first, got, strict=True)
-        )
+        if engine.stage is not None:
+            engine.stage.suffices = True
+            off = max(_difference_of_stages(engine.stage, model, sequences, got) for got in picked)
+            return off if engine.stage.suffices else None
+        return max(_difference(model, sequences, got) for got in picked)
 
 
 @torch.inference_mode()
@@ -94,9 +101,35 @@ def _spread(among: NDArray[Any], sequences: Sequences) -> list[int]:
 
 def _difference(model: PreTrainedModel, sequences: Sequences, got: dict[int, NDArray[np.float32]]) -> float:
     """How far off the log-probabilities of the last tokens of these sequences are."""
+    return _off(
+        model.dtype, sequences, got, lambda i: stock_logits(model, sequences, i),
+        lambda: rounding(model, sequences, got),
+    )  # fmt: skip
+
+
+def _difference_of_stages(
+    stage: Stage, model: PreTrainedModel, sequences: Sequences, got: dict[int, NDArray[np.float32]]
+) -> float:
+    """The same through the stages of a pipeline. All compute all, as only the last knows what of it is needed."""
+    expected = {i: stock_logits(model, sequences, i, stage.alone) for i in got}
+    rounded = rounding(model, sequences, got, stage.alone)
+    return _off(model.dtype, sequences, got, expected.__getitem__, lambda: rounded) if stage.ends else 0.0
+
+
+def _off(
+    dtype: torch.dtype, sequences: Sequences, got: dict[int, NDArray[np.float32]], expected: Callable[[int], Tensor],
+    rounded: Callable[[], float],
+) -> float:  # fmt: skip
+    """How far off log-probabilities of sequences are, by their index.
+
+    Args:
+        got: of the last tokens of each.
+        expected: logits, as `stock_logits` gives them.
+        rounded: what rounding does, as `rounding` says.
+    """
     errors, spread = [], []
     for i, ours in got.items():
-        logits = stock_logits(model, sequences, i)
+        logits = expected(i)
         target = torch.from_numpy(sequences.targets(i).astype(np.int64)).to(logits.device)
         logprob = logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
         errors.append(torch.from_numpy(ours) - logprob.cpu()[-len(ours) :])
@@ -104,7 +137,7 @@ def _difference(model: PreTrainedModel, sequences: Sequences, got: dict[int, NDA
     if not np.isfinite(spread).all():
         return 0.0
     off = torch.cat(errors).square().mean().sqrt().item() / max(spread)
-    tolerated = TOLERANCE[model.dtype]
+    tolerated = TOLERANCE[dtype]
     if off > tolerated:
-        tolerated = max(tolerated, ROUNDINGS * rounding(model, sequences, got))
+        tolerated = max(tolerated, ROUNDINGS * rounded())
     return off / tolerated
