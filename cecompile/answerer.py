@@ -11,7 +11,7 @@ from cecompile.engine.model import load_generation_config
 from cecompile.engine.stock import StockPipeline, stop_tokens
 from cecompile.engine.verify import stock_attention
 from cecompile.errors import UserError
-from cecompile.journaled import answer_alone, run_facts, run_passes, write_answers
+from cecompile.journaled import answer_alone, begin, run_passes, write_answers
 from cecompile.packed import PackedModel, Workload, timed
 from cecompile.report.clock import Clock
 from cecompile.report.journal import Journal
@@ -88,10 +88,9 @@ class Answerer(PackedModel):
             run = self._one_by_one(questions, clock, progress)
         else:
             run, workload = self._packed(questions, workload, clock, progress)
-        if journal is not None:
-            journal.begin(run_facts(self.runtime, workload, self.new_tokens))
+        begin(self.runtime, workload, journal, self.new_tokens)
         clock.enter("inference")
-        answers, seconds = timed(run, repeat, journal)
+        answers, seconds = timed(run, repeat, journal, self.runtime.ranks)
         return Answers(answers, workload, seconds)
 
     def _stop_tokens(self) -> frozenset[int]:
@@ -109,7 +108,8 @@ class Answerer(PackedModel):
 
         def run(journal: Journal | None) -> list[Answer]:
             conversations = [question.conversation for question in questions]
-            return [Answer(text) for text in answer_alone(stock, conversations, self.new_tokens, progress, journal)]
+            texts = answer_alone(stock, conversations, self.new_tokens, progress, journal, self.runtime.ranks)
+            return [Answer(text) for text in texts]
 
         return run
 
@@ -121,7 +121,8 @@ class Answerer(PackedModel):
         model, sequences = self.runtime.load(), workload.sequences
         stop = self._stop_tokens()
         stock = StockPipeline(model, self.tokenizer)
-        prompts = prompts_of(sequences)
+        prompts, ranks = prompts_of(sequences), self.runtime.ranks
+        lanes = 1 if warmed.decoder is None else warmed.decoder.shape.lanes
 
         def named(sequence: int) -> str:
             return f"question '{questions[sequences.questions[sequence]].id}'"
@@ -135,14 +136,14 @@ class Answerer(PackedModel):
                     done(i, stock.continued(one.tolist(), most))
 
         def run(journal: Journal | None) -> list[Answer]:
-            readouts = run_passes(warmed.engine, staged, progress, named, journal)
+            readouts = run_passes(warmed.engine, staged, progress, named, journal, ranks)
             walks = walk(sequences, most_likely(staged, readouts), stop, self.new_tokens)
             left = {
                 i: (np.array([*prompts[i], *one.tokens], dtype=np.int32), self.new_tokens - len(one.tokens))
                 for i, one in enumerate(walks)
                 if not one.complete
             }
-            outside = write_answers(left, write, progress, journal)
+            outside = write_answers(left, write, progress, journal, ranks, lanes)
             return [_answer(stock, prompts[i], one, outside.get(i, [])) for i, one in enumerate(walks)]
 
         return run, workload

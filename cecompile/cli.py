@@ -13,8 +13,9 @@ import click
 
 from cecompile import demo
 from cecompile.engine.profiles import PROFILES
-from cecompile.errors import CheckError, UserError
+from cecompile.errors import CheckError, ToldError, UserError
 from cecompile.interrupt import Interrupted, command_to_resume, signals_raise
+from cecompile.ranks import ALONE, Ranks, has_part_in
 from cecompile.report.clock import CLOCKS, Clock, process_start
 from cecompile.report.words import LANGUAGES
 from cecompile.tasks.chat import NEW_TOKENS
@@ -36,12 +37,20 @@ class OneLineErrors(click.Group):
             with signals_raise():
                 return super().invoke(ctx)
         except (UserError, CheckError) as error:
-            click.echo(f"cecompile: {error}{_resuming(ctx, begun=True)}", err=True)
+            line = f"{error}{_resuming(ctx, begun=True)}"
+            if not isinstance(error, ToldError) and ctx.meta.get("ranks", ALONE).says(line):
+                click.echo(f"cecompile: {_speaker(ctx)}{line}", err=True)
             ctx.exit(2 if isinstance(error, UserError) else 1)
         except Interrupted as error:
             nothing = "; nothing to resume" if ctx.invoked_subcommand == "eval" else ""
-            click.echo(f"cecompile: {error}{_resuming(ctx) or nothing}", err=True)
+            click.echo(f"cecompile: {_speaker(ctx)}{error}{_resuming(ctx) or nothing}", err=True)
             ctx.exit(error.status)
+
+
+def _speaker(ctx: click.Context) -> str:
+    """Which rank says a line, as its beginning; rank 0 need not say so."""
+    rank = ctx.meta.get("ranks", ALONE).rank
+    return f"rank {rank}: " if rank else ""
 
 
 def _resuming(ctx: click.Context, begun: bool = False) -> str:
@@ -54,8 +63,11 @@ def _resuming(ctx: click.Context, begun: bool = False) -> str:
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="cecompile")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Scores multiple-choice LLM benchmarks as packed token trees in static passes."""
+    if not has_part_in(str(ctx.invoked_subcommand)):
+        ctx.exit(0)
 
 
 def _limit(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
@@ -133,20 +145,28 @@ def eval_command(
     ctx: click.Context, data: str | None, task: str, limit: float | None, headline: str, output: Path | None,
     overwrite: bool, resume: bool, repeat: int, baseline: Path | None, max_drop: float, **how: Any,
 ) -> None:  # fmt: skip
-    """Score or answer a dataset; write results.json, samples.jsonl and, for answers, predictions.jsonl."""
+    """Score or answer a dataset; write results.json, samples.jsonl and, for answers, predictions.jsonl.
+
+    Under torchrun, on one machine or several, its processes share the work: torchrun --nproc-per-node 4 -m cecompile
+    eval ...
+    """
     if resume and (overwrite or output is None):
         raise UserError("--resume: goes on with the run in --output, which must be named, and not with --overwrite")
     from cecompile.report.compare import read_baseline
-    from cecompile.report.journal import Journal
+    from cecompile.report.journal import Journal, journals_in
     from cecompile.report.results import prepare_output
     from cecompile.tasks.read import read_dataset
 
     clock = Clock(process_start())
     name = _named(data, task)
-    output = output or Path("results") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    prepare_output(output, overwrite, resume)
-    ctx.meta["journal"] = journal = ctx.with_resource(Journal(output, resume))
-    compared = None if baseline is None else read_baseline(baseline, max_drop)
+    ctx.meta["ranks"] = ranks = Ranks.from_environment()
+    began = time.strftime("%Y%m%d-%H%M%S", time.localtime(ranks.began))
+    output = to = ranks.everywhere(output or Path("results") / f"{Path(name).stem}-{began}")
+    if ranks.attempt:  # started again by torchrun, with the same arguments
+        resume = ranks.any(bool(journals_in(to)))
+    ranks.first_does(lambda: prepare_output(to, overwrite, resume))
+    ctx.meta["journal"] = journal = ctx.with_resource(Journal(output, resume, ranks))
+    compared = None if baseline is None or ranks.rank else read_baseline(baseline, max_drop)
     clock.enter("preprocess")
     dataset = read_dataset(name, task, limit)
     clock.enter("load_model")
@@ -157,11 +177,12 @@ def eval_command(
     from cecompile.report.table import print_results, progress_bars
 
     def report(results: dict[str, Any]) -> None:
-        print_results(Console(), results, output)
+        if ranks.rank == 0:
+            print_results(Console(), results, to)
         remove_workspaces()
 
-    model = _model(how, dataset.task)
-    with progress_bars(Console(stderr=True)) as progress:
+    model = _model(how, dataset.task, ranks)
+    with progress_bars(Console(stderr=True, force_terminal=False if ranks.rank else None)) as progress:
         evaluation = evaluate(
             model,
             dataset.questions,
@@ -338,7 +359,7 @@ def _named(data: str | None, task: str) -> str:
     return str(demo.CHAT if task == "chat" else demo.HELLASWAG) if data is None else data
 
 
-def _model(how: dict[str, Any], task: str) -> Any:
+def _model(how: dict[str, Any], task: str, ranks: Ranks = ALONE) -> Any:
     """A scorer, or an answerer for chat questions."""
     from cecompile.answerer import Answerer
     from cecompile.scorer import Scorer
@@ -354,6 +375,7 @@ def _model(how: dict[str, Any], task: str) -> Any:
         memory_limit=how["memory_limit"],
         cache_dir=how["cache_dir"],
         require_warm=how.get("require_warm", False),
+        ranks=ranks,
         **own,
     )
 

@@ -8,6 +8,10 @@ class UserError(Exception):
         super().__init__(printable(message))
 
 
+class ToldError(UserError):
+    """A UserError that another process has told the user already."""
+
+
 class CheckError(Exception):
     """A result that must not be reported; the command line prints the message and exits with status 1."""
 

@@ -80,7 +80,8 @@ def evaluate(
         clock: already running where reading is to be counted; left in the phase `score`.
         progress: see `Scorer.score`.
         repeat: times the inference phase runs; the latencies then count its median.
-        output: directory for results.json and samples.jsonl, and answers' predictions.jsonl; None writes nothing.
+        output: directory for results.json and samples.jsonl, and answers' predictions.jsonl; None writes nothing. Of
+            several ranks, rank 0 writes.
         journal: of `output`, open; takes what is finished as it is, and is removed when all is written.
         report: called with the results before they are written, as the last thing that the clock sees.
         baseline: a result to compare with; the results then have a `comparison`.
@@ -95,13 +96,16 @@ def evaluate(
     runtime, data_facts = model.runtime, {"name": data, "digest": digest(questions)}
     if baseline is not None:
         _expect(baseline, model, {"task": task, "questions": len(questions), "data": data_facts})
+    known = {"task": task, "data digest": data_facts["digest"], **_version_facts(runtime)}
+    runtime.ranks.all_same(known)
     if journal is not None:
-        journal.expect({"task": task, "data digest": data_facts["digest"], **_version_facts(runtime)})
+        journal.expect(known)
     runtime.watch()
     run = _answered if isinstance(model, Answerer) else _scored
     judged = run(model, questions, clock, progress, repeat, journal)  # type: ignore[arg-type]
     resumed = None if journal is None else journal.resumed
     plan, model_facts = judged.workload.plan, _model(model)
+    shares = runtime.ranks.gather(_share(runtime))
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -118,6 +122,7 @@ def evaluate(
             "attention": None if runtime.engine == "reference" else runtime.attention,
             "note": runtime.note,
         },
+        "ranks": None if runtime.ranks.size == 1 else {"size": len(shares)} | _columns(shares, "peak"),
         "plan": None if plan is None else plan_summary(plan),
         "model": model_facts,
         "cache": None
@@ -126,7 +131,7 @@ def evaluate(
         "memory": {
             "limit_bytes": runtime.sizing.limit,
             "predicted_bytes": runtime.predicted_bytes,
-            "peak_bytes": memory.peak(runtime.device),
+            "peak_bytes": max(share["peak"] for share in shares),
         },
         "data": data_facts,
         "environment": environment(_device_name(runtime.device)),
@@ -135,6 +140,8 @@ def evaluate(
         name = "this run" if output is None else str(output)
         comparison, _ = compare(baseline.stored, name, results, judged.samples, baseline.max_drop)
         results["comparison"] = asdict(comparison)
+    if runtime.ranks.rank:
+        output = None  # rank 0 writes
     if output is not None:
         write_samples(output, judged.samples)
         if isinstance(model, Answerer):
@@ -145,6 +152,7 @@ def evaluate(
     results["digest"] = digest_of_results(results)
     if output is not None:
         write_results(output, results)
+    runtime.ranks.barrier()
     if journal is not None:
         journal.remove()
     return Evaluation(results, judged.samples)
@@ -202,6 +210,17 @@ def _times(clock: Clock, inference: Sequence[float], headline: str, resumed: dic
         "phases_s": phases,
         "timeline": clock.timeline(),
     }
+
+
+def _share(runtime: Runtime) -> dict[str, Any]:
+    """This rank's part in a run."""
+    ranks = runtime.ranks
+    device, peak = _device_name(runtime.device), memory.peak(runtime.device)
+    return {"passes": ranks.passes, "tokens": ranks.tokens, "devices": device, "peak": peak}
+
+
+def _columns(rows: Sequence[dict[str, Any]], *without: str) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0] if name not in without}
 
 
 def _version_facts(runtime: Runtime) -> dict[str, Any]:

@@ -16,25 +16,40 @@ from cecompile.engine.reference import score_alone
 from cecompile.engine.stock import StockPipeline
 from cecompile.errors import CheckError, UserError, first_line
 from cecompile.packed import Workload
+from cecompile.ranks import Ranks
 from cecompile.report.journal import ANSWERS, PASSES, Journal
 from cecompile.runtime import Counter, Progress, Runtime
 from cecompile.workload.plan import Plan
 from cecompile.workload.sequences import Ints, Sequences
 from cecompile.workload.stage import StagedPass
 
+UNIT = 2  # rows per lane that a rank decodes at once, where several share them
 Named = Callable[[int], str]  # what a user knows a sequence as
 Write = Callable[[Sequence[Ints], Sequence[int], Callable[[int, list[int]], None]], None]
 _SCORE = struct.Struct("<d?")
 
 
-def run_facts(runtime: Runtime, workload: Workload, new_tokens: int = 0) -> dict[str, Any]:
-    """What the readouts of a model that has been warmed up for a workload depend on, beside the data and versions.
+def begin(runtime: Runtime, workload: Workload, journal: Journal | None, new_tokens: int = 0) -> None:
+    """Makes sure that all ranks are about to do the same, and begins the journal.
 
     Raises:
-        UserError: the model was not loaded from a checkpoint, so that none can be told to be the same.
+        UserError: a rank differs; or see `Journal.begin`; or the model was not loaded from a checkpoint, so that none
+            can be told to be the same.
     """
+    if journal is None and runtime.ranks.size == 1:
+        return
     if runtime.fingerprint is None:
         raise UserError(f"{runtime.name}: loaded elsewhere, has no fingerprint: its runs cannot be journaled")
+    facts = _run_facts(runtime, workload, new_tokens)
+    devices = runtime.ranks.gather(facts.pop("device"))
+    runtime.ranks.all_same(facts)
+    if journal is not None:
+        journal.begin(facts | {"device": ", ".join(sorted(set(devices)))})
+    runtime.ranks.barrier()
+
+
+def _run_facts(runtime: Runtime, workload: Workload, new_tokens: int) -> dict[str, Any]:
+    """What the readouts of a model that has been warmed up for a workload depend on, beside the data and versions."""
     model, on_cpu = runtime.model, runtime.device.type == "cpu"
     assert model is not None
     return {
@@ -43,7 +58,7 @@ def run_facts(runtime: Runtime, workload: Workload, new_tokens: int = 0) -> dict
         "engine": runtime.engine,
         "attention": None if runtime.engine == "reference" else runtime.attention,
         "device": runtime.device.type if on_cpu else torch.cuda.get_device_name(runtime.device),
-        "threads": torch.get_num_threads() if on_cpu else None,
+        "threads (OMP_NUM_THREADS)": torch.get_num_threads() if on_cpu else None,
         "longest answer": new_tokens,
         "tokens": _digest_of_sequences(workload.sequences),
     } | ({} if workload.plan is None else _plan_facts(workload.plan))
@@ -68,8 +83,9 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
 
 
 def run_passes(
-    engine: Engine, staged: Sequence[StagedPass], progress: Progress, named: Named, journal: Journal | None
-) -> list[Readouts]:
+    engine: Engine, staged: Sequence[StagedPass], progress: Progress, named: Named, journal: Journal | None,
+    ranks: Ranks,
+) -> list[Readouts]:  # fmt: skip
     """What all passes read out, in order.
 
     Args:
@@ -78,27 +94,37 @@ def run_passes(
         progress: called as ("inference", done, total).
         named: for messages.
         journal: begun; None does without.
+        ranks: that share the passes.
 
     Raises:
-        CheckError: a log-probability is not a number, or a pass fails.
+        CheckError: a log-probability is not a number, a pass fails, or a rank was lost.
         UserError: see `Journal.add`.
     """
     kept = {i: _readouts(one, journal.get(PASSES, i)) for i, one in enumerate(staged)} if journal else {}
     out = {i: readouts for i, readouts in kept.items() if readouts is not None}
     left = [i for i in range(len(staged)) if i not in out]
     count = Counter("inference", len(staged), progress, len(out))
+    place = {i: number for number, i in enumerate(left, len(out) + 1)}
+    taken: list[int] = []
+    mine: dict[int, Readouts] = {}
+
+    def passes() -> Iterator[StagedPass]:
+        for i in ranks.take(PASSES, left):
+            taken.append(i)
+            yield staged[i]
 
     def done(one: StagedPass, readouts: Readouts) -> None:
         _refuse_nonsense(one.choice, readouts.logprob, named)
-        i = left[len(out) - before]
-        out[i] = readouts
+        i = taken[len(mine)]
+        mine[i] = readouts
         if journal is not None:
             journal.add(PASSES, i, readouts.logprob.astype("<f4").tobytes() + readouts.argmax.astype("<i4").tobytes())
-        count()
+        ranks.tally(one.tokens)
+        count.reach(place[i])
 
-    before = len(out)
-    with _failure_in_one_line(lambda: f"after {len(out)} of {len(staged)} passes"):
-        engine.run([staged[i] for i in left], done)
+    with _failure_in_one_line(lambda: f"after {len(out) + len(mine)} of {len(staged)} passes"):
+        engine.run(passes(), done)
+    out |= ranks.collect(mine)
     return [out[i] for i in range(len(staged))]
 
 
@@ -113,24 +139,26 @@ def _readouts(one: StagedPass, payload: bytes | None) -> Readouts | None:
 
 
 def score_sequences_alone(
-    model: PreTrainedModel, sequences: Sequences, progress: Progress, named: Named, journal: Journal | None
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    model: PreTrainedModel, sequences: Sequences, progress: Progress, named: Named, journal: Journal | None,
+    ranks: Ranks,
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:  # fmt: skip
     """`score_one_by_one`, journaled by sequence; args, raises: see `run_passes`."""
-    kept = [journal.get(PASSES, i) if journal else None for i in range(len(sequences))]
-    loglikelihood = np.zeros(len(sequences))
-    greedy = np.zeros(len(sequences), dtype=bool)
-    count = Counter("inference", len(sequences), progress, sum(k is not None for k in kept))
-    for i, payload in enumerate(kept):
-        if payload is not None and len(payload) == _SCORE.size:
-            loglikelihood[i], greedy[i] = _SCORE.unpack(payload)
-            continue
-        with _failure_in_one_line(lambda i=i: f"after {i} of {len(sequences)} sequences"):  # type: ignore[misc]
-            loglikelihood[i], greedy[i] = score_alone(model, sequences, i)
-        _refuse_nonsense(np.array([i]), loglikelihood[i : i + 1], named)
+    kept = {i: journal.get(PASSES, i) for i in range(len(sequences))} if journal else {}
+    out = {i: _SCORE.unpack(payload) for i, payload in kept.items() if payload and len(payload) == _SCORE.size}
+    left = [i for i in range(len(sequences)) if i not in out]
+    count = Counter("inference", len(sequences), progress, len(out))
+    mine: dict[int, tuple[float, bool]] = {}
+    for number, i in enumerate(ranks.take(PASSES, left), len(out)):
+        with _failure_in_one_line(lambda number=number: f"after {number} of {len(sequences)} sequences"):  # type: ignore[misc]
+            mine[i] = score_alone(model, sequences, i)
+        _refuse_nonsense(np.array([i]), np.array(mine[i][:1]), named)
         if journal is not None:
-            journal.add(PASSES, i, _SCORE.pack(loglikelihood[i], greedy[i]))
+            journal.add(PASSES, i, _SCORE.pack(*mine[i]))
+        ranks.tally(len(sequences.inputs(i)))
         count()
-    return loglikelihood, greedy
+    out |= ranks.collect(mine)
+    loglikelihood, greedy = zip(*(out[i] for i in range(len(sequences))), strict=True)
+    return np.array(loglikelihood), np.array(greedy, dtype=bool)
 
 
 def answer_alone(
@@ -139,26 +167,28 @@ def answer_alone(
     new_tokens: int,
     progress: Progress,
     journal: Journal | None,
+    ranks: Ranks,
 ) -> list[str]:
     """The pipeline's answers, journaled by question; raises: see `run_passes`."""
-    kept = [journal.get(ANSWERS, i) if journal else None for i in range(len(conversations))]
-    count = Counter("inference", len(conversations), progress, sum(k is not None for k in kept))
-    out = []
-    for i, (conversation, payload) in enumerate(zip(conversations, kept, strict=True)):
-        if payload is not None:
-            out.append(payload.decode())
-            continue
-        with _failure_in_one_line(lambda i=i: f"after {i} of {len(conversations)} answers"):  # type: ignore[misc]
-            out.append(stock.answer(conversation, new_tokens))
+    kept = {i: journal.get(ANSWERS, i) for i in range(len(conversations))} if journal else {}
+    out = {i: payload.decode() for i, payload in kept.items() if payload is not None}
+    left = [i for i in range(len(conversations)) if i not in out]
+    count = Counter("inference", len(conversations), progress, len(out))
+    mine: dict[int, str] = {}
+    for number, i in enumerate(ranks.take(ANSWERS, left), len(out)):
+        with _failure_in_one_line(lambda number=number: f"after {number} of {len(conversations)} answers"):  # type: ignore[misc]
+            mine[i] = stock.answer(conversations[i], new_tokens)
         if journal is not None:
-            journal.add(ANSWERS, i, out[-1].encode())
+            journal.add(ANSWERS, i, mine[i].encode())
         count()
-    return out
+    out |= ranks.collect(mine)
+    return [out[i] for i in range(len(conversations))]
 
 
 def write_answers(
-    rows: Mapping[int, tuple[Ints, int]], write: Write, progress: Progress, journal: Journal | None
-) -> dict[int, list[int]]:
+    rows: Mapping[int, tuple[Ints, int]], write: Write, progress: Progress, journal: Journal | None, ranks: Ranks,
+    lanes: int,
+) -> dict[int, list[int]]:  # fmt: skip
     """What greedy decoding writes after each row's tokens, journaled by row; raises: see `run_passes`.
 
     Args:
@@ -166,23 +196,34 @@ def write_answers(
         write: decodes; is given both for all rows to do, and what to call with each row and its tokens.
         progress: called as ("decoding", done, total) if there is something to decode.
         journal: see `run_passes`.
+        ranks: that share the rows. Which are decoded together is the same for any number of them; one process alone
+            decodes all together.
+        lanes: rows that are written at the same time.
     """
     kept = {i: journal.get(ANSWERS, i) for i in rows} if journal else {}
     out = {i: np.frombuffer(payload, "<i4").tolist() for i, payload in kept.items() if payload is not None}
-    left = [i for i in rows if i not in out]
     if not rows:
         return out
     count = Counter("decoding", len(rows), progress, len(out))
+    mine: dict[int, list[int]] = {}
+    for unit in ranks.take(ANSWERS, [list(rows)] if ranks.size == 1 else _units(rows, UNIT * lanes)):
+        left = [i for i in unit if i not in out]
 
-    def done(row: int, tokens: list[int]) -> None:
-        out[left[row]] = tokens
-        if journal is not None:
-            journal.add(ANSWERS, left[row], np.array(tokens, dtype="<i4").tobytes())
-        count()
+        def done(row: int, tokens: list[int], left: list[int] = left) -> None:
+            mine[left[row]] = tokens
+            if journal is not None:
+                journal.add(ANSWERS, left[row], np.array(tokens, dtype="<i4").tobytes())
+            count()
 
-    with _failure_in_one_line(lambda: f"after {len(out)} of {len(rows)} answers decoded"):
-        write([rows[i][0] for i in left], [rows[i][1] for i in left], done)
-    return out
+        with _failure_in_one_line(lambda: f"after {len(out) + len(mine)} of {len(rows)} answers decoded"):
+            write([rows[i][0] for i in left], [rows[i][1] for i in left], done)
+    return out | ranks.collect(mine)
+
+
+def _units(rows: Mapping[int, tuple[Ints, int]], size: int) -> list[list[int]]:
+    """Rows that are decoded together, those that may take longest first."""
+    order = sorted(rows, key=lambda i: -(len(rows[i][0]) + rows[i][1]))
+    return [order[at : at + size] for at in range(0, len(order), size)]
 
 
 def _refuse_nonsense(sequence: Any, values: Any, named: Named) -> None:

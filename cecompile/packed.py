@@ -16,6 +16,7 @@ from cecompile.engine.cache import CompileCache, NoCacheError, default_directory
 from cecompile.engine.layers import on_meta
 from cecompile.engine.model import DTYPES, check_vocabulary, load_config, load_tokenizer, resolve_device
 from cecompile.errors import UserError
+from cecompile.ranks import ALONE, Ranks
 from cecompile.report.clock import Clock
 from cecompile.report.journal import Journal
 from cecompile.runtime import Progress, Runtime
@@ -68,13 +69,14 @@ class PackedModel:
         memory_limit: int | None = None,
         cache_dir: str | Path | None = None,
         require_warm: bool = False,
+        ranks: Ranks = ALONE,
         **own: Any,
     ) -> Model:
         """One for a checkpoint.
 
         Args:
             model: a directory or hub id of a decoder-only model with safetensors weights; None is the embedded demo.
-            device: "auto", "cpu", "cuda" or "cuda:N".
+            device: "auto", "cpu", "cuda" or "cuda:N"; without a number each rank of a machine takes its own.
             dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
             engine: "compiled", "eager" (the same pass uncompiled) or "reference" (the stock model, one by one).
             attention: "auto", "flex" or "sdpa"; "auto" picks by device and by a probe.
@@ -82,6 +84,7 @@ class PackedModel:
             memory_limit: bytes the run may take, of the device's memory; None is what there is.
             cache_dir: of compiled code; None is CECOMPILE_CACHE, else the user's cache directory.
             require_warm: refuse to compile what is not in the cache.
+            ranks: the processes that share the work, this one among them.
             own: what the class itself takes.
 
         Raises:
@@ -90,10 +93,12 @@ class PackedModel:
         path = str(demo.MODEL if model is None else model)
         options = {"engine": engine, "attention": attention, "dtype": dtype}
         _check(tokens_per_bucket, **options)
-        resolved = resolve_device(device)
+        resolved = resolve_device(device, ranks)
         config, tokenizer = load_config(path), load_tokenizer(path)
-        sizing = Sizing(path, config, resolved, dtype, tokens_per_bucket, memory_limit)
-        return cls(_runtime(path, config, resolved, sizing, cache_dir, require_warm, **options), tokenizer, **own)
+        sharers = 1 if resolved.type == "cuda" and device in ("auto", "cuda") else ranks.local_size
+        sizing = Sizing(path, config, resolved, dtype, tokens_per_bucket, memory_limit, ranks, sharers)
+        runtime = _runtime(path, config, resolved, sizing, cache_dir, require_warm, ranks, **options)
+        return cls(runtime, tokenizer, **own)
 
     @classmethod
     def from_model(
@@ -125,7 +130,7 @@ class PackedModel:
         options = {"engine": engine, "attention": attention, "dtype": dtype}
         _check(tokens_per_bucket, **options)
         sizing = Sizing(name, model.config, model.device, dtype, tokens_per_bucket, memory_limit)
-        runtime = _runtime(name, model.config, model.device, sizing, cache_dir, require_warm, **options)
+        runtime = _runtime(name, model.config, model.device, sizing, cache_dir, require_warm, ALONE, **options)
         runtime.adopt(model)
         return cls(runtime, tokenizer, **own)
 
@@ -199,11 +204,12 @@ class PackedModel:
 
 
 def timed(
-    run: Callable[[Journal | None], Outcome], repeat: int, journal: Journal | None
+    run: Callable[[Journal | None], Outcome], repeat: int, journal: Journal | None, ranks: Ranks
 ) -> tuple[Outcome, list[float]]:
     """What the first of `repeat` runs gives, which alone is journaled, and the seconds of each."""
     outcomes, seconds = [], []
     for i in range(repeat):
+        ranks.barrier()
         began = perf_counter()
         outcomes.append(run(journal if i == 0 else None))
         seconds.append(perf_counter() - began)
@@ -221,7 +227,7 @@ def _check(tokens_per_bucket: int | None, engine: str, attention: str, dtype: st
 
 def _runtime(
     name: str, config: Any, device: torch.device, sizing: Sizing, cache_dir: str | Path | None, require_warm: bool,
-    *, engine: str, attention: str, dtype: str,
+    ranks: Ranks, *, engine: str, attention: str, dtype: str,
 ) -> Runtime:  # fmt: skip
     reason = None if engine == "reference" else refusal(on_meta(config))
     if reason:
@@ -238,7 +244,7 @@ def _runtime(
             if cache_dir or require_warm:
                 raise
             note = f"compiled without a cache: {error}"
-    runtime = Runtime(name, config, device, dtype, engine, attention, sizing, cache, require_warm)
+    runtime = Runtime(name, config, device, dtype, engine, attention, sizing, cache, require_warm, ranks)
     if note:
         runtime.remark(note)
     return runtime

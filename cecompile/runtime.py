@@ -17,6 +17,7 @@ from cecompile.engine.proof import Proof
 from cecompile.engine.stream import Checkpoint
 from cecompile.engine.warm import compile_facts
 from cecompile.errors import CheckError, UserError, printable
+from cecompile.ranks import ALONE, Ranks
 from cecompile.sizing import Sizing
 from cecompile.warming import Ready, Warmed, Warmer
 from cecompile.workload.lanes import DecodeShape
@@ -38,6 +39,7 @@ class Runtime:
         sizing: of buckets.
         cache: of compiled code; None does without.
         require_warm: refuse to compile what is not in the cache.
+        ranks: that share the work; they take the same decisions.
 
     Attributes:
         engine, attention: what runs; where it is not what was asked for, `note` says why.
@@ -51,9 +53,10 @@ class Runtime:
 
     def __init__(
         self, name: str, config: Any, device: torch.device, dtype: str, engine: str, attention: str, sizing: Sizing,
-        cache: CompileCache | None, require_warm: bool,
+        cache: CompileCache | None, require_warm: bool, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         self.name = name
+        self.ranks = ranks
         self.config = config
         self.device = device
         self.sizing = sizing
@@ -96,7 +99,8 @@ class Runtime:
             UserError: nothing fits, or trees of this length are not exact.
         """
         self._check_rope(max(longest, answer))
-        recorded = self._cache.recorded(self._facts()) if self._cache is not None else None
+        recorded = self._cache.recorded(self._facts()) if self._cache is not None else {}
+        recorded = self.ranks.everywhere({name: recorded.get(name) or () for name in ("tuned", "geometries")})
         sizing = sizing or self.sizing
         geometry = sizing.geometry(longest, blocks=self.attention == "flex", recorded=recorded, shared=shared)
         if fit:
@@ -221,6 +225,9 @@ class Runtime:
                 if reason:
                     self.remark(f"attention {self.attention}, because {printable(reason, 200)}")
             self._probed = True
+            if self.ranks.any(self.attention == "sdpa") and self.attention != "sdpa":
+                self.attention, _ = choose_attention(self.load(), "sdpa")
+                self.remark("attention sdpa, because another rank cannot do with flex")
         return self.attention != planned
 
     def engine_for(self, ready: Ready, progress: Progress) -> Warmed | None:
@@ -237,7 +244,7 @@ class Runtime:
         return self._warmed
 
     def warm(self, ready: Ready, progress: Progress) -> Warmed | None:
-        """A new engine, warm; None if memory ran out and there is a smaller bucket to try.
+        """A new engine, warm; None if memory ran out, on any rank, and there is a smaller bucket to try.
 
         Raises:
             UserError: memory ran out on the smallest.
@@ -248,14 +255,18 @@ class Runtime:
         chunk = self.sizing.tuning.readout_chunk
         warmer = Warmer(self.load(), self.stock_attention, self.attention, chunk, self.entry)
         slots = ready.buckets[0].slots
+        warmed = None
         gc.freeze()  # capturing a graph collects garbage first: what is here already need not be looked at each time
         try:
-            return warmer.warm(self.engine, ready, Counter("warmup", ready.steps, progress))
+            warmed = warmer.warm(self.engine, ready, Counter("warmup", ready.steps, progress))
         except Exception as error:
             if not memory.is_out_of_memory(error):
                 raise
         finally:
             gc.unfreeze()
+        if not self.ranks.any(warmed is None):
+            return warmed
+        warmed = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -296,5 +307,9 @@ class Counter:
         progress(phase, done, total)
 
     def __call__(self, *_: Any) -> None:
-        self._done += 1
+        self.reach(self._done + 1)
+
+    def reach(self, done: int) -> None:
+        """So many are done."""
+        self._done = done
         self._progress(self._phase, self._done, self._total)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cecompile.engine.forward import Readouts
-from cecompile.journaled import Named, run_facts, run_passes, score_sequences_alone
+from cecompile.journaled import Named, begin, run_passes, score_sequences_alone
 from cecompile.packed import PackedModel, Workload, timed
 from cecompile.report.clock import Clock
 from cecompile.report.journal import Journal
@@ -66,10 +66,9 @@ class Scorer(PackedModel):
         prepared = self.prepare(questions, fit=True)
         owner = prepared.sequences.questions
         run, workload = self._inference(prepared, clock, progress, lambda i: f"question '{questions[owner[i]].id}'")
-        if journal is not None:
-            journal.begin(run_facts(self.runtime, workload))
+        begin(self.runtime, workload, journal)
         clock.enter("inference")
-        outcome, seconds = timed(run, repeat, journal)
+        outcome, seconds = timed(run, repeat, journal, self.runtime.ranks)
         loglikelihoods, greedy = _by_question(questions, workload, *outcome)
         return Scores(loglikelihoods, greedy, workload, seconds)
 
@@ -90,15 +89,16 @@ class Scorer(PackedModel):
         self, workload: Workload, clock: Clock, progress: Progress, named: Named
     ) -> tuple[Inference, Workload]:
         """Loads and warms up; returns what scores all sequences, and the workload as it is planned in the end."""
+        ranks = self.runtime.ranks
         if workload.plan is None:
             clock.enter("load_model")
             model, sequences = self.runtime.load(), workload.sequences
-            return lambda journal: score_sequences_alone(model, sequences, progress, named, journal), workload
+            return lambda journal: score_sequences_alone(model, sequences, progress, named, journal, ranks), workload
         warmed, staged, workload = self.warm(workload, clock, progress)
         count = len(workload.sequences)
 
         def run(journal: Journal | None) -> Outcome:
-            return collect(count, staged, run_passes(warmed.engine, staged, progress, named, journal))
+            return collect(count, staged, run_passes(warmed.engine, staged, progress, named, journal, ranks))
 
         return run, workload
 

@@ -7,6 +7,7 @@ import torch
 
 from cecompile.engine import memory
 from cecompile.errors import UserError
+from cecompile.ranks import ALONE, Ranks
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import BLOCK, Geometry, choose_geometry
 
@@ -43,6 +44,8 @@ class Sizing:
         dtype: as asked for.
         tokens_per_bucket: as asked for; None leaves the choice.
         limit: bytes the run may take; None is what the device has.
+        ranks: that have to come to the same sizes, each with its own memory.
+        sharers: how many of them share the device.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Sizing:
         dtype: str,
         tokens_per_bucket: int | None,
         limit: int | None,
+        ranks: Ranks = ALONE,
+        sharers: int = 1,
     ) -> None:
         self._name = name
         self._config = config
@@ -60,6 +65,8 @@ class Sizing:
         self._dtype = dtype
         self._asked = tokens_per_bucket
         self._asked_limit = limit
+        self._ranks = ranks
+        self._sharers = sharers
         self._ceiling: int | None = None  # slots, once memory has run out on more
         self._sizes: memory.Sizes | None = None
         self.tuning = TUNING[device.type]
@@ -164,6 +171,7 @@ class Sizing:
     def of_size(self, tokens_per_bucket: int) -> "Sizing":
         """The same, asked for this size."""
         out = Sizing(self._name, self._config, self._device, self._dtype, tokens_per_bucket, self._asked_limit)
+        out._ranks, out._sharers = self._ranks, self._sharers
         out.limit, out._held = self.limit, self._held
         return out
 
@@ -179,9 +187,10 @@ class Sizing:
     def _room(self) -> int:
         """Bytes that a prediction may fill."""
         if self._held is None:  # before anything is loaded: what is loaded later is part of what is needed
-            self._held = memory.used_already(self._device) if self._asked_limit is not None else 0
+            held = memory.used_already(self._device) if self._asked_limit is not None else 0
+            self._held = -self._ranks.least(-held)
         if self.limit is None:
-            self.limit = memory.available(self._device)
+            self.limit = self._ranks.least(memory.available(self._device) // self._sharers)
         return int(self.limit * memory.USABLE[self._device.type]) - self._held
 
     def _least_decoding(self, answer: int) -> DecodeShape | None:

@@ -1,6 +1,8 @@
 """What the system says of itself, in small files under /proc and /sys."""
 
+import os
 import re
+import time
 from pathlib import Path
 
 ROOT = Path("/")
@@ -22,6 +24,19 @@ def read_meminfo(root: Path = ROOT) -> dict[str, int]:
 def read_status(root: Path = ROOT) -> dict[str, int]:
     """The sizes in /proc/self/status in bytes, by name."""
     return _read_kib(root / "proc/self/status")
+
+
+def process_age(process: int | str = "self") -> float | None:
+    """Seconds since a process began; None where the system does not say.
+
+    Linux counts it in ticks since boot, field 22 of /proc/PID/stat (proc(5)), commonly a hundredth of a second.
+    """
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, IndexError, ValueError):
+        return None
+    return max(0.0, age)
 
 
 def cpu_model(root: Path = ROOT) -> str | None:

@@ -15,19 +15,30 @@ from cecompile.engine.load import Loaded, NotPlain, load_plainly
 from cecompile.engine.span import Share
 from cecompile.engine.stream import Checkpoint, read_header, stream
 from cecompile.errors import UserError, first_line
+from cecompile.ranks import ALONE, Ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device of that name, made torch's current one; "auto" is the first CUDA device, else the CPU.
+def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device of that name, made torch's current one; "auto" is a CUDA device, else the CPU.
+
+    A CUDA device without a number is the first, and where several ranks share a machine, each one's own.
 
     Raises:
-        UserError: no such device.
+        UserError: no such device, or fewer than ranks.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and ranks.size > 1:
+        count = torch.cuda.device_count()
+        if 0 < count < ranks.local_size:
+            raise UserError(
+                f"--device {name}: {ranks.local_size} ranks on this machine, {count} CUDA devices; "
+                "--device cuda:0 puts all ranks on one"
+            )
+        name = f"cuda:{ranks.local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -34,7 +34,19 @@ def problems(directory: Path) -> list[str]:
 def problems_of(stored: StoredResult) -> list[str]:
     """The same of a result that has been read."""
     found = list(_digests(stored))
-    for check in (_samples, _metrics, _clock, _timeline, _warmup, _weights, _precision, _plan, _memory, _comparison):
+    for check in (
+        _samples,
+        _metrics,
+        _clock,
+        _timeline,
+        _warmup,
+        _weights,
+        _precision,
+        _plan,
+        _ranks,
+        _memory,
+        _comparison,
+    ):
         found += _tried(check, stored)
     return found
 
@@ -188,6 +200,21 @@ def _plan(stored: StoredResult) -> Found:
         yield f"results.json: plan.slots is {plan['slots']}, the buckets give {slots}"
     if not plan["prefix_tree_tokens"] <= plan["useful_tokens"] <= min(plan["unshared_tokens"], plan["slots"]):
         yield "results.json: plan: more useful tokens than sequences or slots, or fewer than the prefix tree"
+
+
+def _ranks(stored: StoredResult) -> Found:
+    results = stored.results
+    ranks, plan = results.get("ranks"), results["plan"]
+    if ranks is None:
+        return
+    for name in ("passes", "tokens", "devices"):
+        if len(ranks[name]) != ranks["size"]:
+            yield f"results.json: ranks.{name} is of {len(ranks[name])} ranks, there were {ranks['size']}"
+    if plan is not None:
+        kept = (results["resumed"] or {"passes": 0})["passes"]
+        planned = results["inference_s"]["runs"] * sum(b["runs"] for b in plan["buckets"]) - kept
+        if sum(ranks["passes"]) != planned:
+            yield f"results.json: ranks.passes: {sum(ranks['passes'])} in all, {planned} were to be run"
 
 
 def _memory(stored: StoredResult) -> Found:

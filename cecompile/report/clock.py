@@ -4,29 +4,20 @@ Entering a phase ends the one before, so the phases' sum is the wall time by con
 booked once, on the phase that was entered.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from cecompile.system import process_age
 
 PHASES = ("load_model", "preprocess", "warmup", "inference", "score")
 CLOCKS = ("strict", "section3", "inference")
 
 
 def process_start() -> float:
-    """When this process began, on the scale of `time.perf_counter()`; now, where the system does not say.
-
-    Linux counts it in ticks since boot, field 22 of /proc/self/stat (proc(5)), commonly a hundredth of a second.
-    """
-    now = time.perf_counter()
-    try:
-        fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, IndexError, ValueError):
-        return now
-    return now - max(0.0, age)
+    """When this process began, on the scale of `time.perf_counter()`; now, where the system does not say."""
+    return time.perf_counter() - (process_age() or 0.0)
 
 
 class Clock:

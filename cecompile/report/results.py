@@ -77,10 +77,11 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
         raise UserError(f"{directory}: cannot be read: {error.strerror}") from None
     if is_file:
         raise UserError(f"{directory}: is a file, or a link to nothing; --output names a directory")
-    if held and not held & {RESULTS, SAMPLES, PREDICTIONS, journal.NAME}:
+    journaled = bool(journal.journals_in(directory))
+    if held and not journaled and not held & {RESULTS, SAMPLES, PREDICTIONS}:
         raise UserError(f"{directory}: not empty and not a result directory; choose another --output")
     if held and not overwrite and not resume:
-        if journal.NAME in held:
+        if journaled:
             raise UserError(f"{directory}: holds an interrupted run; --resume goes on with it, --overwrite starts anew")
         raise UserError(f"{directory}: holds results already; --overwrite replaces them")
     parent = directory

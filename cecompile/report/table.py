@@ -43,6 +43,9 @@ def print_results(console: Console, results: dict[str, Any], output: Path) -> No
     rows = f"{results['task']}, {results['questions']} questions"
     _row(table, "data", "", f"{short_name(results['data']['name'])} ({rows})")
     _row(table, "device", "", environment["device"])
+    if results["ranks"] is not None:
+        ranks = results["ranks"]
+        _row(table, "ranks", str(ranks["size"]), f"from {min(ranks['passes'])} to {max(ranks['passes'])} passes each")
     if results["engine"]["note"]:
         _row(table, "note", "", results["engine"]["note"])
     if results.get("truncated_questions"):

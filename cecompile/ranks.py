@@ -1,0 +1,260 @@
+"""Ranks: the processes that share one evaluation, as torchrun starts them, on one machine or several.
+
+What they agree on goes through a gloo process group on the CPU, whatever the devices; what is handed out goes by
+counters in the group's store. Where a rank is lost, the others are told so instead of waiting for it.
+"""
+
+import hashlib
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from cecompile.errors import CheckError, ToldError, UserError
+from cecompile.system import process_age
+
+JOIN = timedelta(minutes=5)  # for all ranks to come together
+WAIT = timedelta(minutes=30)  # for the slowest, which may have to compile what others have in their cache
+SAY = timedelta(seconds=5)
+POLL = 0.001  # seconds; signals are dealt with in between
+AGENT = 5.0  # seconds that torchrun's agent has to stop this process after another one has failed
+
+Item = TypeVar("Item")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class Ranks:
+    """One process alone. `from_environment` gives the group where there are more.
+
+    All ranks call the same methods in the same order, and each waits for the others; but `take`, `tally` and `says`
+    wait for nobody.
+
+    Attributes:
+        rank, size: which of how many.
+        local_rank, local_size: which of how many on this machine.
+        attempt: how often torchrun has started the ranks again.
+        restarts: how often it would.
+        store: of the process group; None for one process alone.
+        passes, tokens: that this rank has run, where there are several.
+    """
+
+    rank, size = 0, 1
+    local_rank, local_size = 0, 1
+    attempt = restarts = 0
+    passes = tokens = 0
+    store: Any = None
+
+    @staticmethod
+    def from_environment() -> "Ranks":
+        """The ranks that the environment names: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
+
+        Raises:
+            UserError: it is not complete, or not all ranks come.
+        """
+        return ALONE if world_size() < 2 else Group()
+
+    @property
+    def began(self) -> float:
+        """When the command was given, in seconds since 1970, the same however often torchrun starts its ranks."""
+        return time.time()
+
+    def take(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
+        """Items that no other rank takes, in order, the next whenever this one has time; together the ranks take all.
+
+        `what` names them. All ranks give the same items.
+        """
+        return iter(items)
+
+    def tally(self, tokens: int) -> None:
+        """Counts a pass that this rank has run, and its tokens."""
+
+    def says(self, line: str) -> bool:
+        """Whether this rank is the first to say this to the user."""
+        return True
+
+    def gather(self, mine: Value) -> list[Value]:
+        """What each rank has, in their order."""
+        return [mine]
+
+    def everywhere(self, mine: Value) -> Value:
+        """What rank 0 has."""
+        return mine
+
+    def least(self, n: int) -> int:
+        """The least of all ranks' numbers."""
+        return n
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return self.least(-int(flag)) < 0
+
+    def barrier(self) -> None:
+        """Waits until all ranks are here."""
+        self.least(0)
+
+    def collect(self, mine: Mapping[Key, Value]) -> dict[Key, Value]:
+        """What all ranks have, together; each has it then."""
+        union: dict[Key, Value] = {}
+        for part in self.gather(mine):
+            union.update(part)
+        return union
+
+    def same(self, value: Any, what: str) -> None:
+        """Raises UserError where not all ranks have the same."""
+        self.all_same({what: value})
+
+    def all_same(self, facts: Mapping[str, Any]) -> None:
+        """Raises UserError where not all ranks have the same facts, by name; says where they differ."""
+        every = self.gather(facts)
+        for rank, theirs in enumerate(every):
+            for what, value in every[0].items():
+                if theirs.get(what) != value:
+                    raise UserError(f"rank {rank}: {what} is {theirs.get(what)}, rank 0 has {value}")
+
+    def first_does(self, call: Callable[[], Value]) -> Value:
+        """What `call` returns on rank 0, which alone calls it.
+
+        Raises:
+            UserError: raised there; on other ranks, which need not say it again, ToldError.
+        """
+        refusal: UserError | None = None
+        value: Any = None
+        if self.rank == 0:
+            try:
+                value = call()
+            except UserError as error:
+                refusal = error
+        value, message = self.everywhere((value, None if refusal is None else str(refusal)))
+        if refusal is not None:
+            raise refusal
+        if message is not None:
+            raise ToldError(message)
+        result: Value = value
+        return result
+
+
+ALONE = Ranks()
+
+
+class Group(Ranks):
+    """Several processes, this one among them. Raises: see `Ranks.from_environment`."""
+
+    def __init__(self) -> None:
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
+
+        self._torch, self._dist = torch, dist
+        self.rank, self.size = _number("RANK", None), world_size()
+        self.local_rank = _number("LOCAL_RANK", self.rank)
+        self.local_size = _number("LOCAL_WORLD_SIZE", self.size)
+        self.attempt, self.restarts = _number("TORCHELASTIC_RESTART_COUNT", 0), _number("TORCHELASTIC_MAX_RESTARTS", 0)
+        self._takes = 0
+        try:
+            store, _, _ = next(iter(rendezvous("env://", timeout=JOIN)))
+            self.store = dist.PrefixStore(f"cecompile/{self.attempt}", store)  # the agent's store outlives its ranks
+            dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=WAIT)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"rank {self.rank} of {self.size}: cannot join the others: {reason}") from None
+
+    @property
+    def began(self) -> float:
+        age = process_age(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
+        return time.time() - (age or 0.0)
+
+    def take(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
+        self._takes += 1
+        return self._taken(f"take/{self._takes}/{what}", items)
+
+    def _taken(self, key: str, items: Sequence[Item]) -> Iterator[Item]:
+        while True:
+            with self._others():
+                number = self.store.add(key, 1)
+            if number > len(items):
+                return
+            yield items[number - 1]
+
+    def tally(self, tokens: int) -> None:
+        self.passes += 1
+        self.tokens += tokens
+
+    def says(self, line: str) -> bool:
+        try:
+            self.store.set_timeout(SAY)
+            return bool(self.store.add(f"said/{hashlib.sha256(line.encode()).hexdigest()}", 1) == 1)
+        except RuntimeError:
+            return True
+
+    def gather(self, mine: Value) -> list[Value]:
+        data = pickle.dumps(mine)
+        sizes = [int(size) for size in self._all_gathered(self._torch.tensor([len(data)]))]
+        padded = self._torch.zeros(max(sizes), dtype=self._torch.uint8)
+        padded[: len(data)] = self._torch.frombuffer(bytearray(data), dtype=self._torch.uint8)
+        parts = self._all_gathered(padded)
+        return [pickle.loads(part[:size].numpy().data) for part, size in zip(parts, sizes, strict=True)]
+
+    def everywhere(self, mine: Value) -> Value:
+        data = pickle.dumps(mine) if self.rank == 0 else b""
+        size = self._torch.tensor([len(data)])
+        self._wait(lambda: self._dist.broadcast(size, 0, async_op=True))
+        content = self._torch.zeros(int(size), dtype=self._torch.uint8)
+        if self.rank == 0:
+            content[:] = self._torch.frombuffer(bytearray(data), dtype=self._torch.uint8)
+        self._wait(lambda: self._dist.broadcast(content, 0, async_op=True))
+        value: Value = pickle.loads(content.numpy().data)
+        return value
+
+    def least(self, n: int) -> int:
+        number = self._torch.tensor([n])
+        self._wait(lambda: self._dist.all_reduce(number, self._dist.ReduceOp.MIN, async_op=True))
+        return int(number)
+
+    def _all_gathered(self, mine: Any) -> list[Any]:
+        out = [self._torch.empty_like(mine) for _ in range(self.size)]
+        self._wait(lambda: self._dist.all_gather(out, mine, async_op=True))
+        return out
+
+    def _wait(self, begin: Callable[[], Any]) -> None:
+        """Not in the library's own way, which lets no signal through."""
+        with self._others():
+            work = begin()
+            while not work.is_completed():
+                time.sleep(POLL)
+            work.wait()
+
+    @contextmanager
+    def _others(self) -> Iterator[None]:
+        """Raises CheckError where the others cannot be reached."""
+        began = time.monotonic()
+        try:
+            yield
+        except RuntimeError:
+            waited = time.monotonic() - began
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                time.sleep(AGENT)  # its signal ends this
+            silent = f", silent for {waited / 60:.0f} minutes" if waited >= WAIT.total_seconds() else ""
+            raise CheckError(f"another of the {self.size} ranks was lost{silent}") from None
+
+
+def world_size() -> int:
+    """How many ranks there are, by the environment."""
+    return _number("WORLD_SIZE", 1)
+
+
+def has_part_in(command: str) -> bool:
+    """Whether this process has anything to do: all ranks share `eval`, one per machine warms, rank 0 does the rest."""
+    if world_size() < 2 or command == "eval":
+        return True
+    return _number("LOCAL_RANK" if command == "warm" else "RANK", 0) == 0
+
+
+def _number(name: str, default: int | None) -> int:
+    value = os.environ.get(name, "" if default is None else str(default))
+    if not value.isdecimal():
+        raise UserError(f"{name}: '{value}' in the environment, where torchrun puts a number")
+    return int(value)
