@@ -62,6 +62,8 @@ class Answerer(PackedModel):
     def __init__(self, runtime: Runtime, tokenizer: object, new_tokens: int = NEW_TOKENS) -> None:
         if new_tokens < 1:
             raise UserError(f"new tokens: {new_tokens} is too few, at least 1")
+        if runtime.sizing.stages > 1:
+            raise UserError("--pipeline: chat answers that leave their tree are written by one device with all layers")
         super().__init__(runtime, tokenizer, new_tokens)
 
     def prepare(self, questions: Sequence[ChatQuestion], *, fit: bool = False) -> Workload:

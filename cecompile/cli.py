@@ -130,8 +130,15 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
         raise click.BadParameter("a number of bytes, with a unit such as MB, GB or GiB") from None
 
 
+pipeline_option = click.option(
+    "--pipeline", type=click.IntRange(1), default=1, show_default=True,
+    help="Divide the layers among this many processes, which torchrun starts.",
+)  # fmt: skip
+
+
 @cli.command("eval")
 @selection
+@pipeline_option
 @click.option("--require-warm", is_flag=True, help="Fail (exit 1) if something would have to be compiled.")
 @click.option("--repeat", type=click.IntRange(1), default=1, help="Run the inference phase this many times.")
 @click.option("--clock", "headline", type=click.Choice(CLOCKS), default="strict", help="Which latency is the headline.")
@@ -159,7 +166,7 @@ def eval_command(
 
     clock = Clock(process_start())
     name = _named(data, task)
-    ctx.meta["ranks"] = ranks = Ranks.from_environment()
+    ctx.meta["ranks"] = ranks = Ranks.from_environment(how["pipeline"])
     began = time.strftime("%Y%m%d-%H%M%S", time.localtime(ranks.began))
     output = to = ranks.everywhere(output or Path("results") / f"{Path(name).stem}-{began}")
     if ranks.attempt:  # started again by torchrun, with the same arguments
@@ -230,6 +237,7 @@ def compare_command(reference: Path, candidate: Path, max_drop: float, as_json: 
 
 @cli.command("plan")
 @selection
+@pipeline_option
 @click.option("--profile", type=click.Choice(tuple(PROFILES)), help="Estimate the time of each phase on this device.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 def plan_command(
@@ -250,11 +258,14 @@ def plan_command(
 
     if how["engine"] == "reference":
         raise UserError("--engine reference: runs without a plan")
+    if profile and how["pipeline"] > 1:
+        raise UserError("--profile: estimates are of one device; leave out --pipeline")
     model = _model(as_planned_on(profile, how) if profile else how, dataset.task)
     workload = model.prepare(dataset.questions, fit=how["memory_limit"] is not None)
     assert workload.plan is not None
     budget = model.runtime.budget(workload.plan, "cuda" if profile else None)
-    summary = plan_summary(workload.plan) | {"memory": budget.summary()}
+    stages = model.runtime.stages(workload.plan)
+    summary = plan_summary(workload.plan) | {"memory": budget.summary(), "stages": stages}
     estimated = estimate(profile, model.runtime.config, workload.plan, len(workload.sequences)) if profile else None
     if as_json:
         click.echo(json.dumps(summary | ({"estimate": estimated} if estimated else {})))
@@ -376,6 +387,7 @@ def _model(how: dict[str, Any], task: str, ranks: Ranks = ALONE) -> Any:
         cache_dir=how["cache_dir"],
         require_warm=how.get("require_warm", False),
         ranks=ranks,
+        pipeline=how.get("pipeline", 1),
         **own,
     )
 

@@ -1,5 +1,6 @@
 """An evaluation: scores or answers, judged, with everything that results.json says about the run."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -123,6 +124,7 @@ def evaluate(
             "note": runtime.note,
         },
         "ranks": None if runtime.ranks.size == 1 else {"size": len(shares)} | _columns(shares, "peak"),
+        "pipeline": _pipeline(runtime),
         "plan": None if plan is None else plan_summary(plan),
         "model": model_facts,
         "cache": None
@@ -219,6 +221,26 @@ def _share(runtime: Runtime) -> dict[str, Any]:
     return {"passes": ranks.passes, "tokens": ranks.tokens, "devices": device, "peak": peak}
 
 
+def _pipeline(runtime: Runtime) -> dict[str, Any] | None:
+    """results.json's `pipeline`: how many stages, and the layers of each, from the first to before the last."""
+    shares = runtime.sizing.shares
+    return {"stages": len(shares), "layers": [[s.first, s.last] for s in shares]} if shares else None
+
+
+def _changed(runtime: Runtime) -> dict[str, Any]:
+    """results.json's `model.changed`; of a pipeline, of one replica's stages together, and replaced modules of all."""
+    assert runtime.model is not None
+    mine = changed(runtime.model, runtime.share)
+    if runtime.share is None:
+        return mine
+    parts = runtime.ranks.gather(mine)
+    compiled: Counter[str] = Counter()
+    for part in parts[: runtime.ranks.stages]:
+        compiled.update(part["compiled"])
+    replaced = dict.fromkeys(name for part in parts for name in part["replaced_modules"] or ())
+    return mine | {"compiled": dict(sorted(compiled.items())), "replaced_modules": list(replaced)}
+
+
 def _columns(rows: Sequence[dict[str, Any]], *without: str) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in rows[0] if name not in without}
 
@@ -236,13 +258,13 @@ def _model(scored: Scorer | Answerer) -> dict[str, Any]:
     verified, device_fingerprint = runtime.verify()
     return {
         "name": runtime.name,
-        **_kind(model),
+        **_kind(model if runtime.share is None else on_meta(runtime.config)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "stored_dtypes": None if runtime.checkpoint is None else runtime.checkpoint.stored_dtypes(),
         "fingerprint": runtime.fingerprint,
         "device_fingerprint": device_fingerprint,
         "verified": verified,
-        "changed": changed(model),
+        "changed": _changed(runtime),
         "tokenizer_digest": tokenizer_digest(scored.tokenizer),
     }
 

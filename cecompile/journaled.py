@@ -107,11 +107,17 @@ def run_passes(
     place = {i: number for number, i in enumerate(left, len(out) + 1)}
     taken: list[int] = []
     mine: dict[int, Readouts] = {}
+    gone = 0  # passes that this rank has handed on to the next stage
 
     def passes() -> Iterator[StagedPass]:
         for i in ranks.take(PASSES, left):
             taken.append(i)
             yield staged[i]
+
+    def handed_on(*_: Any) -> None:
+        nonlocal gone
+        gone += 1
+        count.reach(place[taken[gone - 1]])
 
     def done(one: StagedPass, readouts: Readouts) -> None:
         _refuse_nonsense(one.choice, readouts.logprob, named)
@@ -123,7 +129,7 @@ def run_passes(
         count.reach(place[i])
 
     with _failure_in_one_line(lambda: f"after {len(out) + len(mine)} of {len(staged)} passes"):
-        engine.run(passes(), done)
+        engine.run(passes(), done if engine.stage is None or engine.stage.ends else handed_on)
     out |= ranks.collect(mine)
     return [out[i] for i in range(len(staged))]
 

@@ -70,6 +70,7 @@ class PackedModel:
         cache_dir: str | Path | None = None,
         require_warm: bool = False,
         ranks: Ranks = ALONE,
+        pipeline: int = 1,
         **own: Any,
     ) -> Model:
         """One for a checkpoint.
@@ -85,6 +86,7 @@ class PackedModel:
             cache_dir: of compiled code; None is CECOMPILE_CACHE, else the user's cache directory.
             require_warm: refuse to compile what is not in the cache.
             ranks: the processes that share the work, this one among them.
+            pipeline: stages that the layers are divided among, each a rank.
             own: what the class itself takes.
 
         Raises:
@@ -93,10 +95,12 @@ class PackedModel:
         path = str(demo.MODEL if model is None else model)
         options = {"engine": engine, "attention": attention, "dtype": dtype}
         _check(tokens_per_bucket, **options)
+        if pipeline > 1 and engine == "reference":
+            raise UserError("--pipeline: the reference engine runs the whole model")
         resolved = resolve_device(device, ranks)
         config, tokenizer = load_config(path), load_tokenizer(path)
         sharers = 1 if resolved.type == "cuda" and device in ("auto", "cuda") else ranks.local_size
-        sizing = Sizing(path, config, resolved, dtype, tokens_per_bucket, memory_limit, ranks, sharers)
+        sizing = Sizing(path, config, resolved, dtype, tokens_per_bucket, memory_limit, ranks, sharers, pipeline)
         runtime = _runtime(path, config, resolved, sizing, cache_dir, require_warm, ranks, **options)
         return cls(runtime, tokenizer, **own)
 

@@ -20,6 +20,7 @@ JOIN = timedelta(minutes=5)  # for all ranks to come together
 WAIT = timedelta(minutes=30)  # for the slowest, which may have to compile what others have in their cache
 SAY = timedelta(seconds=5)
 POLL = 0.001  # seconds; signals are dealt with in between
+NO_MORE = "none"
 AGENT = 5.0  # seconds that torchrun's agent has to stop this process after another one has failed
 
 Item = TypeVar("Item")
@@ -38,6 +39,7 @@ class Ranks:
         local_rank, local_size: which of how many on this machine.
         attempt: how often torchrun has started the ranks again.
         restarts: how often it would.
+        stages: of a pipeline, which are ranks side by side; `size` is a multiple.
         store: of the process group; None for one process alone.
         passes, tokens: that this rank has run, where there are several.
     """
@@ -45,17 +47,33 @@ class Ranks:
     rank, size = 0, 1
     local_rank, local_size = 0, 1
     attempt = restarts = 0
+    stages = 1
     passes = tokens = 0
     store: Any = None
 
     @staticmethod
-    def from_environment() -> "Ranks":
+    def from_environment(stages: int = 1) -> "Ranks":
         """The ranks that the environment names: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
 
+        Args:
+            stages: of a pipeline.
+
         Raises:
-            UserError: it is not complete, or not all ranks come.
+            UserError: it is not complete, the ranks cannot be so many stages, or not all come.
         """
-        return ALONE if world_size() < 2 else Group()
+        size = world_size()
+        if stages > size or size % stages:
+            refusal = ToldError if _number("RANK", 0) else UserError  # all find it
+            raise refusal(
+                f"--pipeline {stages}: {f'{size} processes are no multiple of it' if size > 1 else 'needs as many'}; "
+                f"torchrun --nproc-per-node {stages} -m cecompile eval --pipeline {stages} ... starts them"
+            )
+        return ALONE if size < 2 else Group(stages)
+
+    @property
+    def stage(self) -> int:
+        """This rank's stage of a pipeline."""
+        return self.rank % self.stages
 
     @property
     def began(self) -> float:
@@ -65,7 +83,7 @@ class Ranks:
     def take(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
         """Items that no other rank takes, in order, the next whenever this one has time; together the ranks take all.
 
-        `what` names them. All ranks give the same items.
+        `what` names them. All ranks give the same items. The stages of a pipeline take the same, as the first does.
         """
         return iter(items)
 
@@ -143,7 +161,7 @@ ALONE = Ranks()
 class Group(Ranks):
     """Several processes, this one among them. Raises: see `Ranks.from_environment`."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: int = 1) -> None:
         import torch
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
@@ -153,6 +171,7 @@ class Group(Ranks):
         self.local_rank = _number("LOCAL_RANK", self.rank)
         self.local_size = _number("LOCAL_WORLD_SIZE", self.size)
         self.attempt, self.restarts = _number("TORCHELASTIC_RESTART_COUNT", 0), _number("TORCHELASTIC_MAX_RESTARTS", 0)
+        self.stages = stages
         self._takes = 0
         try:
             store, _, _ = next(iter(rendezvous("env://", timeout=JOIN)))
@@ -169,15 +188,43 @@ class Group(Ranks):
 
     def take(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
         self._takes += 1
-        return self._taken(f"take/{self._takes}/{what}", items)
+        key = f"take/{self._takes}/{what}"
+        numbers = self._numbers(key, len(items))
+        if self.stages > 1:
+            replica = f"{key}/{self.rank // self.stages}"
+            numbers = self._followed(replica) if self.stage else self._announced(replica, numbers)
+        return (items[number] for number in numbers)
 
-    def _taken(self, key: str, items: Sequence[Item]) -> Iterator[Item]:
+    def _numbers(self, key: str, count: int) -> Iterator[int]:
         while True:
             with self._others():
                 number = self.store.add(key, 1)
-            if number > len(items):
+            if number > count:
                 return
-            yield items[number - 1]
+            yield number - 1
+
+    def _announced(self, key: str, numbers: Iterator[int]) -> Iterator[int]:
+        """Says each number to the later stages, and when there are no more."""
+        at = 0
+        for at, number in enumerate(numbers, 1):
+            with self._others():
+                self.store.set(f"{key}/{at}", str(number))
+            yield number
+        with self._others():
+            self.store.set(f"{key}/{at + 1}", NO_MORE)
+
+    def _followed(self, key: str) -> Iterator[int]:
+        """What the first stage has said, as soon as it does."""
+        at = 0
+        while True:
+            at += 1
+            with self._others():
+                while not self.store.check([f"{key}/{at}"]):
+                    time.sleep(POLL)
+                said = self.store.get(f"{key}/{at}").decode()
+            if said == NO_MORE:
+                return
+            yield int(said)
 
     def tally(self, tokens: int) -> None:
         self.passes += 1

@@ -1,6 +1,7 @@
 """A model at work: how it is sized, loaded, checked and warmed up on its device."""
 
 import gc
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,11 +10,15 @@ import torch
 from transformers import PreTrainedModel
 
 from cecompile.engine import memory
-from cecompile.engine.architecture import rope_type
+from cecompile.engine.architecture import rope_type, takes_ours
 from cecompile.engine.cache import WARM, CompileCache, Entry
+from cecompile.engine.layers import on_meta
+from cecompile.engine.load import Loaded
 from cecompile.engine.model import load_checkpoint
+from cecompile.engine.pipeline import Stage, places
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.proof import Proof
+from cecompile.engine.span import Share
 from cecompile.engine.stream import Checkpoint
 from cecompile.engine.warm import compile_facts
 from cecompile.errors import CheckError, UserError, printable
@@ -49,6 +54,7 @@ class Runtime:
         cache_state: "warm", "partly warm" or "cold", and why, once known.
         predicted_bytes: what the memory budget says of the last plan.
         stock_attention: the model's own attention implementation, once loaded.
+        stage: what this rank runs of a pipeline, once loaded; None where it runs all of the model.
     """
 
     def __init__(
@@ -76,6 +82,9 @@ class Runtime:
         self._require_warm = require_warm
         self.stock_attention = "eager"  # what it is, once loaded
         self._probed = False
+        self.stage: Stage | None = None
+        if sizing.stages > 1 and attention == "auto" and not takes_ours(on_meta(config)):
+            self.attention = "sdpa"
         self._warmed: Warmed | None = None
         self._ahead: tuple[int, int] | None = None  # lengths that plans are made for, known before the data
 
@@ -121,6 +130,9 @@ class Runtime:
         answer = sequences.longest_prompt + new_tokens if new_tokens else 0
         longest = int(sequences.input_lengths.max())
         order = sort_sequences(sequences)
+        if self.sizing.stages > 1 and not self.sizing.shares:
+            readouts = min(1.0, int(sequences.predicted.sum()) / order.prefix_tree_tokens)
+            self.sizing.divide(readouts, longest, self.engine, self.attention == "flex", fit)
         ahead = None if self._ahead is None or sizing is not None else self.shapes(*self._ahead, fit=True)
         if ahead is not None and not _hold(*ahead, longest, answer):
             ahead = None
@@ -136,9 +148,27 @@ class Runtime:
 
     def budget(self, plan: Plan, device: str | None = None) -> memory.Budget:
         """What a run of this plan needs, in bytes by part; on another `device`, "cuda", in 16 bits."""
+        return max(self.budgets(plan, device), key=lambda one: one.total)
+
+    def budgets(self, plan: Plan, device: str | None = None) -> list[memory.Budget]:
+        """The same of each stage of a pipeline."""
         largest = plan.buckets[0]
         geometry = Geometry(largest.rows, largest.length, plan.geometry.readout_chunk, plan.geometry.blocks)
-        return self.sizing.budget(geometry, self.engine, plan.decoding, device)
+        return self.sizing.budgets(geometry, self.engine, plan.decoding, device)
+
+    def stages(self, plan: Plan) -> list[dict[str, Any]] | None:
+        """`plan --json`'s `stages`: of each its layers, from the first to before the last, and the bytes it needs."""
+        if not self.sizing.shares:
+            return None
+        return [
+            {"layers": [share.first, share.last], "weights_bytes": one.weights, "total_bytes": one.total}
+            for share, one in zip(self.sizing.shares, self.budgets(plan), strict=True)
+        ]
+
+    @property
+    def share(self) -> Share | None:
+        """What this rank holds of the model, once planned; None is all."""
+        return self.sizing.shares[self.ranks.stage] if self.sizing.shares else None
 
     def open_cache(self) -> Entry | None:
         """Points the compiler at what was compiled before. Raises UserError where the file system refuses."""
@@ -163,7 +193,7 @@ class Runtime:
     def load(self) -> PreTrainedModel:
         """The model with its weights, on its device. Raises UserError if the checkpoint cannot be used."""
         if self.model is None:
-            loaded = load_checkpoint(self.name, self.config, self._dtype, self.device)
+            loaded = self._load_share() if self.sizing.stages > 1 else self._load_all()
             if self.expected_fingerprint not in (None, loaded.fingerprint):
                 raise UserError(
                     f"{self.name}: weights: fingerprint {loaded.fingerprint[:12]}, "
@@ -173,6 +203,21 @@ class Runtime:
             self.stock_attention = self.model.config._attn_implementation
             self._proof = Proof(self.model, loaded)
         return self.model
+
+    def _load_all(self) -> Loaded:
+        return load_checkpoint(self.name, self.config, self._dtype, self.device)
+
+    def _load_share(self) -> Loaded:
+        """What this rank runs, made a stage; each stage reads its own tensors, and all know what is in them."""
+        share, ranks = self.share, self.ranks
+        if share is None or ranks.stages != self.sizing.stages:
+            raise UserError(f"--pipeline {self.sizing.stages}: needs as many processes, as torchrun starts them")
+        loaded = load_checkpoint(self.name, self.config, self._dtype, self.device, share, read_all=False)
+        whole = loaded.checkpoint.with_read(ranks.collect(loaded.checkpoint.read()))
+        devices = ranks.gather((platform.node(), str(self.device)))
+        own_device = self.device.type == "cuda" and len(set(devices)) == len(devices)
+        self.stage = Stage(loaded.model, share, places(ranks.stages, ranks.rank, ranks.size, own_device))
+        return replace(loaded, checkpoint=whole)
 
     @property
     def fingerprint(self) -> str | None:
@@ -195,7 +240,8 @@ class Runtime:
         """
         assert self.model is not None
         assert self._proof is not None
-        return self._proof.verified, self._proof.check(self.name, self.model)
+        together = dict if self.stage is None else self.ranks.collect
+        return self._proof.verified, self._proof.check(self.name, self.model, together)
 
     @property
     def warm_moments(self) -> dict[str, float]:
@@ -217,6 +263,8 @@ class Runtime:
             UserError: no attention computes this model exactly.
         """
         planned = self.attention
+        if self.stage is not None:  # has too little of the model; what is warm is checked all the same
+            return False
         if not self._probed:
             is_warm = self.cache_state is not None and self.cache_state[0] == WARM
             known = self.entry.attention if self.entry is not None and is_warm else None
@@ -253,7 +301,9 @@ class Runtime:
             self._warmed = None
             gc.collect()
         chunk = self.sizing.tuning.readout_chunk
-        warmer = Warmer(self.load(), self.stock_attention, self.attention, chunk, self.entry)
+        warmer = Warmer(
+            self.load(), self.stock_attention, self.attention, chunk, self.entry, self.stage, self.ranks.gather
+        )
         slots = ready.buckets[0].slots
         warmed = None
         gc.freeze()  # capturing a graph collects garbage first: what is here already need not be looked at each time
@@ -290,7 +340,8 @@ class Runtime:
 
     def _facts(self) -> dict[str, Any]:
         chunk = self.sizing.tuning.readout_chunk
-        return compile_facts(self.config, self._dtype, self.device, self._wanted_attention, chunk)
+        facts = compile_facts(self.config, self._dtype, self.device, self._wanted_attention, chunk)
+        return facts if self.share is None else facts | {"layers": f"{self.share.first} to {self.share.last - 1}"}
 
 
 def _hold(geometry: Geometry, decoding: DecodeShape | None, longest: int, answer: int) -> bool:

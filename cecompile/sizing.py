@@ -6,6 +6,9 @@ from typing import Any
 import torch
 
 from cecompile.engine import memory
+from cecompile.engine.pipeline import costs, split
+from cecompile.engine.pipeline import shares as shares_of
+from cecompile.engine.span import Share
 from cecompile.errors import UserError
 from cecompile.ranks import ALONE, Ranks
 from cecompile.workload.lanes import DecodeShape
@@ -46,6 +49,12 @@ class Sizing:
         limit: bytes the run may take; None is what the device has.
         ranks: that have to come to the same sizes, each with its own memory.
         sharers: how many of them share the device.
+        stages: of a pipeline, among which the layers are to be divided.
+
+    Attributes:
+        shares: what each stage holds, once `divide` has said it; empty where there is one device for all.
+        tuning: sizes that suit the device.
+        limit: bytes the run may take, once known.
     """
 
     def __init__(
@@ -58,6 +67,7 @@ class Sizing:
         limit: int | None,
         ranks: Ranks = ALONE,
         sharers: int = 1,
+        stages: int = 1,
     ) -> None:
         self._name = name
         self._config = config
@@ -67,8 +77,10 @@ class Sizing:
         self._asked_limit = limit
         self._ranks = ranks
         self._sharers = sharers
+        self.stages = stages
+        self.shares: tuple[Share, ...] = ()
         self._ceiling: int | None = None  # slots, once memory has run out on more
-        self._sizes: memory.Sizes | None = None
+        self._sizes: dict[tuple[Share | None, str], memory.Sizes] = {}
         self.tuning = TUNING[device.type]
         self.limit: int | None = limit
         self._held: int | None = None  # bytes in use before anything is loaded, where they count
@@ -78,6 +90,45 @@ class Sizing:
         self._held = 0
         if self._asked_limit is None:
             self.limit = memory.available(self._device) + (size if self._device.type == "cpu" else 0)
+
+    def divide(self, readouts: float, longest: int, engine: str, blocks: bool, fit: bool) -> None:
+        """Divides the layers among the stages, so that the slowest is as fast as can be; with `fit`, as memory allows.
+
+        Buckets are as large as usual, or where nothing fits then, half as large, and so on.
+
+        Args:
+            readouts: a token, about.
+            longest: inputs of the longest sequence.
+            engine: "compiled" or "eager".
+            blocks: whether attention is block-sparse.
+
+        Raises:
+            UserError: there are more stages than layers, or a stage does not fit.
+        """
+        layers, readout = costs(self._config)
+        if self.stages > len(layers):
+            raise UserError(f"--pipeline {self.stages}: {self._name} has {len(layers)} layers")
+        stage_sizes = memory.StageSizes(self._config, self._dtype, self.stages)
+        last, slots = readouts * readout, self._asked or self.tuning.tokens_per_bucket
+        room = self._room() if fit else None
+        while True:
+            geometry = self._geometry(longest, slots, blocks)
+
+            def needed(stage: int, first: int, end: int, geometry: Geometry = geometry) -> memory.Budget:
+                return memory.budget(stage_sizes.of(stage, first, end), geometry, self._device.type, engine)
+
+            ends = split(layers, self.stages, last, lambda *span: room is None or needed(*span).total <= room)
+            if ends is not None:
+                self.shares = tuple(shares_of(ends))
+                return
+            slots = min(slots, geometry.rows * geometry.length) // 2
+            if slots < BLOCK:
+                break
+        assert room is not None
+        ends = split(layers, self.stages, last) or []
+        fullest = max(map(needed, range(self.stages), [0, *ends], ends), key=lambda one: one.total)
+        name = f"{self._name}: a stage of --pipeline {self.stages}"
+        raise memory.refuse(name, self._device, fullest, room, geometry.rows * geometry.length)
 
     def geometry(
         self, longest: int, *, blocks: bool, recorded: dict[str, Any] | None = None, shared: int = 0
@@ -157,16 +208,26 @@ class Sizing:
     def budget(
         self, geometry: Geometry, engine: str, decoding: DecodeShape | None = None, elsewhere: str | None = None
     ) -> memory.Budget:
-        """Bytes that a run with this geometry needs, by part; or, on a kind of device `elsewhere`, in 16 bits."""
-        if elsewhere is not None:
-            return memory.budget(memory.model_sizes(self._config, "bfloat16"), geometry, elsewhere, engine, decoding)
-        return memory.budget(self.model_sizes(), geometry, self._device.type, engine, decoding)
+        """Bytes that a run with this geometry needs, by part; or, on a kind of device `elsewhere`, in 16 bits.
 
-    def model_sizes(self) -> memory.Sizes:
-        """What of the model decides memory and cost."""
-        if self._sizes is None:
-            self._sizes = memory.model_sizes(self._config, self._dtype)
-        return self._sizes
+        Of several stages it is the one that needs most.
+        """
+        return max(self.budgets(geometry, engine, decoding, elsewhere), key=lambda one: one.total)
+
+    def budgets(
+        self, geometry: Geometry, engine: str, decoding: DecodeShape | None = None, elsewhere: str | None = None
+    ) -> list[memory.Budget]:
+        """The same of each stage."""
+        dtype, device = (self._dtype, self._device.type) if elsewhere is None else ("bfloat16", elsewhere)
+        sizes = [self.model_sizes(share, dtype) for share in self.shares or (None,)]
+        return [memory.budget(one, geometry, device, engine, decoding) for one in sizes]
+
+    def model_sizes(self, share: Share | None = None, dtype: str | None = None) -> memory.Sizes:
+        """What of the model, or of a share of it, decides memory and cost."""
+        key = share, dtype or self._dtype
+        if key not in self._sizes:
+            self._sizes[key] = memory.model_sizes(self._config, key[1], share)
+        return self._sizes[key]
 
     def of_size(self, tokens_per_bucket: int) -> "Sizing":
         """The same, asked for this size."""

@@ -10,7 +10,7 @@ import os
 import re
 import resource
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,30 @@ def model_sizes(config: Any, dtype: str, share: Share | None = None) -> Sizes:
         itemsize=torch.empty(0, dtype=resolved).element_size(),
         states=0 if share is None else RECEIVED * (share.first > 0) + SENT * (share.last < share.layers),
     )
+
+
+class StageSizes:
+    """The `Sizes` of any stage of a pipeline, counted once.
+
+    Args:
+        config, dtype: see `model_sizes`.
+        stages: how many, at least two.
+    """
+
+    def __init__(self, config: Any, dtype: str, stages: int) -> None:
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(on_meta(config))]
+        count = len(layers)
+        kinds = [Share(0, 1, count, with_head=False), Share(count - 1, count, count, with_embedding=False)]
+        if stages > 2:
+            kinds[1:1] = (stages - 2) * [Share(1, 2, count, with_embedding=False, with_head=False)]
+        sizes = {share: model_sizes(config, dtype, share) for share in dict.fromkeys(kinds)}
+        self._layers = layers
+        self._without = [replace(sizes[k], parameters=sizes[k].parameters - layers[k.first]) for k in kinds]
+
+    def of(self, stage: int, first: int, last: int) -> Sizes:
+        """A stage's, with the layers from `first` to before `last`."""
+        one = self._without[stage]
+        return replace(one, parameters=one.parameters + sum(self._layers[first:last]))
 
 
 def _head_sizes(text: Any) -> int:

@@ -224,6 +224,7 @@ def _replaced(model: PreTrainedModel, share: Share | None) -> list[str] | None:
     try:
         stock = on_meta(model.config)
         if share is not None:
+            stock.tie_weights()  # older versions do not on the meta device
             Span.of(stock, share)
         fresh = _kinds(stock)
     except UserError:

@@ -63,6 +63,7 @@ SHAPE = {
     "cache": Maybe({"state": str, "reason": Maybe(str)}),
     "memory": {"limit_bytes": Maybe(int), "predicted_bytes": Maybe(int), "peak_bytes": Maybe(int)},
     "ranks": Maybe({"size": int, "passes": [int], "tokens": [int], "devices": [str]}),
+    "pipeline": Maybe({"stages": int, "layers": [[int]]}),
     "data": {"name": str, "digest": str},
     "environment": {
         "device": str, "python": str, "system": str, "cpus": Maybe(int), "versions": Each(Maybe(str)),

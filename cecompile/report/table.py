@@ -44,8 +44,10 @@ def print_results(console: Console, results: dict[str, Any], output: Path) -> No
     _row(table, "data", "", f"{short_name(results['data']['name'])} ({rows})")
     _row(table, "device", "", environment["device"])
     if results["ranks"] is not None:
-        ranks = results["ranks"]
-        _row(table, "ranks", str(ranks["size"]), f"from {min(ranks['passes'])} to {max(ranks['passes'])} passes each")
+        ranks, stages = results["ranks"], (results["pipeline"] or {"stages": 1})["stages"]
+        passes = ranks["passes"][stages - 1 :: stages]
+        each = f"each, {stages} stages in a pipeline" if stages > 1 else "each"
+        _row(table, "ranks", str(ranks["size"]), f"from {min(passes)} to {max(passes)} passes {each}")
     if results["engine"]["note"]:
         _row(table, "note", "", results["engine"]["note"])
     if results.get("truncated_questions"):
@@ -148,9 +150,14 @@ def print_plan(console: Console, plan: dict[str, Any], estimate: dict[str, Any] 
     table = _table()
     _plan_rows(table, plan)
     table.add_section()
+    peak = "predicted peak of the fullest stage" if plan["stages"] else "predicted peak"
     for part, size in plan["memory"].items():
-        name, note = ("memory", "predicted peak") if part == "total" else (f"memory, {part}", "")
+        name, note = ("memory", peak) if part == "total" else (f"memory, {part}", "")
         _row(table, name, f"{size / 1e9:.2f} GB", note)
+    for number, stage in enumerate(plan["stages"] or ()):
+        first, last = stage["layers"]
+        note = f"layers {first} to {last - 1}, {stage['weights_bytes'] / 1e9:.2f} GB of weights"
+        _row(table, f"stage {number}", f"{stage['total_bytes'] / 1e9:.2f} GB", note)
     if estimate is not None:
         table.add_section()
         _estimate_rows(table, estimate)
