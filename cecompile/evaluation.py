@@ -102,6 +102,7 @@ def evaluate(
     if journal is not None:
         journal.expect(known)
     runtime.watch()
+    runtime.ranks.clear_tally()
     run = _answered if isinstance(model, Answerer) else _scored
     judged = run(model, questions, clock, progress, repeat, journal)  # type: ignore[arg-type]
     resumed = None if journal is None else journal.resumed

@@ -31,7 +31,7 @@ Value = TypeVar("Value")
 class Ranks:
     """One process alone. `from_environment` gives the group where there are more.
 
-    All ranks call the same methods in the same order, and each waits for the others; but `take`, `tally` and `says`
+    All ranks call the same methods in the same order, and each waits for the others; but `take`, the tally and `says`
     wait for nobody.
 
     Attributes:
@@ -86,6 +86,10 @@ class Ranks:
         `what` names them. All ranks give the same items. The stages of a pipeline take the same, as the first does.
         """
         return iter(items)
+
+    def clear_tally(self) -> None:
+        """Sets what this rank has run to nothing."""
+        self.passes = self.tokens = 0
 
     def tally(self, tokens: int) -> None:
         """Counts a pass that this rank has run, and its tokens."""

@@ -1,0 +1,342 @@
+"""Several processes share an evaluation: the same results for any number, and whoever is lost, the work is not."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from test_journal import CHATS, write_rows
+
+from cecompile.cli import cli
+from cecompile.engine.model import resolve_device
+from cecompile.errors import ToldError, UserError
+from cecompile.ranks import Ranks, has_part_in
+from cecompile.report.check import problems
+from cecompile.report.journal import NAME, PASSES, Journal, journals_in, read
+from cecompile.report.source import read_results
+from cecompile.sizing import Sizing
+
+ROWS = [
+    {"query": f"Question {i} is", "choices": ["short", f"rather longer {i} " * 3, "x"], "gold": i % 3}
+    for i in range(160)
+]
+RANK = Path(__file__).with_name("rank.py")
+TREES = ["--engine", "eager", "--tokens-per-bucket", "256"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As torchrun has it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(babbler, tmp_path_factory) -> list[str]:
+    """`eval` of the tiny model in many small passes."""
+    data = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
+    return ["eval", "--model", str(babbler), "--data", str(data), "--device", "cpu", *TREES]
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory) -> Path:
+    """What one process alone makes of it."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    torch.set_num_threads(1)
+    alone([*base, "--output", str(output)])
+    return output
+
+
+def alone(arguments: list[str]) -> None:
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
+
+
+def environment(**more: object) -> dict[str, str]:
+    root = str(RANK.parents[1])
+    return os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in more.items()}
+
+
+def torchrun(ranks: int, arguments: list[str], restarts: int = 0, **variables: object) -> subprocess.CompletedProcess:
+    agent = ["torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "--max-restarts", restarts, RANK]
+    command = [sys.executable, "-m", *map(str, agent), *arguments]
+    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=300)
+
+
+def lines(done: subprocess.CompletedProcess) -> list[str]:
+    """What ranks have said, without what torchrun says."""
+    return [line for line in done.stderr.splitlines() if line.startswith("cecompile: ")]
+
+
+def same(one: Path, other: Path) -> None:
+    files = {path.name for path in one.iterdir()} - {"results.json"}
+    assert {path.name for path in other.iterdir()} - {"results.json"} == files
+    for name in files:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert problems(other) == []
+
+
+def results(output: Path) -> dict:
+    return json.loads((output / "results.json").read_text())
+
+
+def finished(output: Path) -> set[int]:
+    """The passes in all journals there."""
+    return {
+        index
+        for path in journals_in(output)
+        for kind, index, *_ in read(path.read_bytes())
+        if kind == PASSES
+    }
+
+
+def test_four_ranks_and_one_give_the_same(base, whole, tmp_path):
+    done = torchrun(4, [*base, "--output", str(tmp_path / "out")])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("results in ") == 1
+    same(whole, tmp_path / "out")
+    ranks, plan = results(tmp_path / "out")["ranks"], results(whole)["plan"]
+    assert results(whole)["ranks"] is None
+    assert ranks["size"] == len(ranks["devices"]) == 4
+    assert sum(ranks["passes"]) == sum(bucket["runs"] for bucket in plan["buckets"])
+    assert sum(ranks["tokens"]) == plan["useful_tokens"]
+    assert read_results(tmp_path / "out")["ranks"] == ranks
+
+
+KINDS = {
+    "trees, repeated": (ROWS[:40], {"engine": "eager", "tokens_per_bucket": 256}, ["--repeat", "3"]),
+    "compiled": (ROWS[:40], {"engine": "compiled", "tokens_per_bucket": 256}, []),
+    "reference": (ROWS[:10], {"engine": "reference"}, []),
+    "chats": (CHATS * 4, {"engine": "eager", "tokens_per_bucket": 256, "new_tokens": 6}, ["--max-new-tokens", "6"]),
+    "chats, reference": (CHATS[:4], {"engine": "reference", "new_tokens": 4}, ["--max-new-tokens", "4"]),
+    "gone on with": (ROWS[:40], {"engine": "eager", "tokens_per_bucket": 256}, []),
+}
+
+
+def test_two_ranks_and_one_give_the_same_whatever_runs(babbler, tmp_path, monkeypatch):
+    runs = {}
+    for name, (rows, how, options) in KINDS.items():
+        data = write_rows(tmp_path / f"{name}.jsonl", [dict(row) for row in rows])
+        runs[name] = {"model": str(babbler), "data": str(data), "how": how, "repeat": 3 if "repeated" in name else 1}
+        command = ["eval", "--model", str(babbler), "--data", str(data), "--device", "cpu", "--engine", how["engine"]]
+        command += ["--tokens-per-bucket", "256", *options]
+        alone([*command, "--output", str(tmp_path / "alone" / name)])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert CliRunner().invoke(cli, [*command, "--output", str(tmp_path / "gone on with")]).exit_code == 130
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    done = torchrun(2, ["share", str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    for name in KINDS:
+        same(tmp_path / "alone" / name, tmp_path / name)
+        assert results(tmp_path / name)["engine"] == results(tmp_path / "alone" / name)["engine"]
+        assert results(tmp_path / name)["metrics"] == results(tmp_path / "alone" / name)["metrics"]
+    assert results(tmp_path / "gone on with")["resumed"]["passes"] == 3
+    assert results(tmp_path / "chats")["answers"]["decoded_tokens"] > 0
+
+
+def stop_after(monkeypatch, records: int) -> None:
+    add = Journal.add
+
+    def add_and_stop(self, *record):
+        add(self, *record)
+        if self._added == records:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Journal, "add", add_and_stop)
+
+
+def test_a_rank_that_is_killed_ends_the_run_which_one_process_goes_on_with(base, whole, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    done = torchrun(2, [*base, "--output", str(output)], DIE_AFTER=3)
+    assert done.returncode == 1
+    (line,) = lines(done)
+    assert line.startswith("cecompile: interrupted (SIGTERM); continue with: ")
+    assert [path.name for path in journals_in(output)] == [".journal-1.partial", NAME]
+    kept = finished(output)
+    passes = sum(bucket["runs"] for bucket in results(whole)["plan"]["buckets"])
+    assert 3 <= len(kept) < passes
+
+    refused = CliRunner().invoke(cli, [*base, "--output", str(output)])
+    assert refused.exit_code == 2
+    assert "--resume goes on with it" in refused.output
+    torch.set_num_threads(2)
+    other = CliRunner().invoke(cli, [*base, "--output", str(output), "--resume"])
+    assert "threads (OMP_NUM_THREADS) is 2, was 1" in other.output
+    torch.set_num_threads(1)
+    added, add = [], Journal.add
+    monkeypatch.setattr(Journal, "add", lambda self, *record: (added.append(record[1]), add(self, *record))[1])
+    alone([*base, "--output", str(output), "--resume"])
+    assert set(added).isdisjoint(kept)
+    assert len(added) == passes - len(kept)
+    assert results(output)["resumed"]["passes"] == len(kept)
+    same(whole, output)
+
+
+def test_torchrun_starts_lost_ranks_again_and_they_go_on(base, whole, tmp_path):
+    done = torchrun(2, [*base, "--output", str(tmp_path / "out")], restarts=1, DIE_AFTER=3)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "out")["resumed"]["passes"] >= 3
+    same(whole, tmp_path / "out")
+
+
+def test_without_an_agent_a_lost_rank_is_noticed(base, whole, tmp_path):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    output = tmp_path / "out"
+    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DIE_AFTER": 3}
+    command = [sys.executable, str(RANK), *base, "--output", str(output)]
+    first, second = (
+        subprocess.Popen(command, env=environment(RANK=rank, **group), stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    )
+    assert second.wait(120) == -signal.SIGKILL
+    began = time.monotonic()
+    _, said = first.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert first.returncode == 1
+    assert said.startswith("cecompile: another of the 2 ranks was lost; continue with: "), said
+    assert len(said.splitlines()) == 1
+    alone([*base, "--output", str(output), "--resume"])
+    same(whole, output)
+
+
+def test_results_that_are_there_are_refused_once(base, tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    done = torchrun(2, [*base, "--output", str(tmp_path)])
+    assert lines(done) == [f"cecompile: {tmp_path}: holds results already; --overwrite replaces them"]
+    assert "exitcode  : 2" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+# ---- in this process
+
+
+class Two(Ranks):
+    """Rank 0 of two, of which the other has what it is given."""
+
+    size = local_size = 2
+
+    def __init__(self, other: object) -> None:
+        self.other = other
+
+    def gather(self, mine):
+        return [mine, self.other]
+
+    def least(self, n):
+        return min(n, self.other)
+
+
+def test_ranks_that_differ_are_told_apart():
+    Two({"torch": "2.13"}).all_same({"torch": "2.13"})
+    with pytest.raises(UserError, match=r"^rank 1: torch is 2\.12, rank 0 has 2\.13$"):
+        Two({"torch": "2.12"}).all_same({"torch": "2.13"})
+
+
+def test_what_rank_0_refuses_is_refused_everywhere():
+    def refuse():
+        raise UserError("no")
+
+    class Second(Ranks):
+        rank, size = 1, 2
+
+        def everywhere(self, mine):
+            return None, "no"
+
+    with pytest.raises(UserError, match="no") as caught:
+        Ranks().first_does(refuse)
+    assert not isinstance(caught.value, ToldError)
+    with pytest.raises(ToldError, match="no"):
+        Second().first_does(refuse)
+
+
+def test_ranks_on_one_device_share_its_memory(babbler, monkeypatch):
+    from transformers import AutoConfig
+
+    monkeypatch.setattr("cecompile.engine.memory.available", lambda device: 4 << 30)
+    how = (str(babbler), AutoConfig.from_pretrained(babbler), torch.device("cpu"), "auto", None, None)
+    sizing = Sizing(*how, ranks=Two(1 << 30), sharers=2)
+    sizing.fitting(sizing.geometry(100, blocks=False), 100, "eager")
+    assert sizing.limit == 1 << 30  # the other has less
+    sizing = Sizing(*how, ranks=Two(3 << 30), sharers=2)
+    sizing.fitting(sizing.geometry(100, blocks=False), 100, "eager")
+    assert sizing.limit == 2 << 30
+
+
+def test_more_ranks_than_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="2 ranks on this machine, 1 CUDA devices; --device cuda:0"):
+        resolve_device("auto", Two(None))
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"), [("eval", [True] * 4), ("warm", [True, False] * 2), ("plan", [True, False, False, False])]
+)
+def test_who_has_a_part_in_a_command(command, parts, monkeypatch):
+    """Of four ranks on two machines."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, part in enumerate(parts):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+        assert has_part_in(command) == part
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert has_part_in(command)
+
+
+def test_an_environment_that_is_not_complete(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="RANK: ''"):
+        Ranks.from_environment()
+
+
+def test_overwriting_removes_what_other_ranks_have_left(base, whole, tmp_path):
+    with Journal(tmp_path, ranks=second()) as journal:
+        journal.begin({})
+        journal.add(PASSES, 0, b"old")
+    alone([*base, "--output", str(tmp_path), "--overwrite"])
+    same(whole, tmp_path)
+
+
+def test_the_journal_of_any_rank_is_gone_on_with(tmp_path):
+    with Journal(tmp_path, ranks=second()) as journal:
+        journal.begin({"plan": 1})
+        journal.add(PASSES, 5, b"five")
+        with pytest.raises(UserError, match="another process"):
+            Journal(tmp_path, resume=True)
+        assert journal.resumable
+    with Journal(tmp_path, resume=True) as journal, pytest.raises(UserError, match="plan is 2, was 1"):
+        journal.expect({"plan": 2})
+    with Journal(tmp_path, resume=True) as journal:
+        journal.begin({"plan": 1})
+        assert journal.get(PASSES, 5) == b"five"
+        assert journal.resumable
+        assert len(journals_in(tmp_path)) == 2
+    assert [path.name for path in journals_in(tmp_path)] == [".journal-1.partial"]  # nothing was added to the other
+    (tmp_path / NAME).write_bytes(b"cut off")
+    with Journal(tmp_path, resume=True) as journal:
+        journal.begin({"plan": 1})
+        journal.add(PASSES, 6, b"six")
+    with Journal(tmp_path, resume=True) as journal:
+        assert [journal.get(PASSES, i) for i in (5, 6)] == [b"five", b"six"]
+        journal.begin({"plan": 1})
+        journal.remove()
+    assert journals_in(tmp_path) == []
+
+
+def second() -> Ranks:
+    """Rank 1, with nobody to wait for."""
+    ranks = Ranks()
+    ranks.rank = ranks.local_rank = 1
+    return ranks
