@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from cecompile.engine.forward import Engine, Readouts
+from cecompile.engine.pipeline import LostError
 from cecompile.engine.reference import score_alone
 from cecompile.engine.stock import StockPipeline
 from cecompile.errors import CheckError, UserError, first_line
@@ -129,7 +130,10 @@ def run_passes(
         count.reach(place[i])
 
     with _failure_in_one_line(lambda: f"after {len(out) + len(mine)} of {len(staged)} passes"):
-        engine.run(passes(), done if engine.stage is None or engine.stage.ends else handed_on)
+        try:
+            engine.run(passes(), done if engine.stage is None or engine.stage.ends else handed_on)
+        except LostError:
+            raise ranks.lost() from None
     out |= ranks.collect(mine)
     return [out[i] for i in range(len(staged))]
 

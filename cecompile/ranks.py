@@ -98,6 +98,10 @@ class Ranks:
         """Whether this rank is the first to say this to the user."""
         return True
 
+    def lost(self, waited: float = 0.0) -> CheckError:
+        """The error of who finds another rank gone after `waited` seconds; torchrun may stop this one before."""
+        return CheckError("another rank was lost")
+
     def gather(self, mine: Value) -> list[Value]:
         """What each rank has, in their order."""
         return [mine]
@@ -285,11 +289,13 @@ class Group(Ranks):
         try:
             yield
         except RuntimeError:
-            waited = time.monotonic() - began
-            if "TORCHELASTIC_RUN_ID" in os.environ:
-                time.sleep(AGENT)  # its signal ends this
-            silent = f", silent for {waited / 60:.0f} minutes" if waited >= WAIT.total_seconds() else ""
-            raise CheckError(f"another of the {self.size} ranks was lost{silent}") from None
+            raise self.lost(time.monotonic() - began) from None
+
+    def lost(self, waited: float = 0.0) -> CheckError:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(AGENT)  # its signal ends this
+        silent = f", silent for {waited / 60:.0f} minutes" if waited >= WAIT.total_seconds() else ""
+        return CheckError(f"another of the {self.size} ranks was lost{silent}")
 
 
 def world_size() -> int:

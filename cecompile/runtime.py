@@ -340,8 +340,7 @@ class Runtime:
 
     def _facts(self) -> dict[str, Any]:
         chunk = self.sizing.tuning.readout_chunk
-        facts = compile_facts(self.config, self._dtype, self.device, self._wanted_attention, chunk)
-        return facts if self.share is None else facts | {"layers": f"{self.share.first} to {self.share.last - 1}"}
+        return compile_facts(self.config, self._dtype, self.device, self._wanted_attention, chunk)
 
 
 def _hold(geometry: Geometry, decoding: DecodeShape | None, longest: int, answer: int) -> bool:

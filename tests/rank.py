@@ -37,6 +37,7 @@ def share(directory: Path) -> None:
     for name, run in json.loads((directory / "runs.json").read_text()).items():
         dataset = read_dataset(run["data"], "auto", None)
         kind = Answerer if dataset.task == "chat" else Scorer
+        ranks.stages = run["how"].get("pipeline", 1)
         resume = (directory / name / NAME).exists()
         with Journal(directory / name, resume, ranks) as journal:
             evaluate(

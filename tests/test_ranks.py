@@ -91,12 +91,7 @@ def results(output: Path) -> dict:
 
 def finished(output: Path) -> set[int]:
     """The passes in all journals there."""
-    return {
-        index
-        for path in journals_in(output)
-        for kind, index, *_ in read(path.read_bytes())
-        if kind == PASSES
-    }
+    return {index for path in journals_in(output) for kind, index, *_ in read(path.read_bytes()) if kind == PASSES}
 
 
 def test_four_ranks_and_one_give_the_same(base, whole, tmp_path):

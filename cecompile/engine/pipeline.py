@@ -21,8 +21,13 @@ from cecompile.engine.head import head_of
 from cecompile.engine.layers import decoder_layers, on_meta
 from cecompile.engine.memory import is_out_of_memory
 from cecompile.engine.span import Share, Span
+from cecompile.errors import CheckError
 
 Fits = Callable[[int, int, int], bool]  # (stage, first, last): whether these layers fit there
+
+
+class LostError(CheckError):
+    """A stage beside this one is gone."""
 
 
 def split(layers: Sequence[float], stages: int, last: float = 0.0, fits: Fits = lambda *_: True) -> list[int] | None:
@@ -176,7 +181,7 @@ class Stage:
             return
         buffer, sending = self._leaving.pop(0)
         if sending is not None:
-            sending.wait()
+            _wait(sending)
         made = self._states(self._made, shape).view(-1)
         self._leaving.append((buffer, self._to.send(made, buffer[: len(made)])))
 
@@ -184,7 +189,7 @@ class Stage:
         """Until all that was sent has arrived."""
         for _, sending in self._leaving:
             if sending is not None:
-                sending.wait()
+                _wait(sending)
 
     @torch.inference_mode()
     def alone(self, token_ids: Tensor) -> Tensor:
@@ -233,7 +238,10 @@ class _Wire:
     def send(self, values: Tensor, buffer: Tensor) -> Any:
         """Sends `values` from `buffer`, which is free again after the `wait` of what this returns."""
         buffer.copy_(values)
-        return dist.isend(buffer, self._rank, group=self._group)
+        try:
+            return dist.isend(buffer, self._rank, group=self._group)
+        except RuntimeError:
+            raise LostError("the stage after was lost") from None
 
     def receive(self, into: Tensor) -> None:
         if not self._through_host:
@@ -247,6 +255,15 @@ class _Wire:
 
 
 def _irecv(into: Tensor, rank: int, group: Any) -> None:
-    receiving = dist.irecv(into, rank, group=group)
-    assert receiving is not None
-    receiving.wait()
+    try:
+        receiving = dist.irecv(into, rank, group=group)
+    except RuntimeError:
+        raise LostError("the stage before was lost") from None
+    _wait(receiving)
+
+
+def _wait(work: Any) -> None:
+    try:
+        work.wait()
+    except RuntimeError:
+        raise LostError("a stage beside this one was lost") from None

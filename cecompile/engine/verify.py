@@ -113,7 +113,9 @@ def _difference_of_stages(
     """The same through the stages of a pipeline. All compute all, as only the last knows what of it is needed."""
     expected = {i: stock_logits(model, sequences, i, stage.alone) for i in got}
     rounded = rounding(model, sequences, got, stage.alone)
-    return _off(model.dtype, sequences, got, expected.__getitem__, lambda: rounded) if stage.ends else 0.0
+    if not stage.ends or not stage.suffices:
+        return 0.0
+    return _off(model.dtype, sequences, got, expected.__getitem__, lambda: rounded)
 
 
 def _off(

@@ -1,0 +1,351 @@
+"""Layers on several ranks, one after another: the same results, and layers divided as well as can be."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import save_tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
+from test_engine import prepared, random_sequences, tiny_model
+from test_journal import CHATS, write_rows
+from test_ranks import ROWS, alone, finished, lines, results, same, stop_after, torchrun
+from torch import nn
+
+from cecompile import Scorer, warming
+from cecompile.cli import cli
+from cecompile.engine.forward import Engine
+from cecompile.engine.layers import inputs_are_free
+from cecompile.engine.model import load_checkpoint, load_config
+from cecompile.engine.pipeline import Place, Stage, shares, split
+from cecompile.engine.proof import EQUAL, Proof, changed
+from cecompile.engine.span import Share, Span
+from cecompile.engine.verify import disagreement
+from cecompile.errors import CheckError, UserError
+from cecompile.report.journal import NAME
+from cecompile.sizing import Sizing
+from cecompile.warming import Ready, Warmer
+from cecompile.workload.plan import Bucket, Geometry
+
+LAYERS = 5
+CPU = torch.device("cpu")
+EAGER = {"engine": "eager", "tokens_per_bucket": 256}
+RUNS = {  # what runs, in how many stages of the four ranks, and whether one process begins
+    "both": ("deep", ROWS, EAGER, 2, False),
+    "one after another": ("deep", ROWS[:60], EAGER, 4, False),
+    "tied": ("tied", ROWS[:60], EAGER, 4, False),
+    "compiled": ("deep", ROWS[:10], {"engine": "compiled", "tokens_per_bucket": 128}, 2, False),
+    "gone on with": ("deep", ROWS[:60], EAGER, 2, True),
+}
+
+
+@pytest.fixture(scope="module")
+def models(babbler, tmp_path_factory) -> dict[str, Path]:
+    """Random Llamas of five layers: "deep", and "tied", whose embedding is its head."""
+    made = {}
+    vocabulary = json.loads((babbler / "config.json").read_text())["vocab_size"]
+    for name, changes in {"deep": {}, "tied": {"tie_word_embeddings": True, "initializer_range": 0.1}}.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        save_tiny_llama(made[name], vocabulary, num_hidden_layers=LAYERS, max_position_embeddings=512, **changes)
+        for file in babbler.glob("token*"):
+            (made[name] / file.name).write_bytes(file.read_bytes())
+    return made
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As torchrun has it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def command(model: Path, data: Path, how: dict) -> list[str]:
+    size = ["--tokens-per-bucket", str(how["tokens_per_bucket"]), "--engine", how["engine"]]
+    return ["eval", "--model", str(model), "--data", str(data), "--device", "cpu", *size]
+
+
+@pytest.fixture(scope="module")
+def base(models, tmp_path_factory) -> list[str]:
+    """`eval` of the deep model in many small passes."""
+    return command(models["deep"], write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS), EAGER)
+
+
+def test_four_ranks_in_stages_and_one_process_give_the_same(models, tmp_path, monkeypatch):
+    runs = {}
+    for name, (model, rows, how, stages, begun) in RUNS.items():
+        data = write_rows(tmp_path / f"{name}.jsonl", rows)
+        runs[name] = {"model": str(models[model]), "data": str(data), "how": how | {"pipeline": stages}}
+        alone([*command(models[model], data, how), "--output", str(tmp_path / "alone" / name)])
+        if begun:
+            with monkeypatch.context() as patch:
+                stop_after(patch, 3)
+                stopped = [*command(models[model], data, how), "--output", str(tmp_path / name)]
+                assert CliRunner().invoke(cli, stopped).exit_code == 130
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    done = torchrun(4, ["share", str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    for name, (_, _, _, stages, _) in RUNS.items():
+        same(tmp_path / "alone" / name, tmp_path / name)
+        one, four = results(tmp_path / "alone" / name), results(tmp_path / name)
+        for part in ("engine", "metrics", "plan"):
+            assert four[part] == one[part]
+        bounds = [first for first, _ in four["pipeline"]["layers"]] + [LAYERS]
+        assert four["pipeline"] == {"stages": stages, "layers": [list(pair) for pair in itertools.pairwise(bounds)]}
+        assert one["pipeline"] is None
+        ours, theirs = (found["model"] | {"changed": None} for found in (four, one))
+        assert ours == theirs
+        assert ours["verified"] == EQUAL
+        assert four["model"]["changed"]["replaced_modules"] == []
+        ran = [passes > 0 for passes in four["ranks"]["passes"]]
+        assert not any(ran[rank] for rank in range(4) if rank % stages < stages - 1)
+    compiled = results(tmp_path / "compiled")
+    assert compiled["model"]["changed"]["compiled"]["LlamaDecoderLayer"] == LAYERS
+    assert compiled["cache"]["state"] == "warm"  # layers are the same whoever compiles them
+    assert results(tmp_path / "gone on with")["resumed"]["passes"] == 3
+
+
+def test_a_stage_that_is_killed_ends_the_run_which_one_process_goes_on_with(base, tmp_path):
+    alone([*base, "--output", str(tmp_path / "whole")])
+    output = tmp_path / "out"
+    done = torchrun(2, [*base, "--pipeline", "2", "--output", str(output)], DIE_AFTER=3)
+    assert done.returncode == 1
+    (line,) = lines(done)
+    assert "; continue with: cecompile eval " in line
+    kept = finished(output)
+    assert 3 <= len(kept) < sum(bucket["runs"] for bucket in results(tmp_path / "whole")["plan"]["buckets"])
+    assert not (output / NAME).exists()  # the first stage has nothing to keep
+    alone([*base, "--output", str(output), "--resume"])
+    assert results(output)["resumed"]["passes"] == len(kept)
+    same(tmp_path / "whole", output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world", "line"),
+    [
+        (["--pipeline", "2"], 1, "--pipeline 2: needs as many; torchrun --nproc-per-node 2 -m cecompile eval"),
+        (["--pipeline", "2"], 3, "--pipeline 2: 3 processes are no multiple of it; torchrun"),
+        (["--pipeline", "4"], 2, "--pipeline 4: 2 processes are no multiple of it; torchrun"),
+    ],
+)
+def test_processes_that_are_no_pipeline_are_refused(arguments, world, line, base, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("RANK", "0")
+    refused = CliRunner().invoke(cli, [*base, *arguments, "--output", str(tmp_path)])
+    assert refused.exit_code == 2
+    assert refused.output.startswith(f"cecompile: {line}")
+    assert refused.output.count("\n") == 1
+    monkeypatch.setenv("RANK", "1")
+    assert CliRunner().invoke(cli, [*base, *arguments, "--output", str(tmp_path)]).output == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--pipeline", "6"], f"has {LAYERS} layers"),
+        (["--pipeline", "2", "--memory-limit", "9GB", "--engine", "reference"], "runs without a plan"),
+        (["--pipeline", "2", "--profile", "h100"], "leave out --pipeline"),
+        (["--pipeline", "2", "--memory-limit", "1MB"], "a stage of --pipeline 2: weights alone need"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(arguments, line, base):
+    plan = ["plan", *(a for a in base[1:] if a not in ("--engine", "eager"))]
+    refused = CliRunner().invoke(cli, [*plan, *arguments])
+    assert refused.exit_code == 2
+    assert line in refused.output
+    assert refused.output.count("\n") == 1
+
+
+def test_who_needs_all_layers_is_refused(models, tmp_path):
+    chats = write_rows(tmp_path / "chats.jsonl", CHATS)
+    refused = CliRunner().invoke(cli, ["plan", "--model", str(models["deep"]), "--data", str(chats), "--pipeline", "2"])
+    assert refused.exit_code == 2
+    assert "--pipeline: chat answers" in refused.output
+    with pytest.raises(UserError, match="reference engine runs the whole model"):
+        Scorer.from_pretrained(models["deep"], device="cpu", engine="reference", pipeline=2)
+    scorer = Scorer.from_pretrained(models["deep"], device="cpu", engine="eager", pipeline=2)
+    with pytest.raises(UserError, match="--pipeline 2: needs as many processes"):
+        scorer.score_sequences(random_sequences(questions=2))
+
+
+def test_plan_shows_the_stages(base):
+    plan = ["plan", *base[1:], "--json"]
+    whole, divided = (json.loads(CliRunner().invoke(cli, [*plan, *more]).output) for more in ([], ["--pipeline", "2"]))
+    assert whole["stages"] is None
+    first, second = divided["stages"]
+    assert (first["layers"][0], first["layers"][1], second["layers"][1]) == (0, second["layers"][0], LAYERS)
+    norm = 64 * 4  # of the model's, which both have
+    assert first["weights_bytes"] + second["weights_bytes"] == whole["memory"]["weights"] + norm
+    assert divided["memory"]["total"] == max(first["total_bytes"], second["total_bytes"])
+    shown = CliRunner().invoke(cli, ["plan", *base[1:], "--pipeline", "2"]).output
+    assert f"layers {second['layers'][0]} to {LAYERS - 1}, 0.00 GB of weights" in " ".join(shown.split())
+
+
+# ---- dividing layers
+
+
+@given(
+    layers=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    stages=st.integers(1, 5),
+    last=st.integers(0, 12),
+    room=st.integers(3, 40),
+)
+def test_no_division_that_fits_is_faster(layers, stages, last, room):
+    def fits(stage: int, first: int, end: int) -> bool:
+        return sum(layers[first:end]) + 2 * (stage == 0) <= room
+
+    def slowest(ends) -> float:
+        sums = [sum(layers[a:b]) for a, b in zip((0, *ends), ends, strict=False)]
+        return max([*sums[:-1], sums[-1] + last])
+
+    inner = itertools.combinations(range(1, len(layers)), stages - 1)
+    possible = [(*ends, len(layers)) for ends in inner]
+    possible = [e for e in possible if all(fits(i, a, b) for i, (a, b) in enumerate(zip((0, *e), e, strict=False)))]
+    found = split(layers, stages, last, fits)
+    if not possible:
+        assert found is None
+        return
+    assert tuple(found) in possible
+    assert slowest(found) == min(map(slowest, possible))
+    parts = shares(found)
+    assert [layer for part in parts for layer in range(part.first, part.last)] == list(range(len(layers)))
+    assert [part.with_embedding for part in parts] == [True] + [False] * (stages - 1)
+    assert [part.with_head for part in parts] == [False] * (stages - 1) + [True]
+
+
+def test_a_head_that_costs_and_memory_that_is_short_move_layers(tmp_path):
+    config = load_config(str(save_tiny_llama(tmp_path, 2000, num_hidden_layers=12)))
+    sizing = Sizing("m", config, CPU, "auto", 256, None, stages=2)
+
+    def layers(readouts: float, fit: bool = False) -> list[int]:
+        sizing.divide(readouts, 100, "eager", False, fit)
+        return [share.last - share.first for share in sizing.shares]
+
+    assert layers(0) == [6, 6]
+    few, many = layers(0.5), layers(0.9)
+    assert 6 > few[1] > many[1] >= 1
+    assert len(sizing.budgets(Geometry(1, 256, 256, False), "eager")) == 2
+    sizing.limit, sizing._held = 1 << 40, 0
+    assert layers(0.9, fit=True) == many
+    needed = sizing.budgets(Geometry(1, 256, 256, False), "eager")
+    layer = 4 * sum(p.numel() for p in tiny_layer(config).parameters())
+    sizing.limit = int((needed[0].total - layer) / 0.92) + 1  # what the first stage would need with one layer less
+    assert layers(0.9, fit=True) == [many[0] - 1, many[1] + 1]
+
+
+def tiny_layer(config) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config).model.layers[0]
+
+
+# ---- in this process
+
+
+ONLY = Place(0, 1, None, None)
+
+
+def whole_as_a_stage(kind: str = "llama"):
+    """A model, and it as the only stage of a pipeline; what it is to run."""
+    model = tiny_model(kind)
+    return model, Stage(model, Share(0, 2, 2), ONLY), random_sequences(questions=8)
+
+
+def test_a_stage_is_held_against_the_stock_model():
+    model, stage, sequences = whole_as_a_stage()
+    stock = model.config._attn_implementation
+    plain, staged = prepared(tiny_model("llama"), sequences, "sdpa", compiled=False)
+    engine = Engine(model, plain.buckets, attention="sdpa", compiled=False, readout_chunk=64, stage=stage)
+    for ours, theirs in zip(engine.run(staged), plain.run(staged), strict=True):
+        np.testing.assert_array_equal(ours.logprob, theirs.logprob)
+    assert 0 < disagreement(engine, model, stock, sequences, staged) <= 1
+    for one in staged:
+        one.data[:512] = 7  # other tokens than were asked for
+    assert disagreement(engine, model, stock, sequences, staged) > 1
+
+
+def test_a_stage_whose_memory_does_not_suffice_for_the_check_says_so(monkeypatch):
+    model, stage, sequences = whole_as_a_stage()
+    engine, staged = prepared(tiny_model("llama"), sequences, "sdpa", compiled=False)
+    engine.stage = stage
+
+    def out_of_memory(_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    stage.reserve(512)
+    monkeypatch.setattr(stage, "_head", out_of_memory)
+    assert disagreement(engine, model, model.config._attn_implementation, sequences, staged) is None
+
+
+@pytest.mark.parametrize(
+    ("theirs", "outcome"), [((False, "no compiler"), "ran uncompiled: no compiler"), ((True, "full"), None)]
+)
+def test_what_fails_in_another_stage_fails_in_all(theirs, outcome, monkeypatch):
+    model, stage, _ = whole_as_a_stage()
+    said = iter([theirs, None])  # as it compiles, and as it does without
+
+    def gather(mine: object) -> list:
+        return [mine, 0.0 if isinstance(mine, float) else next(said)]
+
+    stock = model.config._attn_implementation
+    warmer = Warmer(model, stock, "sdpa", 64, None, stage, gather)
+    ready = Ready(Geometry(1, 128, 64, False), (Bucket(1, 128, 64),))
+    monkeypatch.setattr(warming.Engine, "warm_up", lambda *_: None)
+    if outcome is None:
+        with pytest.raises(torch.OutOfMemoryError, match="full"):
+            warmer.warm("compiled", ready, lambda _: None)
+    else:
+        warmed = warmer.warm("compiled", ready, lambda _: None)
+        assert (warmed.name, warmed.note) == ("eager", outcome)
+
+
+def test_layers_that_may_be_overwritten_are_found_in_a_part_too():
+    for share in (Share(0, 1, 2, with_head=False), Share(1, 2, 2, with_embedding=False)):
+        model = tiny_model("llama")
+        stage = Stage(model, share, ONLY)
+        assert inputs_are_free(model, stage.trial)
+
+
+@pytest.mark.parametrize("name", ["deep", "tied"])
+def test_what_is_changed_in_a_part_is_noticed(name, models):
+    config = load_config(str(models[name]))
+    parts = shares([2, LAYERS])
+    loaded = [load_checkpoint(str(models[name]), config, "auto", CPU, share, read_all=False) for share in parts]
+    read = {i: digest for one in loaded for i, digest in one.checkpoint.read().items()}
+    whole = load_checkpoint(str(models[name]), config, "auto", CPU)
+    for share, one in zip(parts, loaded, strict=True):
+        model = one.model
+        checkpoint = one.checkpoint.with_read(read)
+        assert checkpoint.fingerprint == whole.fingerprint
+        Span.of(model, share)
+        proof = Proof(model, type(one)(model, checkpoint, sources=one.sources))
+        assert proof.check("it", model) == whole.fingerprint
+        assert changed(model, share)["replaced_modules"] == []
+        model.base_model.layers[share.first].mlp.act_fn = nn.ReLU()
+        assert changed(model, share)["replaced_modules"] == [f"model.layers.{share.first}.mlp.act_fn"]
+        model.base_model.layers[share.first] = nn.Identity()
+        assert any(
+            found.startswith(f"model.layers.{share.first}") for found in changed(model, share)["replaced_modules"]
+        )
+        with pytest.raises(CheckError, match=f"layers.{share.first}.* disappeared"):
+            proof.check("it", model)
+
+
+def test_a_tensor_that_is_no_parameters_is_read_by_the_first_stage(models, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in models["deep"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"of.nobody": torch.ones(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = load_config(str(tmp_path))
+    loaded = [load_checkpoint(str(tmp_path), config, "auto", CPU, s, read_all=False) for s in shares([2, LAYERS])]
+    names = [{one.checkpoint.tensors[i].name for i in one.checkpoint.read()} for one in loaded]
+    assert ["of.nobody" in read for read in names] == [True, False]
+    assert "model.embed_tokens.weight" in names[0] - names[1]
+    assert "lm_head.weight" in names[1] - names[0]
