@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from cecompile.errors import CheckError, ToldError, UserError
+from cecompile.errors import CheckError, ToldError, UserError, first_line
 from cecompile.system import process_age
 
 JOIN = timedelta(minutes=5)  # for all ranks to come together
 WAIT = timedelta(minutes=30)  # for the slowest, which may have to compile what others have in their cache
-SAY = timedelta(seconds=5)
+STEP = timedelta(seconds=5)  # for what should take no time
 POLL = 0.001  # seconds; signals are dealt with in between
 AGENT = 5.0  # seconds that torchrun's agent has to stop this process after another one has failed
 
@@ -150,7 +150,6 @@ class Group(Ranks):
     def __init__(self) -> None:
         import torch
         import torch.distributed as dist
-        from torch.distributed.rendezvous import rendezvous
 
         self._torch, self._dist = torch, dist
         self.rank, self.size = _number("RANK", None), world_size()
@@ -158,13 +157,34 @@ class Group(Ranks):
         self.local_size = _number("LOCAL_WORLD_SIZE", self.size)
         self.attempt, self.restarts = _number("TORCHELASTIC_RESTART_COUNT", 0), _number("TORCHELASTIC_MAX_RESTARTS", 0)
         self._takes = 0
+        address, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT", None)
         try:
-            store, _, _ = next(iter(rendezvous("env://", timeout=JOIN)))
-            self.store = dist.PrefixStore(f"cecompile/{self.attempt}", store)  # the agent's store outlives its ranks
+            # the agent's store may outlive its ranks
+            self.store = dist.PrefixStore(f"cecompile/{self.attempt}", self._joined(address, port))
             dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=WAIT)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"rank {self.rank} of {self.size}: cannot join the others: {reason}") from None
+        except RuntimeError as error:
+            raise UserError(f"{self.size} ranks at {address}:{port}: {first_line(error)}") from None
+
+    def _joined(self, address: str, port: int) -> Any:
+        """The store, once all ranks have come to it. Waits in small steps, so that signals are dealt with."""
+        hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        store, deadline = None, time.monotonic() + JOIN.total_seconds()
+        while store is None:
+            try:
+                store = self._dist.TCPStore(
+                    address, port, is_master=hosts, timeout=STEP, wait_for_workers=False, multi_tenant=True
+                )
+            except RuntimeError:
+                if hosts or time.monotonic() > deadline:
+                    raise
+        store_of_attempt = self._dist.PrefixStore(f"joined/{self.attempt}", store)
+        store_of_attempt.add("ranks", 1)
+        while (here := store_of_attempt.add("ranks", 0)) < self.size:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{here} came in {JOIN.total_seconds() / 60:.0f} minutes")
+            time.sleep(10 * POLL)
+        store.set_timeout(JOIN)
+        return store
 
     @property
     def began(self) -> float:
@@ -189,7 +209,7 @@ class Group(Ranks):
 
     def says(self, line: str) -> bool:
         try:
-            self.store.set_timeout(SAY)
+            self.store.set_timeout(STEP)
             return bool(self.store.add(f"said/{hashlib.sha256(line.encode()).hexdigest()}", 1) == 1)
         except RuntimeError:
             return True
