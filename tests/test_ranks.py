@@ -6,6 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from cecompile import Scorer, read_questions
 from cecompile.cli import cli
 from cecompile.engine.model import resolve_device
 from cecompile.errors import ToldError, UserError
-from cecompile.ranks import Ranks, has_part_in
+from cecompile.ranks import Ranks, has_part_in, meet
 from cecompile.report.check import problems
 from cecompile.report.journal import NAME, PASSES, Journal, journals_in, read
 from cecompile.report.source import read_results
@@ -248,6 +251,27 @@ def test_what_rank_0_refuses_is_refused_everywhere():
     assert not isinstance(caught.value, ToldError)
     with pytest.raises(ToldError, match="no"):
         Second().first_does(refuse)
+
+
+def test_ranks_meet_whoever_was_there_before():
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    store.set("is/1", "killed before anybody else came")
+    for before in range(3):
+        with ThreadPoolExecutor() as threads:
+            met = [threads.submit(meet, store, 0, 3)]
+            time.sleep(0.05)  # rank 0 has found the others of last time
+            met += [threads.submit(meet, store, rank, 3) for rank in (1, 2)]
+            assert {one.result(10) for one in met} == {(met[0].result()[0], before)}
+
+
+def test_ranks_that_do_not_come_are_not_waited_for(monkeypatch):
+    from torch.distributed import HashStore
+
+    monkeypatch.setattr("cecompile.ranks.JOIN", timedelta(seconds=0.1))
+    with pytest.raises(RuntimeError, match="not all came"):
+        meet(HashStore(), 0, 2)
 
 
 def test_ranks_on_one_device_share_its_memory(babbler, monkeypatch):
