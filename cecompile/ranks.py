@@ -7,18 +7,20 @@ counters in the group's store. Where a rank is lost, the others are told so inst
 import hashlib
 import os
 import pickle
+import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from cecompile.errors import CheckError, ToldError, UserError
+from cecompile.errors import CheckError, ToldError, UserError, first_line
 from cecompile.system import process_age
 
 JOIN = timedelta(minutes=5)  # for all ranks to come together
 WAIT = timedelta(minutes=30)  # for the slowest, which may have to compile what others have in their cache
-SAY = timedelta(seconds=5)
+STEP = timedelta(seconds=5)  # for what should take no time
 POLL = 0.001  # seconds; signals are dealt with in between
 NO_MORE = "none"
 AGENT = 5.0  # seconds that torchrun's agent has to stop this process after another one has failed
@@ -172,22 +174,40 @@ class Group(Ranks):
     def __init__(self, stages: int = 1) -> None:
         import torch
         import torch.distributed as dist
-        from torch.distributed.rendezvous import rendezvous
 
         self._torch, self._dist = torch, dist
         self.rank, self.size = _number("RANK", None), world_size()
         self.local_rank = _number("LOCAL_RANK", self.rank)
         self.local_size = _number("LOCAL_WORLD_SIZE", self.size)
-        self.attempt, self.restarts = _number("TORCHELASTIC_RESTART_COUNT", 0), _number("TORCHELASTIC_MAX_RESTARTS", 0)
+        self.restarts = _number("TORCHELASTIC_MAX_RESTARTS", 0)
         self.stages = stages
         self._takes = 0
+        address, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT", None)
         try:
-            store, _, _ = next(iter(rendezvous("env://", timeout=JOIN)))
-            self.store = dist.PrefixStore(f"cecompile/{self.attempt}", store)  # the agent's store outlives its ranks
+            store = dist.PrefixStore("cecompile", self._connected(address, port))
+            name, before = meet(store, self.rank, self.size)
+            self.store = dist.PrefixStore(name, store)
             dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=WAIT)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"rank {self.rank} of {self.size}: cannot join the others: {reason}") from None
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{self.size} ranks at {address}:{port}: {first_line(error)}") from None
+        # some torchrun's agents count what made them start their ranks again, and others not
+        self.attempt = max(before, -self.least(-_number("TORCHELASTIC_RESTART_COUNT", 0)))
+
+    def _connected(self, address: str, port: int) -> Any:
+        """The store that torchrun's agent or rank 0 holds, once there is one."""
+        hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        deadline = time.monotonic() + JOIN.total_seconds()
+        while not hosts:
+            try:
+                socket.create_connection((address, port), STEP.total_seconds()).close()
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(100 * POLL)
+        return self._dist.TCPStore(
+            address, port, is_master=hosts, timeout=JOIN, wait_for_workers=False, multi_tenant=True
+        )
 
     @property
     def began(self) -> float:
@@ -240,7 +260,7 @@ class Group(Ranks):
 
     def says(self, line: str) -> bool:
         try:
-            self.store.set_timeout(SAY)
+            self.store.set_timeout(STEP)
             return bool(self.store.add(f"said/{hashlib.sha256(line.encode()).hexdigest()}", 1) == 1)
         except RuntimeError:
             return True
@@ -296,6 +316,49 @@ class Group(Ranks):
             time.sleep(AGENT)  # its signal ends this
         silent = f", silent for {waited / 60:.0f} minutes" if waited >= WAIT.total_seconds() else ""
         return CheckError(f"another of the {self.size} ranks was lost{silent}")
+
+
+def meet(store: Any, rank: int, size: int) -> tuple[str, int]:
+    """Brings ranks together that are all alive, over a store in which others may have met before or tried to.
+
+    Each rank says who it is, rank 0 who all are, and once all have found themselves among those, that they may go.
+    Waits in small steps, so that signals are dealt with.
+
+    Returns:
+        A name for this meeting, and how many there were before it.
+
+    Raises:
+        RuntimeError: not all come.
+    """
+    me, name, there = secrets.token_hex(8), "", [""] * size
+    deadline = time.monotonic() + JOIN.total_seconds()
+    store.set(f"is/{rank}", me)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            now = [_said(store, f"is/{other}") for other in range(size)]
+            if all(now) and now != there:
+                name, there = secrets.token_hex(8), now
+                store.set("all", " ".join([name, *there]))
+            if name and store.add(f"{name}/found", 0) == size - 1:
+                before = store.add("meetings", 1) - 1
+                store.set(f"{name}/go", str(before))
+                return name, before
+        else:
+            said, *there = _said(store, "all").split() or [name]
+            if there[rank : rank + 1] == [me]:
+                if said != name:
+                    name = said
+                    store.add(f"{name}/found", 1)
+                before = _said(store, f"{name}/go")
+                if before:
+                    return name, int(before)
+        time.sleep(10 * POLL)
+    raise RuntimeError(f"not all came in {JOIN.total_seconds() / 60:.0f} minutes")
+
+
+def _said(store: Any, key: str) -> str:
+    """What is in a store; empty where nothing is."""
+    return str(store.get(key).decode()) if store.check([key]) else ""
 
 
 def world_size() -> int:

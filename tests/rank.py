@@ -26,6 +26,35 @@ def die_after(records: int) -> None:
     Journal.add = add_and_die
 
 
+def agree() -> None:
+    """Rank 0 prints what the ranks agree on; then rank 1 is gone while rank 0 waits for it."""
+    from cecompile.errors import CheckError
+    from cecompile.ranks import Ranks
+
+    ranks = Ranks.from_environment()
+    rank = ranks.rank
+    agreed = {
+        "everywhere": ranks.gather(ranks.everywhere("x" * 9999 if rank == 0 else None)) == ["x" * 9999] * ranks.size,
+        "gather": ranks.gather([rank] * 1000 * rank) == [[r] * 1000 * r for r in range(ranks.size)],
+        "collect": ranks.collect({rank: b"a", "both": 1}) == {0: b"a", 1: b"a", "both": 1},
+        "least": ranks.least(5 - rank),
+        "any": [ranks.any(rank == 1), ranks.any(False)],
+        "says": sum(ranks.gather(ranks.says("the same"))),
+        "first": ranks.first_does(lambda: rank + 7),
+        "taken": sorted(item for one in ranks.gather(list(ranks.take("it", "abcdef"))) for item in one),
+        "again": sum(map(len, ranks.gather(list(ranks.take("it", range(9)))))),
+    }
+    if rank == 0:
+        print(json.dumps(agreed))
+    ranks.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        ranks.collect({})
+    except CheckError as error:
+        sys.exit(str(error))
+
+
 def share(directory: Path) -> None:
     """Every evaluation that runs.json lists, by this rank among others; one that has a journal is gone on with."""
     from cecompile import Answerer, Scorer, evaluate
@@ -56,5 +85,7 @@ if __name__ == "__main__":
         die_after(int(os.environ["DIE_AFTER"]))
     if sys.argv[1] == "share":
         share(Path(sys.argv[2]))
+    elif sys.argv[1] == "agree":
+        agree()
     else:
         main()

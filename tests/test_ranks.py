@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,11 @@ import torch
 from click.testing import CliRunner
 from test_journal import CHATS, write_rows
 
+from cecompile import Scorer, read_questions
 from cecompile.cli import cli
 from cecompile.engine.model import resolve_device
 from cecompile.errors import ToldError, UserError
-from cecompile.ranks import Ranks, has_part_in
+from cecompile.ranks import Ranks, has_part_in, meet
 from cecompile.report.check import problems
 from cecompile.report.journal import NAME, PASSES, Journal, journals_in, read
 from cecompile.report.source import read_results
@@ -109,10 +112,10 @@ def test_four_ranks_and_one_give_the_same(base, whole, tmp_path):
 
 KINDS = {
     "trees, repeated": (ROWS[:40], {"engine": "eager", "tokens_per_bucket": 256}, ["--repeat", "3"]),
-    "compiled": (ROWS[:40], {"engine": "compiled", "tokens_per_bucket": 256}, []),
+    "compiled": (ROWS[:16], {"engine": "compiled", "tokens_per_bucket": 256}, []),
     "reference": (ROWS[:10], {"engine": "reference"}, []),
     "chats": (CHATS * 4, {"engine": "eager", "tokens_per_bucket": 256, "new_tokens": 6}, ["--max-new-tokens", "6"]),
-    "chats, reference": (CHATS[:4], {"engine": "reference", "new_tokens": 4}, ["--max-new-tokens", "4"]),
+    "chats, reference": (CHATS[:3], {"engine": "reference", "new_tokens": 2}, ["--max-new-tokens", "2"]),
     "gone on with": (ROWS[:40], {"engine": "eager", "tokens_per_bucket": 256}, []),
 }
 
@@ -184,26 +187,21 @@ def test_torchrun_starts_lost_ranks_again_and_they_go_on(base, whole, tmp_path):
     same(whole, tmp_path / "out")
 
 
-def test_without_an_agent_a_lost_rank_is_noticed(base, whole, tmp_path):
+def test_without_an_agent_ranks_agree_and_a_lost_one_is_noticed():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    output = tmp_path / "out"
-    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DIE_AFTER": 3}
-    command = [sys.executable, str(RANK), *base, "--output", str(output)]
-    first, second = (
-        subprocess.Popen(command, env=environment(RANK=rank, **group), stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, str(RANK), "agree"]
+    first, second = (subprocess.Popen(command, env=environment(RANK=rank, **group), **pipes) for rank in range(2))
     assert second.wait(120) == -signal.SIGKILL
-    began = time.monotonic()
-    _, said = first.communicate(timeout=60)
-    assert time.monotonic() - began < 30
-    assert first.returncode == 1
-    assert said.startswith("cecompile: another of the 2 ranks was lost; continue with: "), said
-    assert len(said.splitlines()) == 1
-    alone([*base, "--output", str(output), "--resume"])
-    same(whole, output)
+    out, said = first.communicate(timeout=30)
+    assert json.loads(out) == {
+        "everywhere": True, "gather": True, "collect": True, "least": 4, "any": [True, False], "says": 1, "first": 7,
+        "taken": ["a", "b", "c", "d", "e", "f"], "again": 9,
+    }  # fmt: skip
+    assert said == "another of the 2 ranks was lost\n"
 
 
 def test_results_that_are_there_are_refused_once(base, tmp_path):
@@ -255,6 +253,27 @@ def test_what_rank_0_refuses_is_refused_everywhere():
         Second().first_does(refuse)
 
 
+def test_ranks_meet_whoever_was_there_before():
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    store.set("is/1", "killed before anybody else came")
+    for before in range(3):
+        with ThreadPoolExecutor() as threads:
+            met = [threads.submit(meet, store, 0, 3)]
+            time.sleep(0.05)  # rank 0 has found the others of last time
+            met += [threads.submit(meet, store, rank, 3) for rank in (1, 2)]
+            assert {one.result(10) for one in met} == {(met[0].result()[0], before)}
+
+
+def test_ranks_that_do_not_come_are_not_waited_for(monkeypatch):
+    from torch.distributed import HashStore
+
+    monkeypatch.setattr("cecompile.ranks.JOIN", timedelta(seconds=0.1))
+    with pytest.raises(RuntimeError, match="not all came"):
+        meet(HashStore(), 0, 2)
+
+
 def test_ranks_on_one_device_share_its_memory(babbler, monkeypatch):
     from transformers import AutoConfig
 
@@ -302,6 +321,34 @@ def test_overwriting_removes_what_other_ranks_have_left(base, whole, tmp_path):
         journal.add(PASSES, 0, b"old")
     alone([*base, "--output", str(tmp_path), "--overwrite"])
     same(whole, tmp_path)
+
+
+def test_before_ranks_may_be_started_again_old_journals_are_removed(tmp_path):
+    """For a rank that is started again takes over what it finds."""
+    with Journal(tmp_path, ranks=second()) as journal:
+        journal.begin({})
+        journal.add(PASSES, 0, b"old")
+    ranks = Ranks()
+    ranks.restarts = 1
+    Journal(tmp_path, ranks=ranks)
+    assert journals_in(tmp_path) == []
+
+
+def test_where_another_rank_runs_out_of_memory_all_take_smaller_buckets(base, tmp_path):
+    class First(Ranks):
+        asked: list[bool]
+
+        def any(self, flag):
+            self.asked.append(flag)
+            return flag or len(self.asked) == 2  # after the attention, the first warm-up
+
+    ranks = First()
+    ranks.asked = []
+    scorer = Scorer.from_pretrained(base[2], device="cpu", engine="eager", tokens_per_bucket=512, ranks=ranks)
+    scores = scorer.score(read_questions(base[4])[:40])
+    assert scores.workload.plan.buckets[0].slots == 256
+    assert scorer.runtime.note == "buckets made smaller: memory ran out with 512 tokens"
+    assert ranks.asked[1:] == [False, False]
 
 
 def test_the_journal_of_any_rank_is_gone_on_with(tmp_path):

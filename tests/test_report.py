@@ -161,6 +161,18 @@ def test_a_comparison_and_proofs_are_told_of(results, language):
         has(pages(make_document(results, [language])), Words(language)(verdict))
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_ranks_are_told_of(results, language):
+    one = " ".join(card_texts(results, language)), pages(make_document(results, [language]))
+    results["ranks"] = {"size": 1024, "passes": [1] * 1024, "tokens": [9] * 1024, "devices": ["CPU"] * 1024}
+    ranks = Words(language)("ranks", ranks=1024)
+    for alone, shared in zip(
+        one, (" ".join(card_texts(results, language)), pages(make_document(results, [language]))), strict=True
+    ):
+        assert ranks not in alone
+        has(shared, ranks)
+
+
 def test_without_labels_or_plan(results):
     results["metrics"] = dict.fromkeys(results["metrics"])
     results["plan"], results["engine"] = None, {"name": "reference", "attention": None, "note": None}

@@ -111,7 +111,9 @@ def _heading(canvas: Canvas, results: dict[str, Any], words: Words) -> None:
     canvas.text(WIDTH - MARGIN, 58, date, 24, 300, color=FAINT, align="right")
     canvas.text(MARGIN, 118, units.short_name(model["name"]), 50, width, bold=True)
     parameters = words("card.parameters", parameters=units.magnitude(model["parameters"]))
-    facts = (shown(model["architecture"], 36), shown(model["dtype"], 20), parameters, shown(machine["device"], 44))
+    facts = [shown(model["architecture"], 36), shown(model["dtype"], 20), parameters, shown(machine["device"], 44)]
+    if results["ranks"] is not None:
+        facts.append(words("ranks", ranks=results["ranks"]["size"]))
     canvas.text(MARGIN, 166, " · ".join(facts), 27, width, color=FAINT)
 
 

@@ -221,6 +221,7 @@ def _memory(memory: Results, w: Writer) -> Flowable:
 def _setting(results: Results, w: Writer) -> list[Flowable]:
     model, engine, machine, cache = (results[key] for key in ("model", "engine", "environment", "cache"))
     versions = [f"{name} {version}" for name, version in machine["versions"].items() if version]
+    ranks = "" if results["ranks"] is None else ", " + w.words("ranks", ranks=results["ranks"]["size"])
     cpus = "" if machine["cpus"] is None else ", " + w.words("setting.cpus", cpus=machine["cpus"])
     facts = [
         ("date", units.minute(results["date"]) if results["date"] else w.words("not_recorded")),
@@ -231,7 +232,7 @@ def _setting(results: Results, w: Writer) -> list[Flowable]:
         ("setting.device_fingerprint", model["device_fingerprint"]),
         ("data", results["data"]["name"]),
         ("setting.digest", results["data"]["digest"]),
-        ("device", machine["device"]),
+        ("device", machine["device"] + ranks),
         ("setting.engine", f"{engine['name']}, {engine['attention'] or DASH}"),
         ("setting.note", engine["note"]),
         ("setting.cache", cache and ": ".join(part for part in (cache["state"], cache["reason"]) if part)),

@@ -40,6 +40,7 @@ TEXTS = {
     "model": ("model", "모델"),
     "data": ("data", "데이터"),
     "device": ("device", "장치"),
+    "ranks": ("{ranks} ranks", "랭크 {ranks}개"),
     "date": ("date", "실행 일시"),
     "summary.latency": ("{clock} latency, {gloss}", "{clock} 소요 시간({gloss})"),
     "summary.inference": ("inference, {per} s per question", "추론 시간, 문항당 {per}초"),
