@@ -58,7 +58,8 @@ def _resuming(ctx: click.Context, begun: bool = False) -> str:
     journal = ctx.meta.get("journal")
     if journal is None or not journal.resumable or (begun and not journal.begun):
         return ""
-    return f"; continue with: {command_to_resume(ctx.meta['arguments'], journal.directory)}"
+    stages = ctx.meta.get("ranks", ALONE).stages
+    return f"; continue with: {command_to_resume(ctx.meta['arguments'], journal.directory, stages)}"
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})

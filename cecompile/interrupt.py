@@ -51,17 +51,19 @@ def signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def command_to_resume(arguments: Sequence[str], output: Path) -> str:
+def command_to_resume(arguments: Sequence[str], output: Path, stages: int = 1) -> str:
     """The command line that goes on with an interrupted one.
 
     Args:
         arguments: of the interrupted command, the program's name left out.
         output: its result directory.
+        stages: processes that it needs at least.
     """
+    start = ["cecompile"] if stages == 1 else ["torchrun", "--nproc-per-node", str(stages), "-m", "cecompile"]
     kept = [a for a in arguments if a not in ("--overwrite", "--resume")]
     if not any(a == "--output" or a.startswith("--output=") for a in kept):
         kept += ["--output", str(output)]
-    return " ".join(map(_quoted, ("cecompile", *kept, "--resume")))
+    return " ".join(map(_quoted, (*start, *kept, "--resume")))
 
 
 def _quoted(argument: str) -> str:

@@ -214,7 +214,7 @@ class Runtime:
             raise UserError(f"--pipeline {self.sizing.stages}: needs as many processes, as torchrun starts them")
         loaded = load_checkpoint(self.name, self.config, self._dtype, self.device, share, read_all=False)
         whole = loaded.checkpoint.with_read(ranks.collect(loaded.checkpoint.read()))
-        devices = ranks.gather((platform.node(), str(self.device)))
+        devices = ranks.gather(_identity(self.device))
         own_device = self.device.type == "cuda" and len(set(devices)) == len(devices)
         self.stage = Stage(loaded.model, share, places(ranks.stages, ranks.rank, ranks.size, own_device))
         return replace(loaded, checkpoint=whole)
@@ -346,6 +346,12 @@ class Runtime:
 def _hold(geometry: Geometry, decoding: DecodeShape | None, longest: int, answer: int) -> bool:
     """Whether these shapes hold these lengths."""
     return longest <= geometry.length and (decoding is None or answer < decoding.slots)
+
+
+def _identity(device: torch.device) -> str:
+    """What tells a device from all others, on whatever machine."""
+    about = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return str(getattr(about, "uuid", f"{device} of {platform.node()}"))
 
 
 class Counter:

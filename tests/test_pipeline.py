@@ -116,7 +116,7 @@ def test_a_stage_that_is_killed_ends_the_run_which_one_process_goes_on_with(base
     done = torchrun(2, [*base, "--pipeline", "2", "--output", str(output)], DIE_AFTER=3)
     assert done.returncode == 1
     (line,) = lines(done)
-    assert "; continue with: cecompile eval " in line
+    assert "; continue with: torchrun --nproc-per-node 2 -m cecompile eval " in line
     kept = finished(output)
     assert 3 <= len(kept) < sum(bucket["runs"] for bucket in results(tmp_path / "whole")["plan"]["buckets"])
     assert not (output / NAME).exists()  # the first stage has nothing to keep
