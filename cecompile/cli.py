@@ -90,6 +90,10 @@ def selection(command: Callable[..., Any]) -> Callable[..., Any]:
             help="What a run may take, such as 28GB or 26GiB. Default: what the device has.",
         ),
         click.option(
+            "--stream-weights", is_flag=True,
+            help="Read the layers' weights anew for each sweep of passes: for models larger than memory.",
+        ),
+        click.option(
             "--cache-dir", type=click.Path(path_type=Path),
             help="Compiled code. Default: CECOMPILE_CACHE, else the user's cache directory.",
         ),
@@ -354,6 +358,7 @@ def _model(how: dict[str, Any], task: str) -> Any:
         memory_limit=how["memory_limit"],
         cache_dir=how["cache_dir"],
         require_warm=how.get("require_warm", False),
+        stream_weights=how["stream_weights"],
         **own,
     )
 

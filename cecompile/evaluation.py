@@ -119,6 +119,7 @@ def evaluate(
             "note": runtime.note,
         },
         "plan": None if plan is None else plan_summary(plan),
+        "streaming": runtime.streaming,
         "model": model_facts,
         "cache": None
         if runtime.cache_state is None
@@ -223,7 +224,7 @@ def _model(scored: Scorer | Answerer) -> dict[str, Any]:
         "fingerprint": runtime.fingerprint,
         "device_fingerprint": device_fingerprint,
         "verified": verified,
-        "changed": changed(model),
+        "changed": changed(model, runtime.modules),
         "tokenizer_digest": tokenizer_digest(scored.tokenizer),
     }
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from cecompile.engine.forward import Engine, Readouts
 from cecompile.engine.reference import score_alone
 from cecompile.engine.stock import StockPipeline
+from cecompile.engine.sweep import SweepEngine
 from cecompile.errors import CheckError, UserError, first_line
 from cecompile.packed import Workload
 from cecompile.report.journal import ANSWERS, PASSES, Journal
@@ -37,16 +38,24 @@ def run_facts(runtime: Runtime, workload: Workload, new_tokens: int = 0) -> dict
         raise UserError(f"{runtime.name}: loaded elsewhere, has no fingerprint: its runs cannot be journaled")
     model, on_cpu = runtime.model, runtime.device.type == "cpu"
     assert model is not None
-    return {
-        "model fingerprint": runtime.fingerprint,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "engine": runtime.engine,
-        "attention": None if runtime.engine == "reference" else runtime.attention,
-        "device": runtime.device.type if on_cpu else torch.cuda.get_device_name(runtime.device),
-        "threads": torch.get_num_threads() if on_cpu else None,
-        "longest answer": new_tokens,
-        "tokens": _digest_of_sequences(workload.sequences),
-    } | ({} if workload.plan is None else _plan_facts(workload.plan))
+    return (
+        {
+            "model fingerprint": runtime.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "engine": runtime.engine,
+            "attention": None if runtime.engine == "reference" else runtime.attention,
+            "device": runtime.device.type if on_cpu else torch.cuda.get_device_name(runtime.device),
+            "threads": torch.get_num_threads() if on_cpu else None,
+            "longest answer": new_tokens,
+            "tokens": _digest_of_sequences(workload.sequences),
+        }
+        | _streamed_facts(runtime)
+        | ({} if workload.plan is None else _plan_facts(workload.plan))
+    )
+
+
+def _streamed_facts(runtime: Runtime) -> dict[str, Any]:
+    return {} if runtime.feed is None else {"weights": "streamed"}
 
 
 def _digest_of_sequences(sequences: Sequences) -> str:
@@ -68,7 +77,11 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
 
 
 def run_passes(
-    engine: Engine, staged: Sequence[StagedPass], progress: Progress, named: Named, journal: Journal | None
+    engine: Engine | SweepEngine,
+    staged: Sequence[StagedPass],
+    progress: Progress,
+    named: Named,
+    journal: Journal | None,
 ) -> list[Readouts]:
     """What all passes read out, in order.
 

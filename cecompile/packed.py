@@ -68,6 +68,7 @@ class PackedModel:
         memory_limit: int | None = None,
         cache_dir: str | Path | None = None,
         require_warm: bool = False,
+        stream_weights: bool = False,
         **own: Any,
     ) -> Model:
         """One for a checkpoint.
@@ -82,6 +83,7 @@ class PackedModel:
             memory_limit: bytes the run may take, of the device's memory; None is what there is.
             cache_dir: of compiled code; None is CECOMPILE_CACHE, else the user's cache directory.
             require_warm: refuse to compile what is not in the cache.
+            stream_weights: read the layers' weights anew for each sweep of passes; memory holds two layers.
             own: what the class itself takes.
 
         Raises:
@@ -90,9 +92,12 @@ class PackedModel:
         path = str(demo.MODEL if model is None else model)
         options = {"engine": engine, "attention": attention, "dtype": dtype}
         _check(tokens_per_bucket, **options)
+        if stream_weights and (engine == "reference" or "new_tokens" in own):
+            what = "--engine reference" if engine == "reference" else "answering chats"
+            raise UserError(f"--stream-weights: {what} needs all weights in memory")
         resolved = resolve_device(device)
         config, tokenizer = load_config(path), load_tokenizer(path)
-        sizing = Sizing(path, config, resolved, dtype, tokens_per_bucket, memory_limit)
+        sizing = Sizing(path, config, resolved, dtype, tokens_per_bucket, memory_limit, stream_weights)
         return cls(_runtime(path, config, resolved, sizing, cache_dir, require_warm, **options), tokenizer, **own)
 
     @classmethod

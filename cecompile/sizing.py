@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cecompile.engine import memory
+from cecompile.engine.span import Share
 from cecompile.errors import UserError
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import BLOCK, Geometry, choose_geometry
@@ -30,6 +31,7 @@ TUNING = {
     "cpu": Tuning(2048, 256, DecodeShape(slots=4096, lanes=16, step_tokens=(256, 16))),
     "cuda": Tuning(8192, 1024, DecodeShape(slots=16384, lanes=64, step_tokens=(512, 64))),
 }
+STREAMED_PASSES = 8  # at once, fewer only where even small buckets leave no room: so that reading can hide behind them
 DENSE_ATTENTION = 2.0  # how many times as long as in a matrix product arithmetic takes there
 
 
@@ -43,6 +45,10 @@ class Sizing:
         dtype: as asked for.
         tokens_per_bucket: as asked for; None leaves the choice.
         limit: bytes the run may take; None is what the device has.
+        stream: the layers' weights are streamed.
+
+    Raises:
+        UserError: they are, and cannot be.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class Sizing:
         dtype: str,
         tokens_per_bucket: int | None,
         limit: int | None,
+        stream: bool = False,
     ) -> None:
         self._name = name
         self._config = config
@@ -65,6 +72,10 @@ class Sizing:
         self.tuning = TUNING[device.type]
         self.limit: int | None = limit
         self._held: int | None = None  # bytes in use before anything is loaded, where they count
+        self.streamed: memory.Streamed | None = None
+        if stream:
+            self.streamed = memory.streamed_sizes(config, self.model_sizes().itemsize)
+            self._sizes = memory.model_sizes(config, dtype, Share(0, 0, self.streamed.layers))
 
     def count_as_loaded(self, size: int) -> None:
         """Weights of `size` bytes are on the device already: they are part of what is needed, and of what there is."""
@@ -112,16 +123,20 @@ class Sizing:
             UserError: none does, or the size was asked for and does not.
         """
         room, beside = self._room(), self._least_decoding(answer)
-        geometry = wanted
+        geometry, passes = wanted, STREAMED_PASSES
         while True:
-            needed = self.budget(geometry, engine, beside)
+            needed = self.budget(geometry, engine, beside, passes=passes)
             if needed.total <= room:
                 break
             slots = geometry.rows * geometry.length
             smaller = self._geometry(longest, slots // 2, wanted.blocks)
-            if smaller.rows * smaller.length >= slots or slots // 2 < BLOCK:
-                raise memory.refuse(self._name, self._device, needed, room, slots)
-            geometry = smaller
+            if smaller.rows * smaller.length < slots and slots // 2 >= BLOCK:
+                geometry = smaller
+            elif self.streamed is not None and passes > 1:
+                passes -= 1
+            else:
+                way_out = None if answer else self._way_out(geometry, engine, room)
+                raise memory.refuse(self._name, self._device, needed, room, slots, way_out)
         if geometry != wanted and self._asked is not None:
             slots, most = wanted.rows * wanted.length, geometry.rows * geometry.length
             raise UserError(
@@ -148,12 +163,36 @@ class Sizing:
         return least
 
     def budget(
-        self, geometry: Geometry, engine: str, decoding: DecodeShape | None = None, elsewhere: str | None = None
-    ) -> memory.Budget:
-        """Bytes that a run with this geometry needs, by part; or, on a kind of device `elsewhere`, in 16 bits."""
+        self, geometry: Geometry, engine: str, decoding: DecodeShape | None = None, elsewhere: str | None = None,
+        passes: int = 1,
+    ) -> memory.Budget:  # fmt: skip
+        """Bytes that a run with this geometry needs, by part; or, on a kind of device `elsewhere`, in 16 bits.
+
+        Args:
+            passes: under way at once, where layers are streamed.
+        """
+        sizes, streamed = self.model_sizes(), self.streamed
+        if streamed is not None:
+            streamed = replace(streamed, passes=passes)
         if elsewhere is not None:
-            return memory.budget(memory.model_sizes(self._config, "bfloat16"), geometry, elsewhere, engine, decoding)
-        return memory.budget(self.model_sizes(), geometry, self._device.type, engine, decoding)
+            share = None if streamed is None else Share(0, 0, streamed.layers)
+            sizes = memory.model_sizes(self._config, "bfloat16", share)
+            streamed = streamed and replace(memory.streamed_sizes(self._config, sizes.itemsize), passes=passes)
+        return memory.budget(sizes, geometry, elsewhere or self._device.type, engine, decoding, streamed)
+
+    def passes_at_once(
+        self, geometry: Geometry, engine: str, passes: int, elsewhere: str | None = None, room: int | None = None
+    ) -> int:
+        """How many of `passes` go through a streamed layer at once: as many as memory holds, in sweeps of one size.
+
+        Args:
+            geometry, engine, elsewhere: see `budget`.
+            room: bytes that they may fill; by default what is there.
+        """
+        one, two = (self.budget(geometry, engine, None, elsewhere, n) for n in (1, 2))
+        room = self._room() if room is None else room
+        most = max(1, 1 + (room - one.total) // (two.hidden - one.hidden))
+        return -(-passes // -(-passes // most))
 
     def model_sizes(self) -> memory.Sizes:
         """What of the model decides memory and cost."""
@@ -163,7 +202,8 @@ class Sizing:
 
     def of_size(self, tokens_per_bucket: int) -> "Sizing":
         """The same, asked for this size."""
-        out = Sizing(self._name, self._config, self._device, self._dtype, tokens_per_bucket, self._asked_limit)
+        stream = self.streamed is not None
+        out = Sizing(self._name, self._config, self._device, self._dtype, tokens_per_bucket, self._asked_limit, stream)
         out.limit, out._held = self.limit, self._held
         return out
 
@@ -175,6 +215,17 @@ class Sizing:
             return False
         self._ceiling = slots // 2
         return True
+
+    def _way_out(self, geometry: Geometry, engine: str, room: int) -> str | None:
+        """What makes a run possible that does not fit."""
+        if self.streamed is not None:
+            return None
+        try:
+            other = Sizing(self._name, self._config, self._device, self._dtype, None, None, stream=True)
+        except UserError:
+            return None
+        fits = other.budget(geometry, engine).total <= room
+        return "--stream-weights reads them layer by layer" if fits else None
 
     def _room(self) -> int:
         """Bytes that a prediction may fill."""

@@ -10,9 +10,11 @@ from transformers import PreTrainedModel
 
 from cecompile.engine.cache import WARM, Entry
 from cecompile.engine.decode import Decoder, NotDecodableError
+from cecompile.engine.feed import Feed
 from cecompile.engine.forward import Engine
 from cecompile.engine.memory import is_out_of_memory
-from cecompile.engine.verify import decoding_disagreement, disagreement
+from cecompile.engine.sweep import SweepEngine
+from cecompile.engine.verify import decoding_disagreement, disagreement, sweep_disagreement
 from cecompile.errors import CheckError, UserError, first_line, printable
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import Bucket, Geometry, Plan
@@ -66,7 +68,7 @@ class Warmed:
         moments: when that was done, by `time.perf_counter()`.
     """
 
-    engine: Engine
+    engine: Engine | SweepEngine
     name: str
     compiled: tuple[Bucket | DecodeShape, ...]
     decoder: Decoder | None = None
@@ -89,16 +91,20 @@ class Warmer:
         attention: "flex" or "sdpa", as the probe has chosen.
         readout_chunk: see `Engine`.
         entry: of the compile cache; None compiles without.
+        feed: of the model's layers, where they are streamed.
+        passes: then, how many go through a layer at once.
     """
 
     def __init__(
-        self, model: PreTrainedModel, stock: str, attention: str, readout_chunk: int, entry: Entry | None
-    ) -> None:
+        self, model: PreTrainedModel, stock: str, attention: str, readout_chunk: int, entry: Entry | None,
+        feed: Feed | None = None, passes: int = 1,
+    ) -> None:  # fmt: skip
         self._model = model
         self._stock = stock
         self._attention = attention
         self._chunk = readout_chunk
         self._entry = entry
+        self._feed, self._passes = feed, passes
 
     def warm(self, name: str, ready: Ready, done: Done) -> Warmed:
         """An engine with every bucket warm: compiled, or uncompiled with a note where nothing compiles or is right.
@@ -132,9 +138,12 @@ class Warmer:
     def _engine(self, name: str, ready: Ready, done: Done) -> Warmed:
         began = perf_counter()
         compiled = name == "compiled"
-        engine = Engine(
-            self._model, ready.buckets, attention=self._attention, compiled=compiled, readout_chunk=self._chunk
-        )
+        how: Any = {"attention": self._attention, "compiled": compiled, "readout_chunk": self._chunk}
+        engine: Engine | SweepEngine
+        if self._feed is None:
+            engine = Engine(self._model, ready.buckets, **how)
+        else:
+            engine = SweepEngine(self._model, ready.buckets, self._feed, passes=self._passes, **how)
         warmed = Warmed(engine, name, ready.compiled)
 
         def book(what: str) -> None:
@@ -144,7 +153,7 @@ class Warmer:
             done(what)
 
         engine.warm_up(lambda b: book(f"{b.rows} x {b.length} tokens, {b.readouts} readouts"))
-        if ready.decoding is not None:
+        if ready.decoding is not None and isinstance(engine, Engine):
             slots = ready.decoding.slots
             try:
                 decoder = engine.decoder(ready.decoding)
@@ -158,7 +167,11 @@ class Warmer:
         if ready.sequences is None:
             return None
         try:
-            off = disagreement(warmed.engine, self._model, self._stock, ready.sequences, ready.staged)
+            against_stock = (self._model, self._stock, ready.sequences, ready.staged)
+            if isinstance(warmed.engine, SweepEngine):
+                off = sweep_disagreement(warmed.engine, *against_stock)
+            else:
+                off = disagreement(warmed.engine, *against_stock)
             if warmed.decoder is not None:
                 off = max(off, decoding_disagreement(warmed.decoder, self._model, self._stock, ready.sequences))
         except Exception as error:
@@ -180,7 +193,9 @@ class Warmer:
         return None
 
 
-def useful_tokens_per_second(engine: Engine, staged: Sequence[StagedPass], passes: int = 8, repeats: int = 3) -> float:
+def useful_tokens_per_second(
+    engine: Engine | SweepEngine, staged: Sequence[StagedPass], passes: int = 8, repeats: int = 3
+) -> float:
     """How fast a warm engine runs its first passes, by the fastest of a few repeats."""
     some = staged[:passes]
     best = float("inf")
