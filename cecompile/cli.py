@@ -227,7 +227,7 @@ def plan_command(
     dataset = read_dataset(_named(data, task), task, limit)
     from rich.console import Console
 
-    from cecompile.engine.estimate import as_planned_on, estimate
+    from cecompile.engine.estimate import as_planned_on, estimate, room_on
     from cecompile.report.results import plan_summary
     from cecompile.report.table import print_plan
 
@@ -236,9 +236,12 @@ def plan_command(
     model = _model(as_planned_on(profile, how) if profile else how, dataset.task)
     workload = model.prepare(dataset.questions, fit=how["memory_limit"] is not None)
     assert workload.plan is not None
-    budget = model.runtime.budget(workload.plan, "cuda" if profile else None)
-    summary = plan_summary(workload.plan) | {"memory": budget.summary()}
-    estimated = estimate(profile, model.runtime.config, workload.plan, len(workload.sequences)) if profile else None
+    runtime, plan = model.runtime, workload.plan
+    where, room = ("cuda", room_on(profile, how["memory_limit"])) if profile else (None, None)
+    streaming = runtime.planned_streaming(plan, where, room)
+    summary = plan_summary(plan) | {"memory": runtime.budget(plan, where, room).summary()}
+    summary |= {"streaming": streaming} if streaming else {}
+    estimated = estimate(profile, runtime.config, plan, len(workload.sequences), streaming) if profile else None
     if as_json:
         click.echo(json.dumps(summary | ({"estimate": estimated} if estimated else {})))
     else:

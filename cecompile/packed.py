@@ -54,6 +54,8 @@ class PackedModel:
         self.runtime = runtime
         self.tokenizer = tokenizer
         self.new_tokens = new_tokens
+        if new_tokens and runtime.sizing.streamed is not None:
+            raise UserError("--stream-weights: decoding a chat's answer needs all weights in memory")
 
     @classmethod
     def from_pretrained(
@@ -92,9 +94,8 @@ class PackedModel:
         path = str(demo.MODEL if model is None else model)
         options = {"engine": engine, "attention": attention, "dtype": dtype}
         _check(tokens_per_bucket, **options)
-        if stream_weights and (engine == "reference" or "new_tokens" in own):
-            what = "--engine reference" if engine == "reference" else "answering chats"
-            raise UserError(f"--stream-weights: {what} needs all weights in memory")
+        if stream_weights and engine == "reference":
+            raise UserError("--stream-weights: --engine reference needs all weights in memory")
         resolved = resolve_device(device)
         config, tokenizer = load_config(path), load_tokenizer(path)
         sizing = Sizing(path, config, resolved, dtype, tokens_per_bucket, memory_limit, stream_weights)

@@ -138,9 +138,9 @@ class Runtime:
         """From now on plans for up to these lengths (see `shapes`) all have the same buckets."""
         self._ahead = longest, answer
 
-    def budget(self, plan: Plan, device: str | None = None) -> memory.Budget:
-        """What a run of this plan needs, in bytes by part; on another `device`, "cuda", in 16 bits."""
-        passes = 1 if self.sizing.streamed is None else self.passes_at_once(plan, len(plan.passes), device)
+    def budget(self, plan: Plan, device: str | None = None, room: int | None = None) -> memory.Budget:
+        """What a run of this plan needs, in bytes by part; on another `device`, "cuda", of `room` bytes, in 16 bits."""
+        passes = 1 if self.sizing.streamed is None else self.passes_at_once(plan, len(plan.passes), device, room)
         return self.sizing.budget(_largest(plan), self.engine, plan.decoding, device, passes)
 
     def passes_at_once(
@@ -148,6 +148,18 @@ class Runtime:
     ) -> int:
         """How many of `passes` go through a streamed layer together; see `Sizing.passes_at_once`."""
         return self.sizing.passes_at_once(_largest(plan), self.engine, passes, device, room)
+
+    def planned_streaming(
+        self, plan: Plan, device: str | None = None, room: int | None = None
+    ) -> dict[str, int] | None:
+        """As much of `streaming` as is known before a run of this plan; for the arguments see `budget`."""
+        streamed = self.sizing.streamed
+        if streamed is None:
+            return None
+        passes = self.passes_at_once(plan, len(plan.passes), device, room)
+        sweeps, size = -(-len(plan.passes) // passes), streamed.layer_bytes
+        read = sweeps * streamed.layers * size
+        return {"sweeps": sweeps, "passes_per_sweep": passes, "layer_bytes": size, "read_bytes": read}
 
     def open_cache(self) -> Entry | None:
         """Points the compiler at what was compiled before. Raises UserError where the file system refuses."""
