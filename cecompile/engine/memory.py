@@ -51,6 +51,7 @@ FITS = {
     ("cpu", "eager"): Fit(8, 1.0, 80 * MiB),
 }
 LOADING = {"cuda": 0, "cpu": 264 * MiB}  # bytes of the device's memory that reading files takes at most, and gives back
+BUCKETS = 2  # largest ones that all buckets' hidden states take: each is at most half as large as the one before
 USABLE = {"cuda": 0.985, "cpu": 0.92}  # the share of the memory that a prediction may fill
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -202,7 +203,7 @@ def budget(
         fixed=fit.fixed,
         loading=max(0, min(LOADING[device], read) - held),  # the two layers' places are made after it
         in_turns=in_turns,
-        hidden=0 if streamed is None else (streamed.passes + 1) * pass_bytes(sizes, geometry),
+        hidden=0 if streamed is None else (streamed.passes + BUCKETS) * pass_bytes(sizes, geometry),
     )
 
 
