@@ -12,8 +12,8 @@ import torch
 from test_engine import random_sequences, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cecompile import Answerer, Question, Scorer, demo
-from cecompile.engine import verify
+from cecompile import Answerer, Question, Scorer, demo, read_questions
+from cecompile.engine import memory, verify
 from cecompile.engine.estimate import estimate, room_on, streamed_seconds
 from cecompile.engine.feed import Feed, Files
 from cecompile.engine.forward import Engine
@@ -53,9 +53,9 @@ def fed(directory: str, dtype: str = "auto"):
 
 
 def planned(blocks: bool = False):
-    sequences = random_sequences(questions=24)
+    sequences = random_sequences(questions=12)
     longest = int(sequences.input_lengths.max())
-    plan = make_plan(sequences, choose_geometry(longest, tokens_per_bucket=512, blocks=blocks, readout_chunk=64))
+    plan = make_plan(sequences, choose_geometry(longest, tokens_per_bucket=256, blocks=blocks, readout_chunk=64))
     return sequences, plan, list(stage_all(plan))
 
 
@@ -225,39 +225,55 @@ def deep_llama(tmp_path_factory) -> Path:
     return directory
 
 
-def evaluate(model: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cecompile", "eval", "--model", str(model), "--device", "cpu", "--limit", "8"]
-    command += ["--engine", "eager", "--tokens-per-bucket", "128", "--dtype", "float32", "--output", str(out), *more]
-    return subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
-
-
 def test_a_model_that_memory_does_not_hold(deep_llama, tmp_path):
-    """Refused with a way out before loading; streamed it runs within the limit, and says the same."""
-    assert evaluate(deep_llama, tmp_path / "whole").returncode == 0
-    limit = ("--memory-limit", "950MB")
-    refused = evaluate(deep_llama, tmp_path / "refused", *limit)
-    assert refused.returncode == 2
-    assert refused.stderr.count("\n") == 1
-    assert "--stream-weights reads them layer by layer" in refused.stderr
-    done = evaluate(deep_llama, tmp_path / "streamed", *limit, "--stream-weights")
+    """Refused before loading with a way out; streamed it runs within the limit, and says the same."""
+    questions = read_questions(demo.HELLASWAG, limit=3)
+    how = {"device": "cpu", "dtype": "float32", "engine": "eager", "tokens_per_bucket": 128}
+    held = memory.used_already(CPU)
+
+    def limit(room: int) -> int:  # of which a prediction may fill `room` bytes
+        return int((held + room) / memory.USABLE["cpu"])
+
+    whole = Scorer.from_pretrained(deep_llama, memory_limit=limit(350 * 10**6), **how)
+    with pytest.raises(UserError, match=r"; --stream-weights reads them layer by layer$"):
+        whole.prepare(questions, fit=True)
+    streamed = Scorer.from_pretrained(deep_llama, memory_limit=limit(150 * 10**6), stream_weights=True, **how)
+    with pytest.raises(UserError, match=r"GB are there on cpu$"):
+        streamed.prepare(questions, fit=True)
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "cecompile",
+        "eval",
+        "--model",
+        str(deep_llama),
+        "--limit",
+        "8",
+        "--stream-weights",
+    ]
+    command += ["--memory-limit", "950MB", "--output", str(out)]
+    for option, value in how.items():
+        command += [f"--{option.replace('_', '-')}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
     assert done.returncode == 0, done.stderr
-    whole, streamed = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "streamed"))
-    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "streamed")]
-    assert samples[0] == samples[1]
-    memory = streamed["memory"]
-    assert memory["peak_bytes"] <= memory["limit_bytes"] < whole["memory"]["peak_bytes"]
-    assert memory["predicted_bytes"] == pytest.approx(memory["peak_bytes"], rel=0.1)
-    assert (
-        streamed["streaming"]["read_bytes"]
-        == streamed["streaming"]["sweeps"] * 8 * streamed["streaming"]["layer_bytes"]
-    )
-    assert whole["streaming"] is None
-    assert streamed["model"]["fingerprint"] == whole["model"]["fingerprint"]
-    assert streamed["model"]["changed"]["replaced_modules"] == []
-    assert compare_directories(tmp_path / "whole", tmp_path / "streamed", 0.5)["failed"] == []
-    too_little = evaluate(deep_llama, tmp_path / "none", "--memory-limit", "600MB", "--stream-weights")
-    assert too_little.returncode == 2
-    assert "GB are there on cpu" in too_little.stderr
+    results = json.loads((out / "results.json").read_text())
+    used, streaming = results["memory"], results["streaming"]
+    assert used["peak_bytes"] <= used["limit_bytes"]
+    assert used["predicted_bytes"] == pytest.approx(used["peak_bytes"], rel=0.1)
+    assert streaming["read_bytes"] == streaming["sweeps"] * 8 * streaming["layer_bytes"]
+    assert results["model"]["changed"]["replaced_modules"] == []
+    assert refusals_of(out) == []
+    scorer = Scorer.from_pretrained(deep_llama, **how)
+    expected = scorer.score(questions).loglikelihoods
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [tuple(sample["loglikelihoods"]) for sample in samples] == expected
+    assert results["model"]["fingerprint"] == scorer.runtime.fingerprint
+
+
+def refusals_of(directory: Path) -> list[str]:
+    """What contradicts itself in a result."""
+    return compare_directories(directory, directory, 0.5)["failed"]
 
 
 def test_an_interrupted_run_goes_on(tiny_llama, tmp_path, monkeypatch):
