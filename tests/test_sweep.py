@@ -249,7 +249,7 @@ def test_a_model_that_memory_does_not_hold(deep_llama, tmp_path):
         "--model",
         str(deep_llama),
         "--limit",
-        "8",
+        "3",
         "--stream-weights",
     ]
     command += ["--memory-limit", "950MB", "--output", str(out)]
