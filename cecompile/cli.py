@@ -103,6 +103,10 @@ def selection(command: Callable[..., Any]) -> Callable[..., Any]:
             help="What a run may take, such as 28GB or 26GiB. Default: what the device has.",
         ),
         click.option(
+            "--stream-weights", is_flag=True,
+            help="Read the layers' weights anew for each sweep of passes: for models larger than memory.",
+        ),
+        click.option(
             "--cache-dir", type=click.Path(path_type=Path),
             help="Compiled code. Default: CECOMPILE_CACHE, else the user's cache directory.",
         ),
@@ -253,7 +257,7 @@ def plan_command(
     dataset = read_dataset(_named(data, task), task, limit)
     from rich.console import Console
 
-    from cecompile.engine.estimate import as_planned_on, estimate
+    from cecompile.engine.estimate import as_planned_on, estimate, room_on
     from cecompile.report.results import plan_summary
     from cecompile.report.table import print_plan
 
@@ -264,10 +268,12 @@ def plan_command(
     model = _model(as_planned_on(profile, how) if profile else how, dataset.task)
     workload = model.prepare(dataset.questions, fit=how["memory_limit"] is not None)
     assert workload.plan is not None
-    budget = model.runtime.budget(workload.plan, "cuda" if profile else None)
-    stages = model.runtime.stages(workload.plan)
-    summary = plan_summary(workload.plan) | {"memory": budget.summary(), "stages": stages}
-    estimated = estimate(profile, model.runtime.config, workload.plan, len(workload.sequences)) if profile else None
+    runtime, plan = model.runtime, workload.plan
+    where, room = ("cuda", room_on(profile, how["memory_limit"])) if profile else (None, None)
+    streaming = runtime.planned_streaming(plan, where, room)
+    summary = plan_summary(plan) | {"memory": runtime.budget(plan, where, room).summary()}
+    summary |= {"stages": runtime.stages(plan)} | ({"streaming": streaming} if streaming else {})
+    estimated = estimate(profile, runtime.config, plan, len(workload.sequences), streaming) if profile else None
     if as_json:
         click.echo(json.dumps(summary | ({"estimate": estimated} if estimated else {})))
     else:
@@ -389,6 +395,7 @@ def _model(how: dict[str, Any], task: str, ranks: Ranks = ALONE) -> Any:
         require_warm=how.get("require_warm", False),
         ranks=ranks,
         pipeline=how.get("pipeline", 1),
+        stream_weights=how["stream_weights"],
         **own,
     )
 

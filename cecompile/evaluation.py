@@ -127,6 +127,7 @@ def evaluate(
         "ranks": None if runtime.ranks.size == 1 else {"size": len(shares)} | _columns(shares, "peak"),
         "pipeline": _pipeline(runtime),
         "plan": None if plan is None else plan_summary(plan),
+        "streaming": runtime.streaming,
         "model": model_facts,
         "cache": None
         if runtime.cache_state is None
@@ -231,7 +232,7 @@ def _pipeline(runtime: Runtime) -> dict[str, Any] | None:
 def _changed(runtime: Runtime) -> dict[str, Any]:
     """results.json's `model.changed`; of a pipeline, of one replica's stages together, and replaced modules of all."""
     assert runtime.model is not None
-    mine = changed(runtime.model, runtime.share)
+    mine = changed(runtime.model, runtime.share, runtime.modules)
     if runtime.share is None:
         return mine
     parts = runtime.ranks.gather(mine)

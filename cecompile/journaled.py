@@ -15,6 +15,7 @@ from cecompile.engine.forward import Engine, Readouts
 from cecompile.engine.pipeline import LostError
 from cecompile.engine.reference import score_alone
 from cecompile.engine.stock import StockPipeline
+from cecompile.engine.sweep import SweepEngine
 from cecompile.errors import CheckError, UserError, first_line
 from cecompile.packed import Workload
 from cecompile.ranks import Ranks
@@ -53,16 +54,24 @@ def _run_facts(runtime: Runtime, workload: Workload, new_tokens: int) -> dict[st
     """What the readouts of a model that has been warmed up for a workload depend on, beside the data and versions."""
     model, on_cpu = runtime.model, runtime.device.type == "cpu"
     assert model is not None
-    return {
-        "model fingerprint": runtime.fingerprint,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "engine": runtime.engine,
-        "attention": None if runtime.engine == "reference" else runtime.attention,
-        "device": runtime.device.type if on_cpu else torch.cuda.get_device_name(runtime.device),
-        "threads (OMP_NUM_THREADS)": torch.get_num_threads() if on_cpu else None,
-        "longest answer": new_tokens,
-        "tokens": _digest_of_sequences(workload.sequences),
-    } | ({} if workload.plan is None else _plan_facts(workload.plan))
+    return (
+        {
+            "model fingerprint": runtime.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "engine": runtime.engine,
+            "attention": None if runtime.engine == "reference" else runtime.attention,
+            "device": runtime.device.type if on_cpu else torch.cuda.get_device_name(runtime.device),
+            "threads (OMP_NUM_THREADS)": torch.get_num_threads() if on_cpu else None,
+            "longest answer": new_tokens,
+            "tokens": _digest_of_sequences(workload.sequences),
+        }
+        | _streamed_facts(runtime)
+        | ({} if workload.plan is None else _plan_facts(workload.plan))
+    )
+
+
+def _streamed_facts(runtime: Runtime) -> dict[str, Any]:
+    return {} if runtime.feed is None else {"weights": "streamed"}
 
 
 def _digest_of_sequences(sequences: Sequences) -> str:
@@ -84,8 +93,8 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
 
 
 def run_passes(
-    engine: Engine, staged: Sequence[StagedPass], progress: Progress, named: Named, journal: Journal | None,
-    ranks: Ranks,
+    engine: Engine | SweepEngine, staged: Sequence[StagedPass], progress: Progress, named: Named,
+    journal: Journal | None, ranks: Ranks,
 ) -> list[Readouts]:  # fmt: skip
     """What all passes read out, in order.
 
@@ -129,9 +138,10 @@ def run_passes(
         ranks.tally(one.tokens)
         count.reach(place[i])
 
+    stage = engine.stage if isinstance(engine, Engine) else None
     with _failure_in_one_line(lambda: f"after {len(out) + len(mine)} of {len(staged)} passes"):
         try:
-            engine.run(passes(), done if engine.stage is None or engine.stage.ends else handed_on)
+            engine.run(passes(), done if stage is None or stage.ends else handed_on)
         except LostError:
             raise ranks.lost() from None
     out |= ranks.collect(mine)

@@ -55,6 +55,8 @@ class PackedModel:
         self.runtime = runtime
         self.tokenizer = tokenizer
         self.new_tokens = new_tokens
+        if new_tokens and runtime.sizing.streamed is not None:
+            raise UserError("--stream-weights: decoding a chat's answer needs all weights in memory")
 
     @classmethod
     def from_pretrained(
@@ -71,6 +73,7 @@ class PackedModel:
         require_warm: bool = False,
         ranks: Ranks = ALONE,
         pipeline: int = 1,
+        stream_weights: bool = False,
         **own: Any,
     ) -> Model:
         """One for a checkpoint.
@@ -87,6 +90,7 @@ class PackedModel:
             require_warm: refuse to compile what is not in the cache.
             ranks: the processes that share the work, this one among them.
             pipeline: stages that the layers are divided among, each a rank.
+            stream_weights: read the layers' weights anew for each sweep of passes; memory holds two layers.
             own: what the class itself takes.
 
         Raises:
@@ -97,10 +101,16 @@ class PackedModel:
         _check(tokens_per_bucket, **options)
         if pipeline > 1 and engine == "reference":
             raise UserError("--pipeline: the reference engine runs the whole model")
+        if stream_weights and engine == "reference":
+            raise UserError("--stream-weights: --engine reference needs all weights in memory")
+        if stream_weights and pipeline > 1:
+            raise UserError("--stream-weights: does not go with --pipeline, whose stages hold their weights")
         resolved = resolve_device(device, ranks)
         config, tokenizer = load_config(path), load_tokenizer(path)
         sharers = 1 if resolved.type == "cuda" and device in ("auto", "cuda") else ranks.local_size
-        sizing = Sizing(path, config, resolved, dtype, tokens_per_bucket, memory_limit, ranks, sharers, pipeline)
+        sizing = Sizing(
+            path, config, resolved, dtype, tokens_per_bucket, memory_limit, ranks, sharers, pipeline, stream_weights
+        )
         runtime = _runtime(path, config, resolved, sizing, cache_dir, require_warm, ranks, **options)
         return cls(runtime, tokenizer, **own)
 

@@ -7,19 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from cecompile.engine import memory
 from cecompile.engine.architecture import rope_type, takes_ours
 from cecompile.engine.cache import WARM, CompileCache, Entry
+from cecompile.engine.feed import Feed, Files, worth_keeping
 from cecompile.engine.layers import on_meta
 from cecompile.engine.load import Loaded
-from cecompile.engine.model import load_checkpoint
+from cecompile.engine.model import checkpoint_files, load_checkpoint
 from cecompile.engine.pipeline import Stage, places
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.proof import Proof
 from cecompile.engine.span import Share
 from cecompile.engine.stream import Checkpoint
+from cecompile.engine.sweep import SweepEngine
 from cecompile.engine.warm import compile_facts
 from cecompile.errors import CheckError, UserError, printable
 from cecompile.ranks import ALONE, Ranks
@@ -76,6 +79,8 @@ class Runtime:
         self.entry: Entry | None = None
         self.cache_state: tuple[str, str] | None = None
         self.predicted_bytes: int | None = None
+        self.files: Files | None = None  # what is streamed, and how
+        self.feed: Feed | None = None
         self._dtype = dtype
         self._wanted_attention = attention
         self._cache = cache
@@ -86,6 +91,7 @@ class Runtime:
         if sizing.stages > 1 and attention == "auto" and not takes_ours(on_meta(config)):
             self.attention = "sdpa"
         self._warmed: Warmed | None = None
+        self._made_for = 0  # passes that a streamed engine expects at most
         self._ahead: tuple[int, int] | None = None  # lengths that plans are made for, known before the data
 
     def remark(self, note: str) -> None:
@@ -146,29 +152,46 @@ class Runtime:
         """From now on plans for up to these lengths (see `shapes`) all have the same buckets."""
         self._ahead = longest, answer
 
-    def budget(self, plan: Plan, device: str | None = None) -> memory.Budget:
-        """What a run of this plan needs, in bytes by part; on another `device`, "cuda", in 16 bits."""
-        return max(self.budgets(plan, device), key=lambda one: one.total)
+    def budget(self, plan: Plan, device: str | None = None, room: int | None = None) -> memory.Budget:
+        """What a run of this plan needs, in bytes by part; on another `device`, "cuda", of `room` bytes, in 16 bits.
 
-    def budgets(self, plan: Plan, device: str | None = None) -> list[memory.Budget]:
-        """The same of each stage of a pipeline."""
-        largest = plan.buckets[0]
-        geometry = Geometry(largest.rows, largest.length, plan.geometry.readout_chunk, plan.geometry.blocks)
-        return self.sizing.budgets(geometry, self.engine, plan.decoding, device)
+        Of several stages of a pipeline it is the one that needs most.
+        """
+        passes = 1 if self.sizing.streamed is None else self.passes_at_once(plan, len(plan.passes), device, room)
+        return self.sizing.budget(_largest(plan), self.engine, plan.decoding, device, passes)
 
     def stages(self, plan: Plan) -> list[dict[str, Any]] | None:
         """`plan --json`'s `stages`: of each its layers, from the first to before the last, and the bytes it needs."""
         if not self.sizing.shares:
             return None
+        budgets = self.sizing.budgets(_largest(plan), self.engine, plan.decoding)
         return [
             {"layers": [share.first, share.last], "weights_bytes": one.weights, "total_bytes": one.total}
-            for share, one in zip(self.sizing.shares, self.budgets(plan), strict=True)
+            for share, one in zip(self.sizing.shares, budgets, strict=True)
         ]
 
     @property
     def share(self) -> Share | None:
         """What this rank holds of the model, once planned; None is all."""
         return self.sizing.shares[self.ranks.stage] if self.sizing.shares else None
+
+    def passes_at_once(
+        self, plan: Plan | Ready, passes: int, device: str | None = None, room: int | None = None
+    ) -> int:
+        """How many of `passes` go through a streamed layer together; see `Sizing.passes_at_once`."""
+        return self.sizing.passes_at_once(_largest(plan), self.engine, passes, device, room)
+
+    def planned_streaming(
+        self, plan: Plan, device: str | None = None, room: int | None = None
+    ) -> dict[str, int] | None:
+        """As much of `streaming` as is known before a run of this plan; for the arguments see `budget`."""
+        streamed = self.sizing.streamed
+        if streamed is None:
+            return None
+        passes = self.passes_at_once(plan, len(plan.passes), device, room)
+        sweeps, size = -(-len(plan.passes) // passes), streamed.layer_bytes
+        read = sweeps * streamed.layers * size
+        return {"sweeps": sweeps, "passes_per_sweep": passes, "layer_bytes": size, "read_bytes": read}
 
     def open_cache(self) -> Entry | None:
         """Points the compiler at what was compiled before. Raises UserError where the file system refuses."""
@@ -193,7 +216,7 @@ class Runtime:
     def load(self) -> PreTrainedModel:
         """The model with its weights, on its device. Raises UserError if the checkpoint cannot be used."""
         if self.model is None:
-            loaded = self._load_share() if self.sizing.stages > 1 else self._load_all()
+            loaded = self._load_share() if self.sizing.stages > 1 else self._load()
             if self.expected_fingerprint not in (None, loaded.fingerprint):
                 raise UserError(
                     f"{self.name}: weights: fingerprint {loaded.fingerprint[:12]}, "
@@ -202,10 +225,17 @@ class Runtime:
             self.model, self.checkpoint = loaded.model, loaded.checkpoint
             self.stock_attention = self.model.config._attn_implementation
             self._proof = Proof(self.model, loaded)
+            if self.files is not None:
+                self.feed = Feed(self.name, loaded, self.files, self.device)
         return self.model
 
-    def _load_all(self) -> Loaded:
-        return load_checkpoint(self.name, self.config, self._dtype, self.device)
+    def _load(self) -> Loaded:
+        streamed = self.sizing.streamed
+        if streamed is None:
+            return load_checkpoint(self.name, self.config, self._dtype, self.device)
+        self.files = Files(self.name, checkpoint_files(self.name))
+        share, keep = Share(0, 0, streamed.layers), worth_keeping(self.files.size, self.device)
+        return load_checkpoint(self.name, self.config, self._dtype, self.device, share, keep_cached=keep)
 
     def _load_share(self) -> Loaded:
         """What this rank runs, made a stage; each stage reads its own tensors, and all know what is in them."""
@@ -241,7 +271,23 @@ class Runtime:
         assert self.model is not None
         assert self._proof is not None
         together = dict if self.stage is None else self.ranks.collect
-        return self._proof.verified, self._proof.check(self.name, self.model, together)
+        verified, digest = self._proof.verified, self._proof.check(self.name, self.model, together)
+        if self.files is not None:
+            self.files.check_unchanged()
+            verified = f"beside the layers {verified}; layers read from files unchanged since they were hashed"
+        return verified, digest
+
+    @property
+    def streaming(self) -> dict[str, Any] | None:
+        """results.json's `streaming`; None where all weights are in memory."""
+        engine = None if self._warmed is None else self._warmed.engine
+        return engine.streaming.summary() if isinstance(engine, SweepEngine) and engine.streaming else None
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """What runs in place of the model's own layers, which are not loaded."""
+        engine = None if self._warmed is None else self._warmed.engine
+        return engine.modules if isinstance(engine, SweepEngine) else ()
 
     @property
     def warm_moments(self) -> dict[str, float]:
@@ -265,6 +311,10 @@ class Runtime:
         planned = self.attention
         if self.stage is not None:  # has too little of the model; what is warm is checked all the same
             return False
+        if not self._probed and self.sizing.streamed is not None:  # the warm engine is held against the stock model
+            if planned == "flex" and not takes_ours(self.load()):
+                self.attention = "sdpa"
+            self._probed = True
         if not self._probed:
             is_warm = self.cache_state is not None and self.cache_state[0] == WARM
             known = self.entry.attention if self.entry is not None and is_warm else None
@@ -280,13 +330,13 @@ class Runtime:
 
     def engine_for(self, ready: Ready, progress: Progress) -> Warmed | None:
         """A warm engine, the last one if it fits; None if memory ran out and a plan of smaller buckets is needed."""
-        if not self._is_warm(ready.compiled):
+        if not self._is_warm(ready.compiled, len(ready.staged)):
             if self.entry is not None:
                 self.cache_state = self.entry.state(ready.compiled)
             warmed = self.warm(ready, progress)
             if warmed is None:
                 return None
-            self._warmed, self.engine = warmed, warmed.name
+            self._warmed, self._made_for, self.engine = warmed, len(ready.staged), warmed.name
             if warmed.note:
                 self.remark(warmed.note)
         return self._warmed
@@ -301,8 +351,11 @@ class Runtime:
             self._warmed = None
             gc.collect()
         chunk = self.sizing.tuning.readout_chunk
+        model, stage, gather = self.load(), self.stage, self.ranks.gather
+        passes = -(-len(ready.staged) // self.ranks.size)
+        passes = 1 if self.feed is None else self.passes_at_once(ready, max(1, passes))
         warmer = Warmer(
-            self.load(), self.stock_attention, self.attention, chunk, self.entry, self.stage, self.ranks.gather
+            model, self.stock_attention, self.attention, chunk, self.entry, stage, gather, self.feed, passes
         )
         slots = ready.buckets[0].slots
         warmed = None
@@ -325,8 +378,10 @@ class Runtime:
         self.remark(f"buckets made smaller: memory ran out with {slots} tokens")
         return None
 
-    def _is_warm(self, compiled: Sequence[Bucket | DecodeShape]) -> bool:
-        return self._warmed is not None and self._warmed.compiled == tuple(compiled)
+    def _is_warm(self, compiled: Sequence[Bucket | DecodeShape], passes: int = 0) -> bool:
+        if self._warmed is None or self._warmed.compiled != tuple(compiled):
+            return False
+        return self.feed is None or passes <= self._made_for
 
     def _check_rope(self, longest: int) -> None:
         """longrope picks one factor for a whole batch, by its longest sequence: trees on both sides do not mix."""
@@ -340,7 +395,8 @@ class Runtime:
 
     def _facts(self) -> dict[str, Any]:
         chunk = self.sizing.tuning.readout_chunk
-        return compile_facts(self.config, self._dtype, self.device, self._wanted_attention, chunk)
+        facts = compile_facts(self.config, self._dtype, self.device, self._wanted_attention, chunk)
+        return facts if self.sizing.streamed is None else facts | {"weights": "streamed"}
 
 
 def _hold(geometry: Geometry, decoding: DecodeShape | None, longest: int, answer: int) -> bool:
@@ -352,6 +408,12 @@ def _identity(device: torch.device) -> str:
     """What tells a device from all others, on whatever machine."""
     about = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return str(getattr(about, "uuid", f"{device} of {platform.node()}"))
+
+
+def _largest(plan: Plan | Ready) -> Geometry:
+    """The geometry of a plan's largest bucket."""
+    largest = plan.buckets[0]
+    return Geometry(largest.rows, largest.length, plan.geometry.readout_chunk, plan.geometry.blocks)
 
 
 class Counter:

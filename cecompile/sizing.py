@@ -34,6 +34,7 @@ TUNING = {
     "cpu": Tuning(2048, 256, DecodeShape(slots=4096, lanes=16, step_tokens=(256, 16))),
     "cuda": Tuning(8192, 1024, DecodeShape(slots=16384, lanes=64, step_tokens=(512, 64))),
 }
+STREAMED_PASSES = 8  # at once, fewer only where even small buckets leave no room: so that reading can hide behind them
 DENSE_ATTENTION = 2.0  # how many times as long as in a matrix product arithmetic takes there
 
 
@@ -50,11 +51,15 @@ class Sizing:
         ranks: that have to come to the same sizes, each with its own memory.
         sharers: how many of them share the device.
         stages: of a pipeline, among which the layers are to be divided.
+        stream: the layers' weights are streamed.
 
     Attributes:
         shares: what each stage holds, once `divide` has said it; empty where there is one device for all.
         tuning: sizes that suit the device.
         limit: bytes the run may take, once known.
+
+    Raises:
+        UserError: they are, and cannot be.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Sizing:
         ranks: Ranks = ALONE,
         sharers: int = 1,
         stages: int = 1,
+        stream: bool = False,
     ) -> None:
         self._name = name
         self._config = config
@@ -84,6 +90,9 @@ class Sizing:
         self.tuning = TUNING[device.type]
         self.limit: int | None = limit
         self._held: int | None = None  # bytes in use before anything is loaded, where they count
+        self.streamed: memory.Streamed | None = None
+        if stream:
+            self.streamed = memory.streamed_sizes(config, self.model_sizes().itemsize)
 
     def count_as_loaded(self, size: int) -> None:
         """Weights of `size` bytes are on the device already: they are part of what is needed, and of what there is."""
@@ -170,16 +179,20 @@ class Sizing:
             UserError: none does, or the size was asked for and does not.
         """
         room, beside = self._room(), self._least_decoding(answer)
-        geometry = wanted
+        geometry, passes = wanted, STREAMED_PASSES
         while True:
-            needed = self.budget(geometry, engine, beside)
+            needed = self.budget(geometry, engine, beside, passes=passes)
             if needed.total <= room:
                 break
             slots = geometry.rows * geometry.length
             smaller = self._geometry(longest, slots // 2, wanted.blocks)
-            if smaller.rows * smaller.length >= slots or slots // 2 < BLOCK:
-                raise memory.refuse(self._name, self._device, needed, room, slots)
-            geometry = smaller
+            if smaller.rows * smaller.length < slots and slots // 2 >= BLOCK:
+                geometry = smaller
+            elif self.streamed is not None and passes > 1:
+                passes -= 1
+            else:
+                way_out = None if answer else self._way_out(geometry, engine, room)
+                raise memory.refuse(self._name, self._device, needed, room, slots, way_out)
         if geometry != wanted and self._asked is not None:
             slots, most = wanted.rows * wanted.length, geometry.rows * geometry.length
             raise UserError(
@@ -206,21 +219,46 @@ class Sizing:
         return least
 
     def budget(
-        self, geometry: Geometry, engine: str, decoding: DecodeShape | None = None, elsewhere: str | None = None
-    ) -> memory.Budget:
+        self, geometry: Geometry, engine: str, decoding: DecodeShape | None = None, elsewhere: str | None = None,
+        passes: int = 1,
+    ) -> memory.Budget:  # fmt: skip
         """Bytes that a run with this geometry needs, by part; or, on a kind of device `elsewhere`, in 16 bits.
 
         Of several stages it is the one that needs most.
+
+        Args:
+            passes: under way at once, where layers are streamed.
         """
-        return max(self.budgets(geometry, engine, decoding, elsewhere), key=lambda one: one.total)
+        return max(self.budgets(geometry, engine, decoding, elsewhere, passes), key=lambda one: one.total)
 
     def budgets(
-        self, geometry: Geometry, engine: str, decoding: DecodeShape | None = None, elsewhere: str | None = None
-    ) -> list[memory.Budget]:
+        self, geometry: Geometry, engine: str, decoding: DecodeShape | None = None, elsewhere: str | None = None,
+        passes: int = 1,
+    ) -> list[memory.Budget]:  # fmt: skip
         """The same of each stage."""
         dtype, device = (self._dtype, self._device.type) if elsewhere is None else ("bfloat16", elsewhere)
-        sizes = [self.model_sizes(share, dtype) for share in self.shares or (None,)]
-        return [memory.budget(one, geometry, device, engine, decoding) for one in sizes]
+        streamed, shares = self.streamed, self.shares or (None,)
+        if streamed is not None:
+            shares = (Share(0, 0, streamed.layers),)
+        sizes = [self.model_sizes(share, dtype) for share in shares]
+        if streamed is not None:
+            streamed = streamed if elsewhere is None else memory.streamed_sizes(self._config, sizes[0].itemsize)
+            streamed = replace(streamed, passes=passes)
+        return [memory.budget(one, geometry, device, engine, decoding, streamed) for one in sizes]
+
+    def passes_at_once(
+        self, geometry: Geometry, engine: str, passes: int, elsewhere: str | None = None, room: int | None = None
+    ) -> int:
+        """How many of `passes` go through a streamed layer at once: as many as memory holds, in sweeps of one size.
+
+        Args:
+            geometry, engine, elsewhere: see `budget`.
+            room: bytes that they may fill; by default what is there.
+        """
+        one, two = (self.budget(geometry, engine, None, elsewhere, n) for n in (1, 2))
+        room = self._room() if room is None else room
+        most = max(1, 1 + (room - one.total) // (two.hidden - one.hidden))
+        return -(-passes // -(-passes // most))
 
     def model_sizes(self, share: Share | None = None, dtype: str | None = None) -> memory.Sizes:
         """What of the model, or of a share of it, decides memory and cost."""
@@ -231,7 +269,10 @@ class Sizing:
 
     def of_size(self, tokens_per_bucket: int) -> "Sizing":
         """The same, asked for this size."""
-        out = Sizing(self._name, self._config, self._device, self._dtype, tokens_per_bucket, self._asked_limit)
+        stream = self.streamed is not None
+        out = Sizing(
+            self._name, self._config, self._device, self._dtype, tokens_per_bucket, self._asked_limit, stream=stream
+        )
         out._ranks, out._sharers = self._ranks, self._sharers
         out.limit, out._held = self.limit, self._held
         return out
@@ -244,6 +285,17 @@ class Sizing:
             return False
         self._ceiling = slots // 2
         return True
+
+    def _way_out(self, geometry: Geometry, engine: str, room: int) -> str | None:
+        """What makes a run possible that does not fit."""
+        if self.streamed is not None:
+            return None
+        try:
+            other = Sizing(self._name, self._config, self._device, self._dtype, None, None, stream=True)
+        except UserError:
+            return None
+        fits = other.budget(geometry, engine).total <= room
+        return "--stream-weights reads them layer by layer" if fits else None
 
     def _room(self) -> int:
         """Bytes that a prediction may fill."""

@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 
 from cecompile.engine.cache import WARM, Entry
 from cecompile.engine.decode import Decoder, NotDecodableError
+from cecompile.engine.feed import Feed
 from cecompile.engine.forward import Engine
 from cecompile.engine.memory import is_out_of_memory
 from cecompile.engine.pipeline import Stage
-from cecompile.engine.verify import decoding_disagreement, disagreement
+from cecompile.engine.sweep import SweepEngine
+from cecompile.engine.verify import decoding_disagreement, disagreement, sweep_disagreement
 from cecompile.errors import CheckError, UserError, first_line, printable
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import Bucket, Geometry, Plan
@@ -76,7 +78,7 @@ class Warmed:
         moments: when that was done, by `time.perf_counter()`.
     """
 
-    engine: Engine
+    engine: Engine | SweepEngine
     name: str
     compiled: tuple[Bucket | DecodeShape, ...]
     decoder: Decoder | None = None
@@ -101,11 +103,14 @@ class Warmer:
         entry: of the compile cache; None compiles without.
         stage: what the model is of a pipeline; None is all of it.
         gather: what each rank has, in their order, which all wait for: all stages come to the same engine.
+        feed: of the model's layers, where they are streamed.
+        passes: then, how many go through a layer at once.
     """
 
     def __init__(
         self, model: PreTrainedModel, stock: str, attention: str, readout_chunk: int, entry: Entry | None,
         stage: Stage | None = None, gather: Callable[[Any], list[Any]] = lambda mine: [mine],
+        feed: Feed | None = None, passes: int = 1,
     ) -> None:  # fmt: skip
         self._model = model
         self._stock = stock
@@ -114,6 +119,7 @@ class Warmer:
         self._entry = entry
         self._stage = stage
         self._gather = gather
+        self._feed, self._passes = feed, passes
 
     def warm(self, name: str, ready: Ready, done: Done) -> Warmed:
         """An engine with every bucket warm: compiled, or uncompiled with a note where nothing compiles or is right.
@@ -168,14 +174,12 @@ class Warmer:
     def _engine(self, name: str, ready: Ready, done: Done) -> Warmed:
         began = perf_counter()
         compiled = name == "compiled"
-        engine = Engine(
-            self._model,
-            ready.buckets,
-            attention=self._attention,
-            compiled=compiled,
-            readout_chunk=self._chunk,
-            stage=self._stage,
-        )
+        how: Any = {"attention": self._attention, "compiled": compiled, "readout_chunk": self._chunk}
+        engine: Engine | SweepEngine
+        if self._feed is None:
+            engine = Engine(self._model, ready.buckets, stage=self._stage, **how)
+        else:
+            engine = SweepEngine(self._model, ready.buckets, self._feed, passes=self._passes, **how)
         warmed = Warmed(engine, name, ready.compiled)
 
         def book(what: str) -> None:
@@ -185,7 +189,7 @@ class Warmer:
             done(what)
 
         engine.warm_up(lambda b: book(f"{b.rows} x {b.length} tokens, {b.readouts} readouts"))
-        if ready.decoding is not None:
+        if ready.decoding is not None and isinstance(engine, Engine):
             slots = ready.decoding.slots
             try:
                 decoder = engine.decoder(ready.decoding)
@@ -199,7 +203,12 @@ class Warmer:
         if ready.sequences is None:
             return None
         try:
-            off: float | None = disagreement(warmed.engine, self._model, self._stock, ready.sequences, ready.staged)
+            off: float | None
+            against_stock = (self._model, self._stock, ready.sequences, ready.staged)
+            if isinstance(warmed.engine, SweepEngine):
+                off = sweep_disagreement(warmed.engine, *against_stock)
+            else:
+                off = disagreement(warmed.engine, *against_stock)
             if warmed.decoder is not None:
                 assert off is not None
                 off = max(off, decoding_disagreement(warmed.decoder, self._model, self._stock, ready.sequences))
@@ -228,7 +237,9 @@ class Warmer:
         return None
 
 
-def useful_tokens_per_second(engine: Engine, staged: Sequence[StagedPass], passes: int = 8, repeats: int = 3) -> float:
+def useful_tokens_per_second(
+    engine: Engine | SweepEngine, staged: Sequence[StagedPass], passes: int = 8, repeats: int = 3
+) -> float:
     """How fast a warm engine runs its first passes, by the fastest of a few repeats."""
     some = staged[:passes]
     best = float("inf")

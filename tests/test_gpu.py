@@ -1,5 +1,9 @@
 """The same facts on a CUDA device, where buckets are captured in graphs."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +13,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from cecompile import Answerer, Question, Scorer, demo, read_questions
 from cecompile.answerer import decode
+from cecompile.engine.feed import Feed, Files
+from cecompile.engine.forward import Engine
+from cecompile.engine.model import checkpoint_files, load_checkpoint, load_config
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import score_one_by_one
+from cecompile.engine.span import Share
+from cecompile.engine.sweep import SweepEngine
+from cecompile.engine.verify import sweep_disagreement
 from cecompile.scorer import collect
 from cecompile.workload.graft import prompts_of
 from cecompile.workload.lanes import DecodeShape
+from cecompile.workload.plan import choose_geometry, make_plan
+from cecompile.workload.stage import stage_all
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -159,3 +171,95 @@ def test_half_precision_answers_part_from_generates_only_at_near_ties(sizes, rec
             assert gap <= (true - rounded).abs().max()
     record_property("parted", f"{parted} of {len(got)} answers part at a near tie")
     assert parted < len(got)
+
+
+def streamed(directory, plan, passes, attention="flex"):
+    """A warm engine whose layers are streamed, and its feed."""
+    config = load_config(str(directory))
+    files = Files(str(directory), checkpoint_files(str(directory)))
+    share, device = Share(0, 0, config.num_hidden_layers), torch.device("cuda", 0)
+    loaded = load_checkpoint(str(directory), config, "auto", device, share)
+    feed = Feed(str(directory), loaded, files, device)
+    how = {"attention": attention, "compiled": True, "readout_chunk": 64, "passes": passes}
+    engine = SweepEngine(loaded.model, plan.buckets, feed, **how)
+    engine.warm_up()
+    return engine, feed
+
+
+@pytest.mark.parametrize("attention", ["flex", "sdpa"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "opt"])
+def test_streamed_layers_give_what_the_model_in_memory_gives(kind, attention, tmp_path):
+    """Several sweeps through captured graphs; nothing is allocated, and nothing compiled for the second place."""
+    model, sequences = on_gpu(kind, num_hidden_layers=5), random_sequences(questions=100)
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    geometry = choose_geometry(64, tokens_per_bucket=512, blocks=attention == "flex", readout_chunk=64)
+    plan = make_plan(sequences, geometry)
+    staged = list(stage_all(plan))
+    whole = Engine(model, plan.buckets, attention=attention, compiled=True, readout_chunk=64)
+    whole.warm_up()
+    expected = collect(len(sequences), staged, whole.run(staged))
+    engine, _ = streamed(tmp_path, plan, 3, attention)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()
+    for _ in range(3):
+        values, greedy = collect(len(sequences), staged, engine.run(staged))
+        np.testing.assert_allclose(values, expected[0], rtol=0, atol=1e-4)
+        assert (greedy == expected[1]).all()
+    after = torch.cuda.memory_stats()
+    for name in ("allocation.all.allocated", "segment.all.allocated", "allocated_bytes.all.peak"):
+        assert after[name] == before[name], name
+    assert engine.streaming.sweeps == -(-len(staged) // 3) > 1
+    off = sweep_disagreement(engine, engine._model, "eager", sequences, staged)
+    assert off <= 1
+
+
+def test_layers_arrive_before_they_are_used_and_stay_until_then(tmp_path):
+    """With the device kept busy, and with the host: each layer is what its files hold when a step would read it."""
+    on_gpu("llama", torch.bfloat16, num_hidden_layers=7).save_pretrained(tmp_path)
+    plan = make_plan(random_sequences(), choose_geometry(64, tokens_per_bucket=512, blocks=True, readout_chunk=64))
+    _, feed = streamed(tmp_path, plan, 1)
+    whole = load_checkpoint(
+        str(tmp_path), load_config(str(tmp_path)), "auto", torch.device("cuda", 0)
+    ).model.state_dict()
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    feed.rewind()
+    for number in range(28):
+        views = feed.layout.views(feed.places[feed.take()])
+        if number % 3 == 0:
+            torch.cuda._sleep(20_000_000)
+        for name, tensor in views.items():
+            wrong += (tensor != whole[f"model.layers.{number % 7}.{name}"]).sum()
+        feed.give_back()
+        if number % 5 == 0:
+            torch.cuda.synchronize()
+    assert wrong.item() == 0
+
+
+def test_a_model_larger_than_the_limit(tmp_path):
+    """540 MB of weights within 400 MB: refused in memory, the same predictions and a peak below the limit streamed."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 16, "num_attention_heads": 8}
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.05, **sizes)
+    with torch.device("cuda"):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "cecompile", "eval", "--model", str(tmp_path / "model"), "--device", "cuda"]
+    limit = ["--memory-limit", "400MB"]
+    done = {}
+    for name, more in (("whole", []), ("refused", limit), ("streamed", [*limit, "--stream-weights"])):
+        run = [*command, "--output", str(tmp_path / name), *more]
+        done[name] = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done["whole"].returncode == 0, done["whole"].stderr
+    assert done["refused"].returncode == 2
+    assert "--stream-weights reads them layer by layer" in done["refused"].stderr
+    assert done["streamed"].returncode == 0, done["streamed"].stderr
+    results, samples = {}, {}
+    for name in ("whole", "streamed"):
+        results[name] = json.loads((tmp_path / name / "results.json").read_text())
+        lines = (tmp_path / name / "samples.jsonl").read_text().splitlines()
+        samples[name] = [(s["id"], s["prediction"], s["prediction_norm"]) for s in map(json.loads, lines)]
+    assert samples["streamed"] == samples["whole"]
+    memory = results["streamed"]["memory"]
+    assert memory["peak_bytes"] <= memory["limit_bytes"] < results["whole"]["memory"]["peak_bytes"]
+    assert memory["predicted_bytes"] == pytest.approx(memory["peak_bytes"], rel=0.1)
+    assert results["streamed"]["engine"] == results["whole"]["engine"]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cecompile.engine.layers import decoder_layers, on_meta
+from cecompile.engine.memory import USABLE
 from cecompile.engine.profiles import PROFILES, Profile
 from cecompile.errors import UserError
 from cecompile.workload.plan import BLOCK, Bucket, Plan
@@ -192,7 +193,33 @@ def model_error() -> float:
     return max(abs(inference_seconds(profile, m.sizes, m.runs, m.keys) / m.seconds - 1) for m in MEASURED.values())
 
 
-def estimate(name: str, config: Any, plan: Plan, sequences: int) -> dict[str, Any]:
+def room_on(name: str, limit: int | None) -> int:
+    """Bytes that a prediction may fill on a device: of its memory, or of what a run may take of it."""
+    return int((limit or PROFILES[name].memory) * USABLE["cuda"])
+
+
+def streamed_seconds(profile: Profile, streaming: dict[str, int], layers: int, inference: float) -> dict[str, Any]:
+    """What streaming makes of the inference phase.
+
+    Args:
+        streaming: the plan's.
+        layers: of the model.
+        inference: seconds of the phase with all weights in memory.
+
+    Returns:
+        read_s, compute_s: of a layer and the passes of a sweep; inference: seconds; verdict: what they wait for.
+    """
+    read, steps = streaming["layer_bytes"] / profile.storage_rate, streaming["sweeps"] * layers
+    compute = inference / steps
+    passes = streaming["passes_per_sweep"]
+    shown = f"a layer is read in {read:.2f} s and computes up to {passes} passes in {compute:.2f} s"
+    verdict = f"hidden behind computing: {shown}" if read <= compute else f"reading-bound: {shown}"
+    return {"read_s": read, "compute_s": compute, "inference": read + steps * max(read, compute), "verdict": verdict}
+
+
+def estimate(
+    name: str, config: Any, plan: Plan, sequences: int, streaming: dict[str, int] | None = None
+) -> dict[str, Any]:
     """`plan --json`'s `estimate`: seconds of each phase on a device, labelled.
 
     Args:
@@ -200,6 +227,7 @@ def estimate(name: str, config: Any, plan: Plan, sequences: int) -> dict[str, An
         config: the model's transformers configuration.
         plan: made for the device (see `as_planned_on`).
         sequences: how many sequences it packs.
+        streaming: the plan's, where layers are streamed.
 
     Raises:
         UserError: transformers cannot build the model.
@@ -208,10 +236,15 @@ def estimate(name: str, config: Any, plan: Plan, sequences: int) -> dict[str, An
     calibration = f"inference is within {100 * error:.1f} % of the {len(MEASURED)} H100 runs it was calibrated on"
     unknown = "" if name == MEASURED_PROFILE else f"; no run on {name} was measured, so its error there is not known"
     weights = sizes.parameters * VALUE
+    phases, streamed = phase_seconds(profile, sizes, plan, sequences), None
+    if streaming is not None:
+        streamed = streamed_seconds(profile, streaming, sizes.layers, phases["inference"])
+        phases["inference"] = streamed.pop("inference")
     return {
         "profile": name,
         "device": profile.title,
-        "phases_s": phase_seconds(profile, sizes, plan, sequences),
+        "phases_s": phases,
+        "streaming": streamed,
         "model_error": error,
         "label": f"an estimate, not measured: {calibration}{unknown}; the other phases are assumed rates",
         "weights": {"bytes": weights, "memory_bytes": profile.memory, "fit": weights < profile.memory},

@@ -1,7 +1,7 @@
 """The static pass: one fixed-shape forward per bucket, compiled, and captured in a CUDA graph where there is CUDA."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from cecompile.engine import cpu, cuda
 from cecompile.engine.attention import TreeMasks, install
 from cecompile.engine.capture import capture
 from cecompile.engine.decode import Decoder
-from cecompile.engine.head import readout_of
+from cecompile.engine.head import Readout, readout_of
 from cecompile.engine.layers import body_of, compiled_parts, inputs_are_free
 from cecompile.engine.pipeline import Stage
 from cecompile.workload.lanes import DecodeShape
@@ -149,13 +149,19 @@ class Engine:
             )
         if self.stage is not None and not self.stage.ends:
             return
-        hidden = hidden.flatten(0, 1)
-        for at in range(0, readouts, self._chunk):
-            chunk = slice(at, at + self._chunk)
-            chosen = hidden.index_select(0, part["position"][chunk])
-            logprob, argmax = self._readout(chosen, part["target"][chunk])
-            slot.logprob[chunk] = logprob
-            slot.argmax[chunk] = argmax
+        read_out(self._readout, hidden, part, readouts, self._chunk, slot.logprob, slot.argmax)
+
+
+def read_out(
+    readout: Readout, hidden: Tensor, part: Mapping[str, Tensor], readouts: int, at_once: int, logprob: Tensor,
+    argmax: Tensor,
+) -> None:  # fmt: skip
+    """Fills in a pass's first `readouts` readouts, `at_once` by `at_once`, from its last hidden states."""
+    hidden = hidden.flatten(0, 1)
+    for at in range(0, readouts, at_once):
+        chunk = slice(at, at + at_once)
+        chosen = hidden.index_select(0, part["position"][chunk])
+        logprob[chunk], argmax[chunk] = readout(chosen, part["target"][chunk])
 
 
 class _Slot:

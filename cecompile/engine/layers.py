@@ -12,6 +12,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from cecompile.errors import UserError, first_line
 
 Body = Callable[..., Tensor]  # token ids (rows, length) int64, and what else a decoder is called with: hidden states
+KINDS = 4  # of layers, most that are compiled one by one
+_NUMBERS = {"layer_idx", "layer_id", "layer_index"}  # what tells layers of one kind apart
 
 
 def on_meta(config: Any) -> PreTrainedModel:
@@ -45,10 +47,14 @@ def body_of(model: PreTrainedModel) -> Body:
 
 def compiled_parts(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers, and norms beside them but for those that are one operator of torch already."""
-    layers = decoder_layers(model)
-    inside = {m for layer in layers for m in layer.modules()}
-    beside = [m for m in model.base_model.modules() if m not in inside and not type(m).__module__.startswith("torch.")]
-    return layers + [m for m in beside if any(p.dim() == 1 for p in m.parameters(recurse=False))]
+    return decoder_layers(model) + [m for m in norms_beside(model) if not type(m).__module__.startswith("torch.")]
+
+
+def norms_beside(model: PreTrainedModel) -> list[nn.Module]:
+    """The norms with weights that are in no decoder layer."""
+    inside = {m for layer in decoder_layers(model) for m in layer.modules()}
+    beside = [m for m in model.base_model.modules() if m not in inside]
+    return [m for m in beside if any(p.dim() == 1 for p in m.parameters(recurse=False))]
 
 
 @torch.inference_mode()
@@ -83,3 +89,38 @@ def inputs_are_free(model: PreTrainedModel, body: Body | None = None) -> bool:
         for hook in hooks:
             hook.remove()
     return poisoned == len(layers) and bool(hidden.isfinite().all())
+
+
+def kinds_of(model: PreTrainedModel) -> list[int]:
+    """Of each decoder layer, of which kind it is, counted from 0 in the order of their first layers.
+
+    Layers of a kind differ in their weights alone.
+
+    Raises:
+        UserError: there are too many.
+    """
+    text, layers = model.config.get_text_config(), decoder_layers(model)
+    types = getattr(text, "layer_types", None) or [None] * len(layers)
+    by_number = bool(getattr(text, "scale_attn_by_inverse_layer_idx", False))
+    described = [(types[i], i if by_number else None, _settings(layer)) for i, layer in enumerate(layers)]
+    known = list(dict.fromkeys(described))
+    if len(known) > KINDS:
+        raise UserError(f"{type(model).__name__}: its layers are of {len(known)} kinds: cannot be streamed")
+    return [known.index(one) for one in described]
+
+
+def _settings(layer: nn.Module) -> str:
+    """All that makes one layer compute other than another with the same weights."""
+    out = []
+    for name, module in layer.named_modules():
+        plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in _NUMBERS}
+        values = {k: v for k, v in plain.items() if isinstance(v, (str, int, float, bool, tuple, list, type(None)))}
+        made = {k: b for k, b in module._buffers.items() if k in module._non_persistent_buffers_set and b is not None}
+        kept = {k: _bits(b) for k, b in made.items()}
+        out.append((name, type(module).__name__, sorted(values.items()), kept))
+    return repr(out)
+
+
+def _bits(tensor: Tensor) -> int | None:
+    """A hash of what it holds; None on the meta device."""
+    return None if tensor.is_meta else hash(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())

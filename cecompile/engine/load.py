@@ -41,12 +41,14 @@ class Loaded:
         fallback: why `from_pretrained` loaded it; None where its tensors were copied by their names.
         sources: then, by the first name of each parameter and persistent buffer, where among the checkpoint's tensors
             it is stored: once, and more often where tied weights are.
+        left: the same of what was not to be loaded.
     """
 
     model: PreTrainedModel
     checkpoint: Checkpoint
     fallback: str | None = None
     sources: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    left: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -56,7 +58,7 @@ class Loaded:
 
 def load_plainly(
     model: str, config: Any, dtype: torch.dtype | None, device: torch.device, files: Sequence[Path],
-    share: Share | None = None, read_all: bool = True,
+    share: Share | None = None, read_all: bool = True, keep_cached: bool = False,
 ) -> Loaded:  # fmt: skip
     """The stock model on `device`, bit by bit what `from_pretrained` gives.
 
@@ -69,6 +71,7 @@ def load_plainly(
         share: what to load of it; the rest stays on the meta device. None loads all.
         read_all: read also what is not loaded, for the fingerprint. Otherwise the share that begins the model reads,
             beside what is loaded, what is no parameter's.
+        keep_cached: see `stream`.
 
     Raises:
         NotPlain: `from_pretrained` must do it.
@@ -82,14 +85,15 @@ def load_plainly(
     expected = network.state_dict(keep_vars=True)
     absent = set() if share is None else share.absent(network)
     others = set(range(len(tensors))).difference(*sources.values()) if share is None or share.first == 0 else set()
-    sources = {name: indices for name, indices in sources.items() if id(expected[name]) not in absent}
+    left = {name: indices for name, indices in sources.items() if id(expected[name]) in absent}
+    sources = {name: indices for name, indices in sources.items() if name not in left}
     targets = _allocate(network, sources, device, absent)
     only = None if read_all else others.union(*sources.values())
-    checkpoint = stream(model, tensors, targets, device, only)
+    checkpoint = stream(model, tensors, targets, device, only, keep_cached)
     for indices in sources.values():
         if len({(tensors[i].dtype, checkpoint.digests[i]) for i in indices}) > 1:
             raise NotPlain(f"{tensors[indices[0]].name} and {tensors[indices[1]].name} are tied and differ")
-    return Loaded(network.eval().requires_grad_(False), checkpoint, sources=sources)
+    return Loaded(network.eval().requires_grad_(False), checkpoint, sources=sources, left=left)
 
 
 def _parameter_dtype(

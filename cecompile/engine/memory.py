@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
-from cecompile.engine.layers import decoder_layers, on_meta
+from cecompile.engine.feed import PLACES, layer_layout
+from cecompile.engine.layers import decoder_layers, kinds_of, on_meta
 from cecompile.engine.span import Share
 from cecompile.errors import UserError
 from cecompile.system import read_meminfo, read_status, read_text
 from cecompile.workload.lanes import DecodeShape
-from cecompile.workload.plan import Geometry
+from cecompile.workload.plan import Bucket, Geometry
+from cecompile.workload.stage import data_size
 
 MiB = 1 << 20
 CGROUP = Path("/sys/fs/cgroup")
@@ -49,6 +51,7 @@ FITS = {
     ("cpu", "eager"): Fit(8, 1.0, 80 * MiB),
 }
 LOADING = {"cuda": 0, "cpu": 264 * MiB}  # bytes of the device's memory that reading files takes at most, and gives back
+BUCKETS = 2  # largest ones that all buckets' hidden states take: each is at most half as large as the one before
 USABLE = {"cuda": 0.985, "cpu": 0.92}  # the share of the memory that a prediction may fill
 RECEIVED, SENT = 1, 3  # buffers for what comes; for what goes, one that is filled and two on their way
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -84,6 +87,7 @@ class Budget:
     """Bytes a run needs, by part.
 
     `cache` is all that decoding takes. Where passes are captured it takes its turn with them (`in_turns`) in one pool.
+    `hidden` is what passes under way take where layers are streamed; `weights` then holds two layers.
     """
 
     weights: int
@@ -94,19 +98,45 @@ class Budget:
     fixed: int
     loading: int
     in_turns: bool
+    hidden: int = 0
 
     @property
     def total(self) -> int:
         """The peak: reading is over when the rest begins."""
         passes = self.activations + self.mask + self.head
         working = max(passes, self.cache) if self.in_turns else passes + self.cache
-        return self.weights + max(self.loading, working + self.fixed)
+        return self.weights + max(self.loading, self.hidden + working + self.fixed)
 
     def summary(self) -> dict[str, int]:
         """Bytes by part, and the `total`, which is less than the sum of parts that take turns."""
         parts = asdict(self)
         del parts["in_turns"]
+        if not self.hidden:
+            del parts["hidden"]
         return parts | {"total": self.total}
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """What of a model takes memory whose layers are streamed.
+
+    Attributes:
+        layers: how many there are.
+        layer_bytes: of each, as it lies on the device.
+        passes: under way at once.
+    """
+
+    layers: int
+    layer_bytes: int
+    passes: int = 1
+
+
+def streamed_sizes(config: Any, itemsize: int) -> Streamed:
+    """Counts a model's layers, in values of `itemsize` bytes. Raises UserError: they cannot be streamed."""
+    model = on_meta(config)
+    layout = layer_layout(model)
+    kinds_of(model)
+    return Streamed(len(decoder_layers(model)), layout.size // layout.dtype.itemsize * itemsize)
 
 
 def model_sizes(config: Any, dtype: str, share: Share | None = None) -> Sizes:
@@ -172,29 +202,44 @@ def _head_sizes(text: Any) -> int:
     return 2 * int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
-def budget(sizes: Sizes, geometry: Geometry, device: str, engine: str, decoding: DecodeShape | None = None) -> Budget:
+def budget(
+    sizes: Sizes, geometry: Geometry, device: str, engine: str, decoding: DecodeShape | None = None,
+    streamed: Streamed | None = None,
+) -> Budget:  # fmt: skip
     """What a run with buckets of at most this geometry needs on the device.
 
     Args:
         device: "cpu" or "cuda".
         engine: "compiled" or "eager".
         decoding: what decodes beside the buckets.
+        streamed: the layers, where they are; `sizes` is then of what is beside them.
     """
     slots = geometry.rows * geometry.length
     fit, in_turns = FITS[device, engine], (device, engine) == ("cuda", "compiled")
     per_slot = fit.factor * (fit.widths * sizes.width + 3 * sizes.inner) * sizes.itemsize
     pairs = 0 if geometry.blocks else geometry.rows * geometry.length**2
     logits = geometry.readout_chunk * sizes.vocabulary
+    resident = sizes.parameters * sizes.itemsize
+    held = 0 if streamed is None else PLACES * streamed.layer_bytes
+    read = resident if streamed is None else resident + streamed.layers * streamed.layer_bytes
     return Budget(
-        weights=sizes.parameters * sizes.itemsize,
+        weights=resident + held,
         activations=int(slots * per_slot) + sizes.states * slots * sizes.width * sizes.itemsize,
         mask=pairs * (sizes.itemsize + 1),
         head=logits * (sizes.itemsize if engine == "compiled" else sizes.itemsize + 8),
         cache=0 if decoding is None else _cache(sizes, decoding, per_slot if in_turns else 0),
         fixed=fit.fixed,
-        loading=min(LOADING[device], sizes.parameters * sizes.itemsize),
+        loading=max(0, min(LOADING[device], read) - held),  # the two layers' places are made after it
         in_turns=in_turns,
+        hidden=0 if streamed is None else (streamed.passes + BUCKETS) * pass_bytes(sizes, geometry),
     )
+
+
+def pass_bytes(sizes: Sizes, geometry: Geometry) -> int:
+    """Bytes that a pass takes which is under way: its hidden states, and its data."""
+    slots, chunk = geometry.rows * geometry.length, geometry.readout_chunk
+    bucket = Bucket(geometry.rows, geometry.length, -(-slots // chunk) * chunk)
+    return slots * sizes.width * sizes.itemsize + 4 * data_size(bucket, geometry.blocks)
 
 
 def _cache(sizes: Sizes, decoding: DecodeShape, per_token: float) -> int:
@@ -265,9 +310,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(form in str(error) for form in forms)
 
 
-def refuse(name: str, device: torch.device, needed: Budget, limit: int, slots: int) -> UserError:
-    """The error for a run that cannot fit, with what it needs and what there is."""
-    there = f"{max(0, limit) / 1e9:.1f} GB are there on {device}"
+def refuse(
+    name: str, device: torch.device, needed: Budget, limit: int, slots: int, way_out: str | None = None
+) -> UserError:
+    """The error for a run that cannot fit, with what it needs and what there is, and a way out if there is one."""
+    there = f"{max(0, limit) / 1e9:.1f} GB are there on {device}" + (f"; {way_out}" if way_out else "")
     if needed.weights + needed.fixed > limit:
         return UserError(f"{name}: weights alone need {(needed.weights + needed.fixed) / 1e9:.1f} GB, {there}")
     return UserError(

@@ -93,8 +93,9 @@ def load_model(model: str, config: Any, dtype: str, device: torch.device) -> Pre
 
 
 def load_checkpoint(
-    model: str, config: Any, dtype: str, device: torch.device, share: Share | None = None, read_all: bool = True
-) -> Loaded:
+    model: str, config: Any, dtype: str, device: torch.device, share: Share | None = None, read_all: bool = True,
+    keep_cached: bool = False,
+) -> Loaded:  # fmt: skip
     """The stock model with the checkpoint's weights, on `device`, for inference, and the checkpoint's fingerprint.
 
     Args:
@@ -102,7 +103,7 @@ def load_checkpoint(
         config: what `load_config` returned.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: where to.
-        share, read_all: see `load_plainly`.
+        share, read_all, keep_cached: see `load_plainly`.
 
     Raises:
         UserError: files are missing or damaged, or weights are missing from them; or only `from_pretrained` can load
@@ -112,7 +113,7 @@ def load_checkpoint(
     try:
         files = _loading(model, "weights", lambda: _plain_files(model))
         with _quiet_transformers():
-            loaded = load_plainly(model, config, DTYPES.get(dtype), device, files, share, read_all)
+            loaded = load_plainly(model, config, DTYPES.get(dtype), device, files, share, read_all, keep_cached)
             _loading(model, "generation config", lambda: _set_generation_config(loaded.model, model))
         return loaded
     except NotPlain as error:
@@ -209,6 +210,12 @@ def read_checkpoint(model: str) -> Checkpoint:
         raise UserError(f"{model}: no {SINGLE} and no {INDEX}; only safetensors checkpoints are loaded")
     tensors = [tensor for file in files for tensor in read_header(model, file)]
     return stream(model, tensors, {}, torch.device("cpu"))
+
+
+def checkpoint_files(model: str) -> list[Path]:
+    """The checkpoint's safetensors files; empty if it has none. Raises UserError: they cannot be found."""
+    files: list[Path] = _loading(model, "weights", lambda: _checkpoint_files(model))
+    return files
 
 
 def _plain_files(model: str) -> list[Path]:

@@ -199,11 +199,13 @@ def _fixed(config: Any) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in generation}
 
 
-def changed(model: PreTrainedModel, share: Share | None = None) -> dict[str, Any]:
+def changed(model: PreTrainedModel, share: Share | None = None, in_place: Sequence[nn.Module] = ()) -> dict[str, Any]:
     """results.json's `model.changed`: what of a live model is not the stock model's, found by walking both.
 
     Args:
+        model: after the run.
         share: what there is of the model, in a `Span`; it is held against the same of a fresh one. None is all.
+        in_place: copies of the model's layers that ran in their place; they count among the compiled.
 
     Returns:
         attention: the name under which the model's attention is registered, None if that is its own. compiled: how
@@ -211,7 +213,7 @@ def changed(model: PreTrainedModel, share: Share | None = None) -> dict[str, Any
         model of the same configuration, are not in it, are missing, or have a `forward` of their own or hooks that it
         has not; None where there is no fresh model to hold against.
     """
-    compiled = Counter(type(m).__name__ for m in model.modules() if m._compiled_call_impl is not None)
+    compiled = Counter(type(m).__name__ for m in (*model.modules(), *in_place) if m._compiled_call_impl is not None)
     attention = model.config._attn_implementation
     return {
         "attention": attention if attention in NAMES.values() else None,

@@ -3,7 +3,7 @@
 It shares none of the tree, packing or attention code, so that the other engines can be checked against it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -11,53 +11,46 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cecompile.workload.sequences import Sequences
-
-Forward = Callable[[Tensor], Tensor]  # token ids (1, n) int64: logits (1, n, vocabulary)
+from cecompile.workload.sequences import Ints, Sequences
 
 ROUNDED, READ = 256, 8  # tokens of a sequence, and of the last how many the logits, that show what rounding does
 
+AllLogits = Callable[[Sequence[Ints], Sequence[int]], list[Tensor]]  # of inputs, those of their last so many tokens
+
 
 @torch.inference_mode()
-def stock_logits(model: PreTrainedModel, sequences: Sequences, i: int, forward: Forward | None = None) -> Tensor:
-    """The stock model's logits where sequence `i` predicts its tokens: (predicted, vocabulary), float32.
-
-    `forward` is what runs the model where its own forward does not.
-    """
-    input_ids = torch.from_numpy(sequences.inputs(i).astype(np.int64)).to(model.device)
-    return (forward or _forward_of(model))(input_ids[None])[0, -int(sequences.predicted[i]) :].float()
+def stock_logits(model: PreTrainedModel, sequences: Sequences, i: int) -> Tensor:
+    """The stock model's logits where sequence `i` predicts its tokens: (predicted, vocabulary), float32."""
+    return _logits(model, sequences.inputs(i), int(sequences.predicted[i]))
 
 
-def _forward_of(model: PreTrainedModel) -> Forward:
-    def forward(input_ids: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
-        return logits
-
-    return forward
+def _logits(model: PreTrainedModel, tokens: Ints, last: int) -> Tensor:
+    """(last, vocabulary), float32: those of the `last` of some tokens."""
+    input_ids = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
+    return model(input_ids=input_ids[None], use_cache=False).logits[0, -last:].float()
 
 
 @torch.inference_mode()
 def rounding(
-    model: PreTrainedModel, sequences: Sequences, which: Iterable[int], forward: Forward | None = None
+    model: PreTrainedModel, sequences: Sequences, which: Iterable[int], all_logits: AllLogits | None = None
 ) -> float:
     """How far rounding alone moves the stock model's logits: 0 where it has one attention implementation only.
 
     That is the root mean square of what they differ by between two of its own implementations of the same arithmetic,
     "eager" and the one it is loaded with, in standard deviations of the logits. One rounding that differs at the first
-    layer makes all later ones differ. `forward`: see `stock_logits`.
+    layer makes all later ones differ. `all_logits` is how the model is run; by default whole, one by one.
     """
-    forward = forward or _forward_of(model)
     own = model.config._attn_implementation
     other = "eager" if own != "eager" else "sdpa"
 
-    def logits(i: int) -> Tensor:  # (tokens, vocabulary) of its beginning: eager attention holds a matrix of tokens
-        input_ids = torch.from_numpy(sequences.inputs(i)[:ROUNDED].astype(np.int64)).to(model.device)
-        return forward(input_ids[None])[0, -READ:].float()
-
-    expected = [logits(i) for i in which]
+    run = all_logits or (
+        lambda inputs, last: [_logits(model, tokens, n) for tokens, n in zip(inputs, last, strict=True)]
+    )
+    beginnings = [sequences.inputs(i)[:ROUNDED] for i in which]  # eager attention holds a matrix of tokens
+    expected = run(beginnings, [READ] * len(beginnings))
     try:
         model.set_attn_implementation(other)
-        got = [logits(i) for i in which]
+        got = run(beginnings, [READ] * len(beginnings))
     except ValueError:  # it has none
         return 0.0
     finally:

@@ -143,7 +143,7 @@ class Checkpoint:
 
 def stream(
     model: str, tensors: Sequence[StoredTensor], targets: Mapping[int, torch.Tensor], device: torch.device,
-    only: Collection[int] | None = None,
+    only: Collection[int] | None = None, keep_cached: bool = False,
 ) -> Checkpoint:  # fmt: skip
     """Reads all tensors once; fills some; takes the digest of each, and of what becomes of it in another dtype.
 
@@ -156,6 +156,7 @@ def stream(
             converted to as `Tensor.to` does; then the stored tensor must be `aligned`.
         device: where the targets are.
         only: indices of those to read, all targets among them; the others' digests are of nothing. None reads all.
+        keep_cached: leave what was read in the page cache, because it will be read again.
 
     Raises:
         UserError: a file cannot be read, or has become shorter.
@@ -163,7 +164,9 @@ def stream(
     blocks = list(_blocks(tensors, range(len(tensors)) if only is None else only))
     with ExitStack() as stack:
         buffers = stack.enter_context(host_buffers(BLOCKS, BLOCK, device))
-        opened = {file: _open(model, file, stack) for file in dict.fromkeys(block.file for block in blocks)}
+        opened = {
+            file: _open(model, file, stack, keep_cached) for file in dict.fromkeys(block.file for block in blocks)
+        }
         converted = {i: target for i, target in targets.items() if target.dtype != tensors[i].dtype}
         sizes = [converted[i].nbytes if i in converted else 0 for i in range(len(tensors))]
         hashing = stack.enter_context(_Hashing([tensor.size for tensor in tensors] + sizes))
@@ -172,7 +175,7 @@ def stream(
         def read_ahead(number: int) -> None:
             if number < len(blocks):
                 block, buffer = blocks[number], buffers[number % BLOCKS]
-                reads.append(reader.submit(_read, model, opened[block.file], block, buffer))
+                reads.append(reader.submit(_read, model, opened[block.file], block, buffer, keep_cached))
 
         reads: deque[Future[None]] = deque()
         in_use: deque[_InUse] = deque()
@@ -250,18 +253,19 @@ def host_buffers(count: int, size: int, device: torch.device) -> Iterator[list[t
             torch._C._host_emptyCache()
 
 
-def _open(model: str, file: Path, stack: ExitStack) -> int:
+def _open(model: str, file: Path, stack: ExitStack, keep_cached: bool) -> int:
     try:
         descriptor = os.open(file, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{model}: weights: {file.name}: {error.strerror}") from None
     stack.callback(os.close, descriptor)
-    stack.callback(os.posix_fadvise, descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    if not keep_cached:
+        stack.callback(os.posix_fadvise, descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return descriptor
 
 
-def _read(model: str, descriptor: int, block: _Block, buffer: torch.Tensor) -> None:
+def _read(model: str, descriptor: int, block: _Block, buffer: torch.Tensor, keep_cached: bool) -> None:
     """Reads a block into a buffer, (BLOCK,) uint8, from its beginning."""
     content, done = buffer.numpy(), 0
     try:
@@ -271,7 +275,7 @@ def _read(model: str, descriptor: int, block: _Block, buffer: torch.Tensor) -> N
                 raise UserError(f"{model}: weights: {block.file.name}: became shorter while it was read")
             done += count
         behind = block.start - READERS * BLOCK  # what no other thread is reading any more
-        if behind > 0:
+        if behind > 0 and not keep_cached:
             os.posix_fadvise(descriptor, 0, behind, os.POSIX_FADV_DONTNEED)
     except OSError as error:
         raise UserError(f"{model}: weights: {block.file.name}: {error.strerror}") from None

@@ -4,6 +4,7 @@ Compilers have bugs, and a wrong score looks like any other. So of one real pass
 scored again, one by one, by the stock model.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,16 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cecompile.engine.decode import Decoder
+from cecompile.engine.feed import Feed
 from cecompile.engine.forward import Engine, Readouts
 from cecompile.engine.pipeline import Stage
 from cecompile.engine.probe import ROUNDINGS, TOLERANCE
-from cecompile.engine.reference import rounding, stock_logits
+from cecompile.engine.reference import AllLogits, rounding, stock_logits
+from cecompile.engine.span import Stations
+from cecompile.engine.sweep import SweepEngine
 from cecompile.workload.lanes import Step
-from cecompile.workload.sequences import Sequences
+from cecompile.workload.sequences import Ints, Sequences
 from cecompile.workload.stage import StagedPass
 
 CHECKED = 4  # sequences of a pass
@@ -54,6 +58,44 @@ def disagreement(
             off = max(_difference_of_stages(engine.stage, model, sequences, got) for got in picked)
             return off if engine.stage.suffices else None
         return max(_difference(model, sequences, got) for got in picked)
+
+
+@torch.inference_mode()
+def sweep_disagreement(
+    engine: SweepEngine, model: PreTrainedModel, stock: str, sequences: Sequences, staged: Sequence[StagedPass]
+) -> float:
+    """`disagreement` of an engine whose layers are streamed: the stock layers, too, run in one sweep over all."""
+    first = {one.bucket: one for one in reversed(staged)}.values()
+    picked = [_picked(one, out, sequences) for one, out in zip(first, engine.run(first), strict=True)]
+    run = functools.partial(stock_sweep, model, engine.stations, engine.feed)
+    which = sorted({i for ours in picked for i in ours})
+    with stock_attention(model, stock):
+        last = [int(sequences.predicted[i]) for i in which]
+        expected = dict(zip(which, run([sequences.inputs(i) for i in which], last), strict=True))
+        return max(_difference(model, sequences, ours, expected, run) for ours in picked)
+
+
+def stock_sweep(
+    model: PreTrainedModel, stations: Stations, feed: Feed, inputs: Sequence[Ints], last: Sequence[int]
+) -> list[Tensor]:
+    """What the stock model computes for some inputs at their `last` tokens: logits (last, vocabulary), float32.
+
+    Each layer is the model's own, where it stands, with the weights that the feed brings.
+    """
+    tokens = [torch.from_numpy(one.astype(np.int64)).to(model.device)[None] for one in inputs]
+    feed.rewind()
+    with stations.open():
+        hidden = [stations.begin(one) for one in tokens]
+        for place, layer in enumerate(stations.layers):
+            held = dict(layer.named_buffers()) | feed.layout.views(feed.places[feed.take()])
+            held = {name: tensor.to(model.device) for name, tensor in held.items()}
+
+            def through(*args: Any, layer: nn.Module = layer, held: dict[str, Tensor] = held, **named: Any) -> Any:
+                return torch.func.functional_call(layer, held, args, named)
+
+            hidden = [stations.step(place, through, one, h) for one, h in zip(tokens, hidden, strict=True)]
+            feed.give_back()
+        return [stations.logits(one, h)[0, -n:].float() for one, h, n in zip(tokens, hidden, last, strict=True)]
 
 
 @torch.inference_mode()
@@ -99,11 +141,20 @@ def _spread(among: NDArray[Any], sequences: Sequences) -> list[int]:
     return chosen
 
 
-def _difference(model: PreTrainedModel, sequences: Sequences, got: dict[int, NDArray[np.float32]]) -> float:
-    """How far off the log-probabilities of the last tokens of these sequences are."""
+def _difference(
+    model: PreTrainedModel, sequences: Sequences, got: dict[int, NDArray[np.float32]],
+    expected: dict[int, Tensor] | None = None, all_logits: AllLogits | None = None,
+) -> float:  # fmt: skip
+    """How far off the log-probabilities of the last tokens of these sequences are.
+
+    Args:
+        expected: the stock model's logits, by sequence; by default they are computed one by one.
+        all_logits: see `rounding`.
+    """
+    alone = functools.partial(stock_logits, model, sequences)
     return _off(
-        model.dtype, sequences, got, lambda i: stock_logits(model, sequences, i),
-        lambda: rounding(model, sequences, got),
+        model.dtype, sequences, got, alone if expected is None else expected.__getitem__,
+        lambda: rounding(model, sequences, got, all_logits),
     )  # fmt: skip
 
 
@@ -111,8 +162,14 @@ def _difference_of_stages(
     stage: Stage, model: PreTrainedModel, sequences: Sequences, got: dict[int, NDArray[np.float32]]
 ) -> float:
     """The same through the stages of a pipeline. All compute all, as only the last knows what of it is needed."""
-    expected = {i: stock_logits(model, sequences, i, stage.alone) for i in got}
-    rounded = rounding(model, sequences, got, stage.alone)
+
+    def run(inputs: Sequence[Ints], last: Sequence[int]) -> list[Tensor]:
+        tokens = (torch.from_numpy(one.astype(np.int64)).to(model.device)[None] for one in inputs)
+        return [stage.alone(one)[0, -n:].float() for one, n in zip(tokens, last, strict=True)]
+
+    logits = run([sequences.inputs(i) for i in got], [int(sequences.predicted[i]) for i in got])
+    expected = dict(zip(got, logits, strict=True))
+    rounded = rounding(model, sequences, got, run)
     if not stage.ends or not stage.suffices:
         return 0.0
     return _off(model.dtype, sequences, got, expected.__getitem__, lambda: rounded)

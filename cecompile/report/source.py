@@ -55,6 +55,10 @@ SHAPE = {
         "prefix_tree_tokens": int,
         "buckets": [{"rows": int, "length": int, "readouts": int, "runs": int, "useful_tokens": Maybe(int)}],
     }),
+    "streaming": Maybe({
+        "sweeps": int, "passes_per_sweep": int, "layer_bytes": int, "read_bytes": int, "read_seconds": float,
+        "waited_seconds": float,
+    }),
     "model": {
         "name": str, "architecture": str, "dtype": str, "parameters": int, "fingerprint": str,
         "device_fingerprint": Maybe(str), "verified": Maybe(str), "stored_dtypes": Maybe(Either(Each(int), [str])),

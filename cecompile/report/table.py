@@ -84,6 +84,9 @@ def print_results(console: Console, results: dict[str, Any], output: Path) -> No
     if results["plan"] is not None:
         table.add_section()
         _plan_rows(table, results["plan"])
+    if results["streaming"] is not None:
+        waited = f"; {results['streaming']['waited_seconds']:.2f} s waited for them"
+        _streaming_row(table, results["streaming"], waited)
     console.print(table)
     console.print(Text(f"results in {printable(str(output))}"))
 
@@ -158,6 +161,8 @@ def print_plan(console: Console, plan: dict[str, Any], estimate: dict[str, Any] 
         first, last = stage["layers"]
         note = f"layers {first} to {last - 1}, {stage['weights_bytes'] / 1e9:.2f} GB of weights"
         _row(table, f"stage {number}", f"{stage['total_bytes'] / 1e9:.2f} GB", note)
+    if "streaming" in plan:
+        _streaming_row(table, plan["streaming"], "")
     if estimate is not None:
         table.add_section()
         _estimate_rows(table, estimate)
@@ -201,13 +206,23 @@ def print_cache(console: Console, directory: Path, entries: Sequence[Any]) -> No
     console.print(Text(f"{len(entries)} entries in {printable(str(directory))}"))
 
 
+def _streaming_row(table: Table, streaming: dict[str, Any], more: str) -> None:
+    sweeps, passes = streaming["sweeps"], streaming["passes_per_sweep"]
+    each = f"{streaming['read_bytes'] / max(1, sweeps) / 1e9:.2f} GB"
+    count = "1 sweep" if sweeps == 1 else f"{sweeps} sweeps"
+    _row(table, "streamed", count, f"of up to {passes} passes, {each} of weights read in each{more}")
+
+
 def _estimate_rows(table: Table, estimate: dict[str, Any]) -> None:
     _row(table, f"estimate on {estimate['profile']}", "", f"{estimate['device']}; {estimate['label']}")
     for phase, seconds in estimate["phases_s"].items():
         _row(table, phase.replace("_cold", ", cold").replace("_warm", ", warm cache"), f"{seconds:.1f} s", "estimate")
+    if estimate["streaming"] is not None:
+        _row(table, "reading", "", f"{estimate['streaming']['verdict']} (estimate)")
     weights = estimate["weights"]
     held, seen = weights["bytes"] / 1e9, weights["memory_bytes"] / 1e9
     room = f"{seen - held:.1f} GB are left for all else" if weights["fit"] else "DO NOT FIT"
+    room = room if estimate["streaming"] is None else "streamed"
     _row(table, "weights", f"{held:.1f} GB", f"in 16 bits, in the {seen:.1f} GB that CUDA sees: {room}")
     _row(table, "figures", "", estimate["source"])
 

@@ -1,0 +1,322 @@
+"""Streamed layers give what the model in memory gives, bit for bit, in memory that does not hold it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_engine import random_sequences, tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cecompile import Answerer, Question, Scorer, demo, read_questions
+from cecompile.engine import memory, verify
+from cecompile.engine.estimate import estimate, room_on, streamed_seconds
+from cecompile.engine.feed import Feed, Files
+from cecompile.engine.forward import Engine
+from cecompile.engine.layers import kinds_of
+from cecompile.engine.model import checkpoint_files, load_checkpoint, load_config
+from cecompile.engine.profiles import PROFILES
+from cecompile.engine.span import Share
+from cecompile.engine.sweep import SweepEngine
+from cecompile.errors import CheckError, UserError
+from cecompile.report.compare import compare_directories
+from cecompile.workload.plan import choose_geometry, make_plan
+from cecompile.workload.stage import stage_all
+
+CPU = torch.device("cpu")
+QUESTIONS = [Question(str(i), f"The question {i} is", ("easy", "not so easy", "hard"), 0) for i in range(40)]
+KINDS = {
+    "llama": {"num_hidden_layers": 5},
+    "gemma2": {"num_hidden_layers": 4},
+    "opt": {"num_hidden_layers": 3},
+    "gpt2": {"n_layer": 3, "num_hidden_layers": 3},
+    "gemma": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
+    "llama, one layer": {"num_hidden_layers": 1},
+}
+
+
+def saved(directory: Path, name: str) -> str:
+    tiny_model(name.split(",")[0], **KINDS[name]).save_pretrained(directory, max_shard_size="50KB")
+    return str(directory)
+
+
+def fed(directory: str, dtype: str = "auto"):
+    """The model without its layers, their feed, and the files."""
+    config = load_config(directory)
+    files = Files(directory, checkpoint_files(directory))
+    loaded = load_checkpoint(directory, config, dtype, CPU, Share(0, 0, config.num_hidden_layers))
+    return loaded.model, Feed(directory, loaded, files, CPU), files
+
+
+def planned(blocks: bool = False):
+    sequences = random_sequences(questions=12)
+    longest = int(sequences.input_lengths.max())
+    plan = make_plan(sequences, choose_geometry(longest, tokens_per_bucket=256, blocks=blocks, readout_chunk=64))
+    return sequences, plan, list(stage_all(plan))
+
+
+def assert_equal(got, expected) -> None:
+    assert len(got) == len(expected)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert np.array_equal(ours.logprob, theirs.logprob)
+        assert np.array_equal(ours.argmax, theirs.argmax)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_streamed_layers_give_what_the_model_in_memory_gives(name, tmp_path):
+    directory, compiled = saved(tmp_path, name), name == "llama"
+    _, plan, staged = planned()
+    how = {"attention": "sdpa", "compiled": compiled, "readout_chunk": 64}
+    whole = load_checkpoint(directory, load_config(directory), "auto", CPU).model
+    engine = Engine(whole, plan.buckets, **how)
+    engine.warm_up()
+    expected = engine.run(staged)
+    model, feed, _ = fed(directory)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    sweeping = SweepEngine(model, plan.buckets, feed, passes=2, **how)
+    sweeping.warm_up()
+    for _ in range(2):
+        assert_equal(sweeping.run(iter(staged)), expected)
+    assert sweeping.streaming is not None
+    assert sweeping.streaming.sweeps == -(-len(staged) // 2) > 1
+    assert sweeping.streaming.read_bytes == sweeping.streaming.sweeps * feed.layers * feed.layer_bytes
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled anew"
+    in_one = SweepEngine(model, plan.buckets, feed, passes=len(staged), **how)
+    in_one.warm_up()
+    assert_equal(in_one.run(staged), expected)
+
+
+def test_layers_of_two_kinds(tmp_path):
+    model, _, _ = fed(saved(tmp_path, "gemma2"))
+    assert kinds_of(model) == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_layers_are_converted_as_they_are_read(dtype, tmp_path, monkeypatch):
+    from cecompile.engine import feed as feeding
+
+    monkeypatch.setattr(feeding, "BLOCK", 4096)
+    stored = torch.float32 if dtype == "bfloat16" else torch.bfloat16
+    tiny_model("llama", num_hidden_layers=3).to(stored).save_pretrained(tmp_path)
+    whole = load_checkpoint(str(tmp_path), load_config(str(tmp_path)), dtype, CPU).model.state_dict()
+    _, feed, _ = fed(str(tmp_path), dtype)
+    feed.rewind()
+    for layer in (0, 1, 2, 0, 1):
+        views = feed.layout.views(feed.places[feed.take()])
+        for name, tensor in views.items():
+            assert torch.equal(tensor, whole[f"model.layers.{layer}.{name}"])
+        feed.give_back()
+    feed.rewind()
+    name, tensor = next(iter(feed.layout.views(feed.places[feed.take()]).items()))
+    assert torch.equal(tensor, whole[f"model.layers.0.{name}"])
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "opt"])
+def test_held_against_the_stock_model_in_a_sweep(kind, tmp_path):
+    """As far off as in memory; and a layer with another one's weights is found out."""
+    directory = saved(tmp_path, kind)
+    sequences, plan, staged = planned()
+    how = {"attention": "sdpa", "compiled": False, "readout_chunk": 64}
+    whole = load_checkpoint(directory, load_config(directory), "auto", CPU).model
+    stock = whole.config._attn_implementation
+    engine = Engine(whole, plan.buckets, **how)
+    model, feed, _ = fed(directory)
+    sweeping = SweepEngine(model, plan.buckets, feed, passes=len(staged), **how)
+    off = verify.sweep_disagreement(sweeping, model, stock, sequences, staged)
+    assert off == pytest.approx(verify.disagreement(engine, whole, stock, sequences, staged))
+    assert off <= 1
+    sweeping._kinds = [*sweeping._kinds[1:], sweeping._kinds[0]] if kind == "gemma2" else sweeping._kinds
+    for module in sweeping.modules:
+        next(module.parameters()).data = torch.zeros_like(next(module.parameters()))
+    assert verify.sweep_disagreement(sweeping, model, stock, sequences, staged) > 1
+
+
+def test_a_scorer_from_end_to_end(tiny_llama):
+    expected = Scorer.from_pretrained(tiny_llama, device="cpu", engine="eager").score(QUESTIONS)
+    scorer = Scorer.from_pretrained(tiny_llama, device="cpu", engine="eager", stream_weights=True)
+    for questions in (QUESTIONS[:3], QUESTIONS):
+        got = scorer.score(questions)
+        assert scorer.runtime.note is None
+    assert got.loglikelihoods == expected.loglikelihoods
+    assert got.greedy == expected.greedy
+    held = {name for name, tensor in scorer.runtime.model.state_dict().items() if not tensor.is_meta}
+    assert held == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert scorer.runtime.verify()[0].startswith("beside the layers equal to the checkpoint; layers read from files")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "why"),
+    [
+        ("deepseek_v3", None, "its layers hold different tensors"),
+        (
+            "gpt2",
+            {"n_layer": 6, "num_hidden_layers": 6, "scale_attn_by_inverse_layer_idx": True},
+            "its layers are of 6 kinds",
+        ),
+    ],
+)
+def test_models_that_cannot_be_streamed_are_refused(kind, changes, why, tmp_path):
+    from test_architectures import EXACT
+
+    model = tiny_model(kind, **(changes or EXACT[kind]))
+    model.config.save_pretrained(tmp_path)
+    for file in demo.MODEL.glob("token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=why):
+        Scorer.from_pretrained(tmp_path, device="cpu", stream_weights=True)
+
+
+def test_what_needs_the_whole_model_is_refused(tiny_llama):
+    with pytest.raises(UserError, match="--engine reference"):
+        Scorer.from_pretrained(tiny_llama, device="cpu", engine="reference", stream_weights=True)
+    with pytest.raises(UserError, match="decoding"):
+        Answerer.from_pretrained(tiny_llama, device="cpu", stream_weights=True)
+
+
+def copied(directory: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in directory.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def test_a_checkpoint_that_changes_during_the_run_is_found_out(tiny_llama, tmp_path):
+    directory = copied(tiny_llama, tmp_path / "model")
+    scorer = Scorer.from_pretrained(directory, device="cpu", engine="eager", stream_weights=True)
+    scorer.score(QUESTIONS[:3])
+    scorer.runtime.verify()
+    weights = directory / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\0\0")
+    with pytest.raises(CheckError, match=r"model\.safetensors changed during the run"):
+        scorer.runtime.verify()
+
+
+def test_a_file_that_becomes_shorter_is_one_line(tiny_llama, tmp_path):
+    directory = copied(tiny_llama, tmp_path / "model")
+    scorer = Scorer.from_pretrained(directory, device="cpu", engine="eager", stream_weights=True)
+    scorer.score(QUESTIONS[:3])
+    scorer.runtime.feed.settle()
+    os.truncate(directory / "model.safetensors", 20_000)
+    scorer.score(QUESTIONS[:3])  # its two layers had been read before
+    with pytest.raises(UserError, match="became shorter while it was read"):
+        scorer.score(QUESTIONS[:3])
+
+
+@pytest.fixture(scope="module")
+def deep_llama(tmp_path_factory) -> Path:
+    """A Llama of 8 layers, which take 61 MB each in float32 and half of it in its file."""
+    directory = tmp_path_factory.mktemp("deep_llama")
+    vocabulary = json.loads((demo.MODEL / "config.json").read_text())["vocab_size"]
+    sizes = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "num_hidden_layers": 8}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=512, **sizes))
+    model.to(torch.bfloat16).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter, -0.05, 0.05)
+    model.save_pretrained(directory)
+    for file in demo.MODEL.glob("token*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+def test_a_model_that_memory_does_not_hold(deep_llama, tmp_path):
+    """Refused before loading with a way out; streamed it runs within the limit, and says the same."""
+    questions = read_questions(demo.HELLASWAG, limit=3)
+    how = {"device": "cpu", "dtype": "float32", "engine": "eager", "tokens_per_bucket": 128}
+    held = memory.used_already(CPU)
+
+    def limit(room: int) -> int:  # of which a prediction may fill `room` bytes
+        return int((held + room) / memory.USABLE["cpu"])
+
+    whole = Scorer.from_pretrained(deep_llama, memory_limit=limit(350 * 10**6), **how)
+    with pytest.raises(UserError, match=r"; --stream-weights reads them layer by layer$"):
+        whole.prepare(questions, fit=True)
+    streamed = Scorer.from_pretrained(deep_llama, memory_limit=limit(150 * 10**6), stream_weights=True, **how)
+    with pytest.raises(UserError, match=r"GB are there on cpu$"):
+        streamed.prepare(questions, fit=True)
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "cecompile",
+        "eval",
+        "--model",
+        str(deep_llama),
+        "--limit",
+        "3",
+        "--stream-weights",
+    ]
+    command += ["--memory-limit", "950MB", "--output", str(out)]
+    for option, value in how.items():
+        command += [f"--{option.replace('_', '-')}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    used, streaming = results["memory"], results["streaming"]
+    assert used["peak_bytes"] <= used["limit_bytes"]
+    assert used["predicted_bytes"] == pytest.approx(used["peak_bytes"], rel=0.1)
+    assert streaming["read_bytes"] == streaming["sweeps"] * 8 * streaming["layer_bytes"]
+    assert results["model"]["changed"]["replaced_modules"] == []
+    assert refusals_of(out) == []
+    scorer = Scorer.from_pretrained(deep_llama, **how)
+    expected = scorer.score(questions).loglikelihoods
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [tuple(sample["loglikelihoods"]) for sample in samples] == expected
+    assert results["model"]["fingerprint"] == scorer.runtime.fingerprint
+
+
+def refusals_of(directory: Path) -> list[str]:
+    """What contradicts itself in a result."""
+    return compare_directories(directory, directory, 0.5)["failed"]
+
+
+def test_an_interrupted_run_goes_on(tiny_llama, tmp_path, monkeypatch):
+    from cecompile import evaluate as evaluated
+    from cecompile.report.journal import Journal
+
+    def scorer():
+        return Scorer.from_pretrained(
+            tiny_llama, device="cpu", engine="eager", stream_weights=True, tokens_per_bucket=128
+        )
+
+    whole = evaluated(scorer(), QUESTIONS)
+    monkeypatch.setattr("cecompile.sizing.Sizing.passes_at_once", lambda *_: 2)
+    count = 0
+
+    def stops(phase: str, done: int, total: int) -> None:
+        nonlocal count
+        count += phase == "inference" and done > 0
+        if count == 3:
+            raise KeyboardInterrupt
+
+    with Journal(tmp_path / "out", False) as journal, pytest.raises(KeyboardInterrupt):
+        evaluated(scorer(), QUESTIONS, output=tmp_path / "out", journal=journal, progress=stops)
+    with Journal(tmp_path / "out", True) as journal:
+        resumed = evaluated(scorer(), QUESTIONS, output=tmp_path / "out", journal=journal)
+    assert resumed.results["resumed"]["passes"] >= 2
+    assert resumed.samples == whole.samples
+
+
+def test_plan_says_how_layers_would_be_streamed(deep_llama):
+    scorer = Scorer.from_pretrained(deep_llama, device="cpu", stream_weights=True)
+    plan = scorer.prepare(QUESTIONS).plan
+    passes, room = len(plan.passes), room_on("orin-32gb", 4 * 10**8)
+    streaming = scorer.runtime.planned_streaming(plan, "cuda", room)
+    assert streaming["passes_per_sweep"] * streaming["sweeps"] >= passes
+    assert streaming["layer_bytes"] == 2 * 15_206_400
+    assert streaming["read_bytes"] == streaming["sweeps"] * 8 * streaming["layer_bytes"]
+    assert scorer.runtime.budget(plan, "cuda", room).total <= room
+    estimated = estimate("orin-32gb", scorer.runtime.config, plan, 120, streaming)
+    assert estimated["streaming"]["verdict"].startswith("reading-bound: ")
+    assert estimated["phases_s"]["inference"] >= streaming["read_bytes"] / 1.5e9
+    of_memory = estimate("orin-32gb", scorer.runtime.config, plan, 120)
+    assert estimated["phases_s"]["inference"] > of_memory["phases_s"]["inference"]
+    long = streamed_seconds(PROFILES["orin-32gb"], streaming, 8, 1000.0)
+    assert long["verdict"].startswith("hidden behind computing: ")
+    assert long["inference"] == pytest.approx(1000, rel=1e-3)
