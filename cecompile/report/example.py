@@ -46,7 +46,7 @@ def make_example(context: Sequence[str], choices: Sequence[Sequence[str]]) -> Ex
         [0] * len(choices),
     )
     order = sort_sequences(sequences)
-    layout = lay_out(sequences, order.sequence, order.shared)
+    (layout,) = lay_out(sequences, order.sequence, order.shared, rows=np.zeros(1, dtype=np.int64))
     nodes = range(len(layout.token_ids))
     parent = tuple(max((k for k in range(n) if layout.end[k] > n), default=-1) for n in nodes)
     computed = {(parent[n], int(layout.token_ids[n])) for n in nodes}

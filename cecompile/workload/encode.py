@@ -1,12 +1,18 @@
 """Questions to token ids, exactly as lm-evaluation-harness encodes them."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
 from cecompile.errors import UserError
 from cecompile.tasks.question import Question
-from cecompile.workload.sequences import Sequences
+from cecompile.workload.sequences import Ints, Longs, Sequences, stretched
+
+AT_ONCE = 2048  # questions that are encoded together, which bounds what that takes beside its result
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,38 +41,57 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_length: int) -> En
             EOS where an empty context needs one.
     """
     encoder = _Encoder(tokenizer)
+    parts = [
+        _encode_part(questions[at : at + AT_ONCE], at, encoder, max_length) for at in range(0, len(questions), AT_ONCE)
+    ]
+    return Encoded(Sequences.joined([part for part, _ in parts]), sum(truncated for _, truncated in parts))
+
+
+def _encode_part(
+    questions: Sequence[Question], first: int, encoder: "_Encoder", max_length: int
+) -> tuple[Sequences, int]:
+    """The same of a few questions, of which the first has the number `first`; the second is how many were cut."""
     contexts, choices = zip(*(_split(q) for q in questions), strict=True)
-    context_ids = encoder.texts(contexts)
+    context = encoder.texts(contexts)
     whole = encoder.texts([c + choice for c, many in zip(contexts, choices, strict=True) if c for choice in many])
     alone = encoder.texts(
         [ch for c, many in zip(contexts, choices, strict=True) if not c for ch in many], special=False
     )
-    whole_ids, alone_ids = iter(whole), iter(alone)
+    counts = np.array([len(many) for many in choices])
+    owners = np.repeat(np.arange(len(questions)), counts)
+    written = np.array([bool(c) for c in contexts])[owners]  # of each sequence: whether it has a context
 
-    flat: list[list[int]] = []
-    predicted, owners = [], []
-    truncated = 0
-    for q, question in enumerate(questions):
-        cut = False
-        for number in range(len(choices[q])):
-            if contexts[q]:
-                head = context_ids[q]
-                tail = next(whole_ids)[len(head) :]
-                head = head or [encoder.prefix_token(question)]
-            else:
-                head, tail = [encoder.prefix_token(question)], next(alone_ids)
-                if tail and tail[0] == head[0]:
-                    tail = tail[1:]
-            if not 0 < len(tail) <= max_length:
-                what = "no tokens of its own" if not tail else f"{len(tail)} tokens, the model reads {max_length}"
-                raise UserError(f"question '{question.id}': choice {number}: {what}")
-            tokens = (head + tail)[-(max_length + 1) :]
-            cut |= len(head) + len(tail) > max_length + 1
-            flat.append(tokens)
-            predicted.append(len(tail))
-            owners.append(q)
-        truncated += cut
-    return Encoded(Sequences.of(flat, predicted, owners), truncated)
+    # Heads and tails as stretches of one array: contexts, then contexts with choices, choices alone, the prefix token.
+    pool = np.concatenate((context.ids, whole.ids, alone.ids, [encoder.prefix or 0])).astype(np.int32)
+    at_whole, at_alone, at_prefix = np.cumsum([len(context.ids), len(whole.ids), len(alone.ids)])
+    head, head_size = context.starts[:-1][owners], context.sizes[owners]
+    tail, tail_size = np.empty_like(head), np.empty_like(head)
+    tail[written], tail_size[written] = at_whole + whole.starts[:-1], whole.sizes
+    tail[~written], tail_size[~written] = at_alone + alone.starts[:-1], alone.sizes
+    given = np.where(written, head_size, (tail_size > 0) & (pool[tail] == pool[-1]))  # tokens that are the head's
+    tail, tail_size = tail + given, tail_size - given
+    bare = ~written | (head_size == 0)
+    head, head_size = np.where(bare, at_prefix, head), np.where(bare, 1, head_size)
+
+    wrong = (tail_size <= 0) | (tail_size > max_length) | (bare if encoder.prefix is None else False)
+    if wrong.any():
+        i = int(wrong.argmax())
+        question = questions[owners[i]]
+        if bare[i] and encoder.prefix is None:
+            raise UserError(f"question '{question.id}': empty context, and the tokenizer has neither BOS nor EOS")
+        size, number = int(tail_size[i]), i - int(np.searchsorted(owners, owners[i]))
+        what = "no tokens of its own" if size <= 0 else f"{size} tokens, the model reads {max_length}"
+        raise UserError(f"question '{question.id}': choice {number}: {what}")
+    excess = np.maximum(0, head_size + tail_size - (max_length + 1))
+    stretches = np.stack((head + excess, tail), axis=1).ravel()
+    sizes = np.stack((head_size - excess, tail_size), axis=1).ravel()
+    sequences = Sequences(
+        token_ids=pool[stretched(stretches, sizes)],
+        starts=np.concatenate(([0], np.cumsum(sizes)[1::2])).astype(np.int64),
+        predicted=tail_size.astype(np.int32),
+        questions=(first + owners).astype(np.int32),
+    )
+    return sequences, len(np.unique(owners[excess > 0]))
 
 
 def max_input_length(config: Any, tokenizer: Any) -> int:
@@ -87,14 +112,26 @@ def _split(question: Question) -> tuple[str, list[str]]:
     return context, [moved + choice for choice in question.choices]
 
 
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Texts' token ids one after another, where each begins (and the end), and how many each has."""
+
+    ids: Ints
+    starts: Longs
+
+    @property
+    def sizes(self) -> Longs:
+        return np.diff(self.starts)
+
+
 class _Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        self._prefix: int | None = prefix
+        self.prefix: int | None = prefix  # what stands for an empty context
         self._bos_text: str | None = tokenizer.decode(prefix) if prefix is not None else None
 
-    def texts(self, texts: Sequence[str], special: bool | None = None) -> list[list[int]]:
+    def texts(self, texts: Sequence[str], special: bool | None = None) -> _Tokens:
         """Token ids of each text. Special tokens: `special`, else the tokenizer's default unless BOS is written out."""
         out: list[list[int]] = [[] for _ in texts]
         plain = [i for i, t in enumerate(texts) if self._bos_text is not None and t.startswith(self._bos_text)]
@@ -106,12 +143,31 @@ class _Encoder:
             if special is not None:
                 extra = {"add_special_tokens": special}
             if chosen:
-                batch = self._tokenizer([texts[i] for i in chosen], return_attention_mask=False, verbose=False, **extra)
-                for i, ids in zip(chosen, batch["input_ids"], strict=True):
+                for i, ids in zip(chosen, self._ids([texts[i] for i in chosen], extra), strict=True):
                     out[i] = ids
-        return out
+        starts = np.cumsum([0, *map(len, out)]).astype(np.int64)
+        return _Tokens(np.fromiter(itertools.chain.from_iterable(out), np.int32, int(starts[-1])), starts)
 
-    def prefix_token(self, question: Question) -> int:
-        if self._prefix is None:
-            raise UserError(f"question '{question.id}': empty context, and the tokenizer has neither BOS nor EOS")
-        return self._prefix
+    def _ids(self, texts: list[str], extra: dict[str, bool]) -> list[list[int]]:
+        """The tokenizer's ids; where it is a thin shell around the compiled one, by that one without the shell."""
+        tokenizer = self._tokenizer
+        if not _is_shell(tokenizer):
+            return self._called(texts, extra)
+        self._called(texts[:1], extra)  # which sets the compiled one: no truncation, no padding
+        batch = tokenizer.backend_tokenizer.encode_batch_fast(texts, **({"add_special_tokens": True} | extra))
+        return [one.ids for one in batch]
+
+    def _called(self, texts: list[str], extra: dict[str, bool]) -> list[list[int]]:
+        batch = self._tokenizer(texts, return_attention_mask=False, verbose=False, **extra)
+        ids: list[list[int]] = batch["input_ids"]
+        return ids
+
+
+def _is_shell(tokenizer: Any) -> bool:
+    """Whether calling a tokenizer does nothing but what `transformers` does with a compiled one of `tokenizers`."""
+    kind = type(tokenizer)
+    return (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind.__call__ is PreTrainedTokenizerFast.__call__
+        and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+    )

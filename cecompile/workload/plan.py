@@ -7,12 +7,13 @@ import numpy as np
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.order import Order, sort_sequences
 from cecompile.workload.pack import MIN_SHARED, fill_rows, split_items
-from cecompile.workload.sequences import Longs, Sequences, shared_prefixes
+from cecompile.workload.sequences import Longs, Sequences, shared_prefixes, stretched
 from cecompile.workload.tree import Layout, lay_out
 
 BLOCK = 128  # row lengths are multiples of it
 DENSE_ROW = (512, 1024)  # shortest and longest row of dense attention, where the sequences leave the choice
 MAX_BUCKETS = 4
+ROWS_AT_ONCE = 512  # that are laid out together, which bounds what that takes beside its result
 ENOUGH_FILL = 1.03  # slots per useful token below which a further bucket shape is not worth its compilation
 
 
@@ -142,7 +143,12 @@ def make_plan(sequences: Sequences, geometry: Geometry, *, every: bool = False, 
         raise ValueError(f"a sequence of {sequences.input_lengths.max()} tokens in rows of {geometry.length}")
     order = order or sort_sequences(sequences)
     items = split_items(sequences, order, geometry.length)
-    rows = [_row(sequences, order, items.start, row) for row in fill_rows(items, geometry.length)]
+    filled = fill_rows(items, geometry.length)
+    rows = [
+        row
+        for at in range(0, len(filled), ROWS_AT_ONCE)
+        for row in _rows(sequences, order, items.start, filled[at : at + ROWS_AT_ONCE])
+    ]
     shapes = _cover(rows, geometry)
     buckets, passes = _passes(shapes, geometry, every)
     new_question = np.diff(sequences.questions[order.sequence], prepend=-1) != 0
@@ -158,16 +164,19 @@ def make_plan(sequences: Sequences, geometry: Geometry, *, every: bool = False, 
     )
 
 
-def _row(sequences: Sequences, order: Order, start: Longs, items: list[int]) -> Layout:
-    """The items' sequences as trees; items that share less than MIN_SHARED tokens stay apart."""
-    places = np.concatenate([np.arange(start[i], start[i + 1]) for i in items])
+def _rows(sequences: Sequences, order: Order, start: Longs, filled: list[list[int]]) -> list[Layout]:
+    """Each row's items' sequences as trees; items that share less than MIN_SHARED tokens stay apart."""
+    items = np.concatenate([np.array(row, dtype=np.int64) for row in filled])
+    sizes = start[items + 1] - start[items]
+    places = stretched(start[items], sizes)
     members = order.sequence[places]
-    shared = order.shared[places].copy()
-    heads = np.cumsum([0] + [start[i + 1] - start[i] for i in items[:-1]])  # each item's first place in the row
+    shared = order.shared[places]
+    heads = np.cumsum(sizes) - sizes  # each item's first place
     shared[heads[1:]] = shared_prefixes(sequences, members[heads[1:] - 1], members[heads[1:]])
-    shared[0] = 0
     shared[heads] = np.where(shared[heads] < MIN_SHARED, 0, shared[heads])
-    return lay_out(sequences, members, shared)
+    first = heads[np.cumsum([0] + [len(row) for row in filled[:-1]])]
+    shared[first] = 0
+    return lay_out(sequences, members, shared, first)
 
 
 Shaped = list[tuple[tuple[int, int], tuple[Layout, ...]]]  # ((rows, length), the rows in use) of each pass

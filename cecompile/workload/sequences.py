@@ -45,6 +45,20 @@ class Sequences:
             questions=np.array(questions, dtype=np.int32),
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence["Sequences"]) -> "Sequences":
+        """The sequences of all parts, at least one, of which the questions are numbered throughout."""
+        if len(parts) == 1:
+            return parts[0]
+        offsets = np.cumsum([0] + [len(part.token_ids) for part in parts])
+        starts = [part.starts[:-1] + at for part, at in zip(parts, offsets[:-1], strict=True)]
+        return cls(
+            token_ids=np.concatenate([part.token_ids for part in parts]),
+            starts=np.concatenate([*starts, offsets[-1:]]),
+            predicted=np.concatenate([part.predicted for part in parts]),
+            questions=np.concatenate([part.questions for part in parts]),
+        )
+
     def __len__(self) -> int:
         return len(self.predicted)
 
@@ -65,6 +79,12 @@ class Sequences:
     def targets(self, i: int) -> Ints:
         """Tokens to predict of sequence i."""
         return self.token_ids[self.starts[i + 1] - self.predicted[i] : self.starts[i + 1]]
+
+
+def stretched(starts: Longs, sizes: Longs) -> Longs:
+    """The indices starts[k], starts[k] + 1, ... of `sizes[k]` elements each, one stretch after another."""
+    before = np.cumsum(sizes) - sizes
+    return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))
 
 
 def shared_prefixes(sequences: Sequences, left: Longs, right: Longs) -> Longs:

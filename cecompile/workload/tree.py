@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cecompile.workload.sequences import Ints, Longs, Sequences
+from cecompile.workload.sequences import Ints, Longs, Sequences, stretched
 
 TARGETS = 4  # tokens that one readout looks up: the model's head runs once for siblings
 
@@ -37,43 +37,84 @@ class Layout:
     entry: Ints
 
 
-def lay_out(sequences: Sequences, members: Longs, shared: Longs) -> Layout:
-    """Merges `members` into trees.
+def lay_out(sequences: Sequences, members: Longs, shared: Longs, rows: Longs) -> list[Layout]:
+    """Merges `members` into trees, row by row.
 
     Args:
         sequences: all sequences.
         members: (m,) the sequences to lay out, in order.
         shared: (m,) how many leading nodes each takes over from the one before it; 0 begins a new tree. At most the
             length of their common prefix.
+        rows: (r,) where each row begins among the members, ascending, the first at 0. Its first member takes over
+            nothing.
 
     Returns:
-        Nodes in preorder, members' readouts one member after another.
+        Each row's nodes in preorder, its members' readouts one member after another.
     """
     lengths = sequences.input_lengths[members]
-    total = int((lengths - shared).sum())
-    token_ids = np.empty(total, dtype=np.int32)
-    depth = np.empty(total, dtype=np.int32)
-    end = np.full(total, total, dtype=np.int32)
-    path = np.empty(int(lengths.max(initial=0)), dtype=np.int32)  # nodes from the root to the last member's leaf
-    positions, targets = [], []
-    at = open_length = 0
-    for i, length, kept in zip(members.tolist(), lengths.tolist(), shared.tolist(), strict=True):
-        end[path[kept:open_length]] = at  # nodes that the new branch leaves behind end here
-        new = length - kept
-        token_ids[at : at + new] = sequences.inputs(i)[kept:]
-        depth[at : at + new] = np.arange(kept, length)
-        path[kept:length] = np.arange(at, at + new)
-        at, open_length = at + new, length
-        positions.append(path[length - sequences.predicted[i] : length].copy())
-        targets.append(sequences.targets(i))
-    position, target, entry = _readouts(np.concatenate(positions), np.concatenate(targets))
-    choice = np.repeat(members, sequences.predicted[members]).astype(np.int32)
-    return Layout(token_ids, depth, end, position, target, choice, entry)
+    new = lengths - shared
+    first_node = np.concatenate(([0], np.cumsum(new)))  # of each member, over all rows
+    first_member = np.append(rows, len(members))
+    first_in_row = first_node[first_member]
+    member = np.repeat(np.arange(len(members)), new)
+    depth = np.arange(len(member)) - (first_node[:-1] - shared)[member]
+    token_ids = sequences.token_ids[sequences.starts[members][member] + depth]
+    before, after = _nearest_shallower(shared)
+    end = first_node[_follow(after, np.append(shared, 0), member + 1, depth)]
+
+    predicted = sequences.predicted[members].astype(np.int64)
+    reading = np.repeat(np.arange(len(members)), predicted)
+    at_depth = stretched(lengths - predicted, predicted)
+    holder = _follow(before, shared, reading, at_depth)  # the member whose new nodes include the one read out
+    node = first_node[holder] + at_depth - shared[holder]
+    token = sequences.token_ids[stretched(sequences.starts[members + 1] - predicted, predicted)]
+    position, target, entry = _readouts(node, token)
+
+    row_of_node = np.repeat(np.arange(len(rows)), np.diff(first_in_row))
+    end -= first_in_row[row_of_node]
+    first_prediction = np.concatenate(([0], np.cumsum(predicted)))[first_member]
+    first_readout = np.searchsorted(position, first_in_row)
+    entry -= np.repeat(TARGETS * first_readout[:-1], np.diff(first_prediction))
+    position -= first_in_row[:-1][row_of_node[position]]
+    nodes = [part.astype(np.int32) for part in (token_ids, depth, end)]
+    readouts = [position.astype(np.int32), target]
+    predictions = [members[reading].astype(np.int32), entry.astype(np.int32)]
+    bounds = (first_in_row.tolist(), first_readout.tolist(), first_prediction.tolist())
+    out = []
+    for r in range(len(rows)):
+        n, o, p = (slice(bound[r], bound[r + 1]) for bound in bounds)
+        out.append(Layout(*(x[n] for x in nodes), *(x[o] for x in readouts), *(x[p] for x in predictions)))
+    return out
 
 
-def _readouts(node: Ints, token: Ints) -> tuple[Ints, Ints, Ints]:
+def _nearest_shallower(shared: Longs) -> tuple[Longs, Longs]:
+    """For each member, the nearest one before and the nearest one after it that take over fewer nodes."""
+    values = shared.tolist()
+    before, after = [0] * len(values), [len(values)] * len(values)
+    rising: list[int] = []  # members whose `after` is not known; what they take over rises
+    for m, kept in enumerate(values):
+        while rising and values[rising[-1]] > kept:
+            after[rising.pop()] = m
+        if rising:
+            last = rising[-1]
+            before[m] = before[last] if values[last] == kept else last
+        rising.append(m)
+    return np.array(before), np.array(after)
+
+
+def _follow(step: Longs, shared: Longs, member: Longs, depth: Longs) -> Longs:
+    """From each member on by `step` until one takes over no node as deep as `depth`."""
+    member = member.copy()
+    moving = np.flatnonzero(shared[member] > depth)
+    while len(moving):
+        member[moving] = step[member[moving]]
+        moving = moving[shared[member[moving]] > depth[moving]]
+    return member
+
+
+def _readouts(node: Longs, token: Ints) -> tuple[Ints, Ints, Ints]:
     """Gathers the predictions (node, token) into readouts: position, target and entry of a `Layout`."""
-    pairs, pair_of = np.unique((node.astype(np.int64) << 32) | token, return_inverse=True)
+    pairs, pair_of = np.unique((node << 32) | token, return_inverse=True)
     of_node, token_of = (pairs >> 32).astype(np.int32), (pairs & 0xFFFFFFFF).astype(np.int32)
     new_node = np.diff(of_node, prepend=-1) != 0
     first = np.flatnonzero(new_node)
