@@ -1,5 +1,6 @@
 """CUDA graphs: a pass recorded once and replayed as a whole."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ def capture(forward: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
         forward: works on static buffers only.
         pool: handle of the memory pool that graphs which never run at the same time share.
     """
-    stream = torch.cuda.Stream()
+    stream = _beside(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -23,3 +24,9 @@ def capture(forward: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph, pool=pool):
         forward()
     return graph
+
+
+@functools.cache
+def _beside(device: int) -> torch.cuda.Stream:
+    """A stream to settle on, always the same: cuBLAS keeps a workspace of 32 MiB and more for each that it has seen."""
+    return torch.cuda.Stream(device)
