@@ -52,6 +52,7 @@ FITS = {
 }
 LOADING = {"cuda": 0, "cpu": 264 * MiB}  # bytes of the device's memory that reading files takes at most, and gives back
 BUCKETS = 2  # largest ones that all buckets' hidden states take: each is at most half as large as the one before
+FEEDING = {"cuda": 120 * MiB, "cpu": 0}  # for streams and graphs that streamed layers take more, as measured on an H100
 USABLE = {"cuda": 0.985, "cpu": 0.92}  # the share of the memory that a prediction may fill
 RECEIVED, SENT = 1, 3  # buffers for what comes; for what goes, one that is filled and two on their way
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -228,7 +229,7 @@ def budget(
         mask=pairs * (sizes.itemsize + 1),
         head=logits * (sizes.itemsize if engine == "compiled" else sizes.itemsize + 8),
         cache=0 if decoding is None else _cache(sizes, decoding, per_slot if in_turns else 0),
-        fixed=fit.fixed,
+        fixed=fit.fixed + (0 if streamed is None else FEEDING[device]),
         loading=max(0, min(LOADING[device], read) - held),  # the two layers' places are made after it
         in_turns=in_turns,
         hidden=0 if streamed is None else (streamed.passes + BUCKETS) * pass_bytes(sizes, geometry),
