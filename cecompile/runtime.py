@@ -1,7 +1,8 @@
 """A model at work: how it is sized, loaded, checked and warmed up on its device."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from cecompile.sizing import Sizing
 from cecompile.warming import Ready, Warmed, Warmer
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.order import sort_sequences
-from cecompile.workload.plan import Bucket, Geometry, Plan, make_plan
+from cecompile.workload.plan import Bucket, Geometry, Plan, Totals, make_plan, with_room
 from cecompile.workload.sequences import Sequences
 
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
@@ -74,6 +75,8 @@ class Runtime:
         self.stock_attention = "eager"  # what it is, once loaded
         self._probed = False
         self._warmed: Warmed | None = None
+        self._same_shapes = False
+        self._before: Plan | None = None  # whose shapes the next plan takes over
         self._ahead: tuple[int, int] | None = None  # lengths that plans are made for, known before the data
 
     def remark(self, note: str) -> None:
@@ -120,17 +123,34 @@ class Runtime:
         ahead = None if self._ahead is None or sizing is not None else self.shapes(*self._ahead, fit=True)
         if ahead is not None and not _hold(*ahead, longest, answer):
             ahead = None
-        geometry, decoding = ahead or self.shapes(longest, answer, fit, sizing, order.typically_shared(sequences))
-        plan = replace(make_plan(sequences, geometry, every=ahead is not None, order=order), decoding=decoding)
+        before = self._before if sizing is None and ahead is None else None
+        if before is not None and _hold(before.geometry, before.decoding, longest, answer):
+            geometry, decoding, known = before.geometry, before.decoding, before.buckets
+        else:
+            shared, known = order.typically_shared(sequences), ()
+            geometry, decoding = ahead or self.shapes(longest, answer, fit, sizing, shared)
+        plan = make_plan(sequences, geometry, every=ahead is not None, order=order, buckets=known)
+        plan = replace(plan, decoding=decoding)
+        if self._same_shapes and sizing is None and ahead is None:
+            self._before = plan = with_room(plan, known)
         held = memory.used_already(self.device) if self.model is None else 0
         self.predicted_bytes = self.budget(plan).total + held
         return plan
+
+    @contextmanager
+    def same_shapes(self) -> Iterator[None]:
+        """While this lasts, a plan takes over the shapes of the one before it, if they hold its sequences."""
+        self._same_shapes = True
+        try:
+            yield
+        finally:
+            self._same_shapes, self._before = False, None
 
     def plan_ahead(self, longest: int, answer: int) -> None:
         """From now on plans for up to these lengths (see `shapes`) all have the same buckets."""
         self._ahead = longest, answer
 
-    def budget(self, plan: Plan, device: str | None = None) -> memory.Budget:
+    def budget(self, plan: Plan | Totals, device: str | None = None) -> memory.Budget:
         """What a run of this plan needs, in bytes by part; on another `device`, "cuda", in 16 bits."""
         largest = plan.buckets[0]
         geometry = Geometry(largest.rows, largest.length, plan.geometry.readout_chunk, plan.geometry.blocks)
@@ -221,6 +241,8 @@ class Runtime:
                 if reason:
                     self.remark(f"attention {self.attention}, because {printable(reason, 200)}")
             self._probed = True
+        if self.attention != planned:
+            self._before = None
         return self.attention != planned
 
     def engine_for(self, ready: Ready, progress: Progress) -> Warmed | None:
@@ -261,6 +283,7 @@ class Runtime:
             torch.cuda.empty_cache()
         if not self.sizing.step_down(ready.geometry):
             raise UserError(f"{self.name}: out of memory on {self.device} with buckets of {slots} tokens")
+        self._before = None
         self.remark(f"buckets made smaller: memory ran out with {slots} tokens")
         return None
 

@@ -14,7 +14,7 @@ import torch
 from cecompile.engine.layers import decoder_layers, on_meta
 from cecompile.engine.profiles import PROFILES, Profile
 from cecompile.errors import UserError
-from cecompile.workload.plan import BLOCK, Bucket, Plan
+from cecompile.workload.plan import BLOCK, Bucket, Plan, Totals
 
 VALUE = 2  # bytes of a weight or an activation in bfloat16 or float16
 # Hidden-sized activations that a compiled layer moves beside its linear layers' own: two residual additions, each fused
@@ -134,7 +134,7 @@ def _experts_used(config: Any) -> float:
     return getattr(config, "num_experts_per_tok", experts) / experts if experts else 1.0
 
 
-def keys_per_query(plan: Plan, sequences: int) -> int:
+def keys_per_query(plan: Plan | Totals, sequences: int) -> int:
     """How many keys attention visits a query: of sparse tiles the mean depth's and one more, else the longest row."""
     if not plan.geometry.blocks:
         return max(b.length for b in plan.buckets)
@@ -165,7 +165,7 @@ def inference_seconds(profile: Profile, sizes: ModelSizes, runs: Runs, keys: int
     return sum(n * pass_seconds(profile, sizes, bucket, keys) for bucket, n in runs)
 
 
-def phase_seconds(profile: Profile, sizes: ModelSizes, plan: Plan, sequences: int) -> dict[str, float]:
+def phase_seconds(profile: Profile, sizes: ModelSizes, plan: Plan | Totals, sequences: int) -> dict[str, float]:
     """Seconds of each phase; of warm-up without and with a warm cache, of which a run has one.
 
     Args:
@@ -190,7 +190,7 @@ def model_error() -> float:
     return max(abs(inference_seconds(profile, m.sizes, m.runs, m.keys) / m.seconds - 1) for m in MEASURED.values())
 
 
-def estimate(name: str, config: Any, plan: Plan, sequences: int) -> dict[str, Any]:
+def estimate(name: str, config: Any, plan: Plan | Totals, sequences: int) -> dict[str, Any]:
     """`plan --json`'s `estimate`: seconds of each phase on a device, labelled.
 
     Args:

@@ -4,6 +4,9 @@
     record 0     the header, JSON: what the run depends on, and when it began
     record 1...  a finished part of the run each: its kind, its index, its bytes
 
+A run in windows counts the indices of each window anew; `begin` begins the next one. Every window but the first has a
+record of its own of what it depends on.
+
 A record is a head (kind, index, length of the payload, digest over those three, the record's place and the payload)
 and the payload. Records are only ever appended, by one process at a time, so that a process may be killed at any
 moment: what is read back ends at the first record that is cut off or damaged, and goes on from there.
@@ -26,12 +29,12 @@ from typing import Any
 from cecompile.errors import UserError
 
 NAME = ".journal.partial"
-PASSES, ANSWERS = "passes", "answers"  # the kinds of records
+PASSES, ANSWERS, WINDOW = "passes", "answers", "window"  # the kinds of records
 SYNC = 5.0  # seconds between two waits for the disk, at least
 
 _MAGIC = b"cecompile journal 1\n"
-_KINDS = ("header", PASSES, ANSWERS)
-_HEAD = struct.Struct("<IIQ16s")  # kind, index, payload's length, digest
+_KINDS = ("header", PASSES, ANSWERS, WINDOW)
+_HEAD = struct.Struct("<IIQ16s")  # kind and, from bit 8 on, window; index; payload's length; digest
 
 
 class Journal:
@@ -57,6 +60,7 @@ class Journal:
         self._synced = time.monotonic()
         self._added = 0
         self._begun = False
+        self._window = 0
         if resume:
             self._open_to_resume()
 
@@ -81,7 +85,7 @@ class Journal:
         """How much was taken over, by kind, and when the run began that it is from; None if nothing was."""
         if self._then is None or not self._kept:
             return None
-        counts = {kind: sum(k == kind for k, _ in self._kept) for kind in _KINDS[1:]}
+        counts = {kind: sum(k == kind for k, _ in self._kept) for kind in (PASSES, ANSWERS)}
         return {kind: n for kind, n in counts.items() if n or kind == PASSES} | {"from": self._then["began"]}
 
     def expect(self, facts: Mapping[str, Any]) -> None:
@@ -103,11 +107,14 @@ class Journal:
             raise UserError(f"{self.directory}: cannot be resumed: {'; '.join(different)}")
 
     def begin(self, facts: Mapping[str, Any]) -> None:
-        """Ready for records, with the last of what the run depends on.
+        """Ready for records, with the last of what the run depends on; then, for each further window, with its own.
 
         Raises:
             UserError: see `expect`; the file system refuses; another process is writing.
         """
+        if self._begun:
+            self._begin_window(facts)
+            return
         self.expect(facts)
         self._begun = True
         if self._then is not None:
@@ -126,8 +133,8 @@ class Journal:
         self._append("header", 0, json.dumps(header).encode())
 
     def get(self, kind: str, index: int) -> bytes | None:
-        """A record of the run that is resumed, or None."""
-        return self._kept.get((kind, index))
+        """A record of the run that is resumed, in the window that was begun last, or None."""
+        return self._kept.get((kind, self._window << 32 | index))
 
     def add(self, kind: str, index: int, payload: bytes) -> None:
         """Appends a record. Once this returns, it survives the process; the machine, some seconds later.
@@ -135,7 +142,7 @@ class Journal:
         Raises:
             UserError: the file system refuses; the journal ends with the record before.
         """
-        self._append(kind, index, payload)
+        self._append(kind, self._window << 32 | index, payload)
         self._added += 1
 
     def close(self) -> None:
@@ -161,6 +168,14 @@ class Journal:
         with contextlib.suppress(OSError):
             for directory in self._made:
                 directory.rmdir()
+
+    def _begin_window(self, facts: Mapping[str, Any]) -> None:
+        self._window += 1
+        then = self.get(WINDOW, 0)
+        if then is None:
+            self._append(WINDOW, self._window << 32, json.dumps(facts).encode())
+        elif json.loads(then) != facts:
+            raise UserError(f"{self.directory}: cannot be resumed: window {self._window + 1} is planned otherwise")
 
     def _open_to_resume(self) -> None:
         try:
@@ -197,9 +212,10 @@ class Journal:
             raise UserError(f"{self.directory}: another process is writing results here") from None
 
     def _append(self, kind: str, index: int, payload: bytes) -> None:
-        digest = _digest(_KINDS.index(kind), index, self._size, payload)
+        head = _KINDS.index(kind) | index >> 32 << 8, index & 0xFFFFFFFF
+        digest = _digest(*head, self._size, payload)
         try:
-            self._write(_HEAD.pack(_KINDS.index(kind), index, len(payload), digest) + payload)
+            self._write(_HEAD.pack(*head, len(payload), digest) + payload)
             if time.monotonic() - self._synced > SYNC:
                 assert self._file is not None
                 os.fsync(self._file)
@@ -225,7 +241,10 @@ class Journal:
 
 
 def read(content: bytes) -> Iterator[tuple[str, int, bytes, int]]:
-    """The records of a journal, up to the first that is not whole: kind, index, payload, and where the record ends."""
+    """The records of a journal, up to the first that is not whole: kind, index, payload, and where the record ends.
+
+    The index has its window from bit 32 on.
+    """
     if not content.startswith(_MAGIC):
         return
     at = len(_MAGIC)
@@ -233,10 +252,10 @@ def read(content: bytes) -> Iterator[tuple[str, int, bytes, int]]:
         kind, index, length, digest = _HEAD.unpack_from(content, at)
         begin = at + _HEAD.size
         payload = content[begin : begin + length]
-        if kind >= len(_KINDS) or len(payload) < length or digest != _digest(kind, index, at, payload):
+        if kind & 255 >= len(_KINDS) or len(payload) < length or digest != _digest(kind, index, at, payload):
             return
         at = begin + length
-        yield _KINDS[kind], index, payload, at
+        yield _KINDS[kind & 255], kind >> 8 << 32 | index, payload, at
 
 
 def _shown(value: Any) -> str:
