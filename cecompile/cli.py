@@ -21,6 +21,7 @@ from cecompile.report.words import LANGUAGES
 from cecompile.tasks.chat import NEW_TOKENS
 from cecompile.tasks.formats import TASKS
 from cecompile.tasks.judge import MAX_DROP
+from cecompile.tasks.windows import WINDOW
 
 MAX_DROP_RANGE, MAX_DROP_HELP = click.FloatRange(0, 100), "Points that a metric may drop by."
 
@@ -89,6 +90,10 @@ def selection(command: Callable[..., Any]) -> Callable[..., Any]:
             "--max-new-tokens", type=click.IntRange(1), default=NEW_TOKENS, show_default=True,
             help="Longest answer to a chat question.",
         ),
+        click.option(
+            "--window", type=click.IntRange(1), default=WINDOW, show_default=True,
+            help="Questions in memory at a time; where there are more, prefixes are shared within a window.",
+        ),
         click.option("--limit", type=float, callback=_limit, help="First N questions, or a fraction below 1."),
         click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
         click.option(
@@ -154,8 +159,8 @@ pipeline_option = click.option(
 @click.option("--max-drop", type=MAX_DROP_RANGE, default=MAX_DROP, show_default=True, help=MAX_DROP_HELP)
 @click.pass_context
 def eval_command(
-    ctx: click.Context, data: str | None, task: str, limit: float | None, headline: str, output: Path | None,
-    overwrite: bool, resume: bool, repeat: int, baseline: Path | None, max_drop: float, **how: Any,
+    ctx: click.Context, data: str | None, task: str, limit: float | None, window: int, headline: str,
+    output: Path | None, overwrite: bool, resume: bool, repeat: int, baseline: Path | None, max_drop: float, **how: Any,
 ) -> None:  # fmt: skip
     """Score or answer a dataset; write results.json, samples.jsonl and, for answers, predictions.jsonl.
 
@@ -167,7 +172,7 @@ def eval_command(
     from cecompile.report.compare import read_baseline
     from cecompile.report.journal import Journal, journals_in
     from cecompile.report.results import prepare_output
-    from cecompile.tasks.read import read_dataset
+    from cecompile.tasks.read import read_windows
 
     clock = Clock(process_start())
     name = _named(data, task)
@@ -180,7 +185,7 @@ def eval_command(
     ctx.meta["journal"] = journal = ctx.with_resource(Journal(output, resume, ranks))
     compared = None if baseline is None or ranks.rank else read_baseline(baseline, max_drop)
     clock.enter("preprocess")
-    dataset = read_dataset(name, task, limit)
+    dataset = read_windows(name, task, limit, window)
     clock.enter("load_model")
     from rich.console import Console
 
@@ -246,34 +251,34 @@ def compare_command(reference: Path, candidate: Path, max_drop: float, as_json: 
 @click.option("--profile", type=click.Choice(tuple(PROFILES)), help="Estimate the time of each phase on this device.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 def plan_command(
-    data: str | None, task: str, limit: float | None, profile: str | None, as_json: bool, **how: Any
+    data: str | None, task: str, limit: float | None, window: int, profile: str | None, as_json: bool, **how: Any
 ) -> None:
     """Show buckets, fill and the tokens that sharing saves. Loads no weights.
 
     With --profile the plan is the one for that device, whatever --device is.
     """
-    from cecompile.tasks.read import read_dataset
+    from cecompile.tasks.read import read_windows
 
-    dataset = read_dataset(_named(data, task), task, limit)
+    dataset = read_windows(_named(data, task), task, limit, window)
     from rich.console import Console
 
     from cecompile.engine.estimate import as_planned_on, estimate, room_on
     from cecompile.report.results import plan_summary
     from cecompile.report.table import print_plan
+    from cecompile.windowed import plan_in_windows
 
     if how["engine"] == "reference":
         raise UserError("--engine reference: runs without a plan")
     if profile and how["pipeline"] > 1:
         raise UserError("--profile: estimates are of one device; leave out --pipeline")
     model = _model(as_planned_on(profile, how) if profile else how, dataset.task)
-    workload = model.prepare(dataset.questions, fit=how["memory_limit"] is not None)
-    assert workload.plan is not None
-    runtime, plan = model.runtime, workload.plan
+    plan, sequences = plan_in_windows(model, dataset.questions, how["memory_limit"] is not None)
+    runtime = model.runtime
     where, room = ("cuda", room_on(profile, how["memory_limit"])) if profile else (None, None)
     streaming = runtime.planned_streaming(plan, where, room)
     summary = plan_summary(plan) | {"memory": runtime.budget(plan, where, room).summary()}
     summary |= {"stages": runtime.stages(plan)} | ({"streaming": streaming} if streaming else {})
-    estimated = estimate(profile, runtime.config, plan, len(workload.sequences), streaming) if profile else None
+    estimated = estimate(profile, runtime.config, plan, sequences, streaming) if profile else None
     if as_json:
         click.echo(json.dumps(summary | ({"estimate": estimated} if estimated else {})))
     else:
@@ -291,8 +296,8 @@ def plan_command(
 @click.option("--list", "list_", is_flag=True, help="Show what the cache holds.")
 @click.option("--prune", is_flag=True, help="Remove what can no longer be used.")
 def warm_command(
-    data: str | None, task: str, limit: float | None, max_depth: int | None, tune: bool, list_: bool, prune: bool,
-    **how: Any,
+    data: str | None, task: str, limit: float | None, window: int, max_depth: int | None, tune: bool, list_: bool,
+    prune: bool, **how: Any,
 ) -> None:  # fmt: skip
     """Compile and capture every bucket, and keep the result for later runs."""
     from rich.console import Console
@@ -313,9 +318,9 @@ def warm_command(
     if max_depth is not None and (data is not None or tune):
         raise UserError("--max-depth: stands for data not yet seen; it goes with neither --data nor --tune")
     from cecompile.prewarm import warm
-    from cecompile.tasks.read import read_dataset
+    from cecompile.tasks.read import read_windows
 
-    dataset = None if max_depth is not None else read_dataset(_named(data, task), task, limit)
+    dataset = None if max_depth is not None else read_windows(_named(data, task), task, limit, window)
     model = _model(how, task if dataset is None else dataset.task)
     questions = None if dataset is None else dataset.questions
     with progress_bars(Console(stderr=True)) as progress:

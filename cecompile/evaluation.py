@@ -15,7 +15,6 @@ from cecompile.engine import memory
 from cecompile.engine.layers import on_meta
 from cecompile.engine.proof import changed
 from cecompile.engine.tokenizer import tokenizer_digest
-from cecompile.packed import Workload
 from cecompile.report.clock import Clock, latencies, spread
 from cecompile.report.compare import Baseline, compare, refuse_other
 from cecompile.report.journal import Journal
@@ -29,36 +28,30 @@ from cecompile.report.results import (
     write_results,
     write_samples,
 )
+from cecompile.report.spool import Spool
 from cecompile.runtime import Progress, Runtime
 from cecompile.scorer import Scorer
 from cecompile.system import cpu_model
 from cecompile.tasks.chat import AnswerSample, ChatQuestion, answer_metrics, judge_answer
 from cecompile.tasks.judge import Sample, judge, metrics
 from cecompile.tasks.question import Question, digest
+from cecompile.tasks.windows import Windows
+from cecompile.windowed import Judged, run_in_windows
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What results.json and samples.jsonl hold."""
+    """What results.json and samples.jsonl hold; the samples of a run in windows are read from disk."""
 
     results: dict[str, Any]
-    samples: list[Sample] | list[AnswerSample]
-
-
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    """A run's outcome: samples, what results.json says of them, and how they came about."""
-
-    samples: list[Any]
-    facts: dict[str, Any]
-    workload: Workload
-    inference_s: list[float]
+    samples: list[Sample] | list[AnswerSample] | Spool
 
 
 def evaluate(
     model: Scorer | Answerer,
-    questions: Sequence[Question] | Sequence[ChatQuestion],
+    questions: Sequence[Question] | Sequence[ChatQuestion] | Windows,
     *,
+    window: int | None = None,
     task: str = "choices",
     data: str = "questions",
     headline: str = "strict",
@@ -76,6 +69,8 @@ def evaluate(
     Args:
         model: a scorer, or an answerer for chat questions.
         questions: at least one.
+        window: where there are more, do all up to judging with so many at a time; None does it with all at once.
+            Prefixes are shared within a window.
         task, data: names for the result.
         headline: which latency the run is known by: "strict", "section3" or "inference".
         clock: already running where reading is to be counted; left in the phase `score`.
@@ -94,19 +89,25 @@ def evaluate(
         CheckError: see `Scorer.score`; or the model on the device is not what was loaded.
     """
     clock = clock or Clock()
-    runtime, data_facts = model.runtime, {"name": data, "digest": digest(questions)}
+    if window is not None and not isinstance(questions, Windows) and len(questions) > window:
+        questions = Windows.of(questions, window)
+    data_digest = questions.digest if isinstance(questions, Windows) else digest(questions)
+    runtime, data_facts = model.runtime, {"name": data, "digest": data_digest}
     if baseline is not None:
         _expect(baseline, model, {"task": task, "questions": len(questions), "data": data_facts})
-    known = {"task": task, "data digest": data_facts["digest"], **_version_facts(runtime)}
+    known = {"task": task, "data digest": data_digest, **_version_facts(runtime)}
     runtime.ranks.all_same(known)
     if journal is not None:
         journal.expect(known)
     runtime.watch()
     runtime.ranks.clear_tally()
     run = _answered if isinstance(model, Answerer) else _scored
-    judged = run(model, questions, clock, progress, repeat, journal)  # type: ignore[arg-type]
+    if isinstance(questions, Windows):
+        judged = run_in_windows(run, model, questions, clock, progress, repeat, journal, output)
+    else:
+        judged = run(model, questions, clock, progress, repeat, journal)  # type: ignore[arg-type]
     resumed = None if journal is None else journal.resumed
-    plan, model_facts = judged.workload.plan, _model(model)
+    plan, model_facts = judged.plan, _model(model)
     shares = runtime.ranks.gather(_share(runtime))
     results: dict[str, Any] = {
         "schema": SCHEMA,
@@ -117,7 +118,7 @@ def evaluate(
         **judged.facts,
         **_times(clock, judged.inference_s, headline, resumed),
         "resumed": resumed,
-        "warmed": clock.since_start(runtime.warm_moments),
+        "warmed": clock.since_start(judged.warm_moments),
         "inference_s": spread(judged.inference_s),
         "engine": {
             "name": runtime.engine,
@@ -142,14 +143,14 @@ def evaluate(
     }
     if baseline is not None:
         name = "this run" if output is None else str(output)
-        comparison, _ = compare(baseline.stored, name, results, judged.samples, baseline.max_drop)
+        comparison, _ = compare(baseline.stored, name, results, list(judged.samples), baseline.max_drop)
         results["comparison"] = asdict(comparison)
     if runtime.ranks.rank:
         output = None  # rank 0 writes
     if output is not None:
         write_samples(output, judged.samples)
         if isinstance(model, Answerer):
-            write_predictions(output, [sample.text for sample in judged.samples])
+            write_predictions(output, (sample.text for sample in judged.samples))
     results["samples_digest"] = None if output is None else file_digests(output)
     report(results)
     results.update(_times(clock, judged.inference_s, headline, resumed))
@@ -165,7 +166,7 @@ def evaluate(
 def _scored(
     scorer: Scorer, questions: Sequence[Question], clock: Clock, progress: Progress, repeat: int,
     journal: Journal | None,
-) -> _Judged:  # fmt: skip
+) -> Judged:  # fmt: skip
     scores = scorer.score(questions, clock=clock, progress=progress, repeat=repeat, journal=journal)
     clock.enter("score")
     samples = [
@@ -177,13 +178,13 @@ def _scored(
         "truncated_questions": scores.workload.truncated_questions,
         "metrics": metrics(samples),
     }
-    return _Judged(samples, facts, scores.workload, scores.inference_s)
+    return Judged(samples, facts, scores.workload.plan, scores.inference_s, scorer.runtime.warm_moments)
 
 
 def _answered(
     answerer: Answerer, questions: Sequence[ChatQuestion], clock: Clock, progress: Progress, repeat: int,
     journal: Journal | None,
-) -> _Judged:  # fmt: skip
+) -> Judged:  # fmt: skip
     answers = answerer.answer(questions, clock=clock, progress=progress, repeat=repeat, journal=journal)
     clock.enter("score")
     samples = [
@@ -201,7 +202,7 @@ def _answered(
             "max_new_tokens": answerer.new_tokens,
         },
     }
-    return _Judged(samples, facts, answers.workload, answers.inference_s)
+    return Judged(samples, facts, answers.workload.plan, answers.inference_s, answerer.runtime.warm_moments)
 
 
 def _times(clock: Clock, inference: Sequence[float], headline: str, resumed: dict[str, Any] | None) -> dict[str, Any]:

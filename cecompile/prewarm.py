@@ -8,6 +8,7 @@ from cecompile.engine.cache import WARM, Entry
 from cecompile.errors import CheckError, UserError
 from cecompile.packed import PackedModel
 from cecompile.runtime import Progress
+from cecompile.tasks.windows import Windows
 from cecompile.warming import Ready, useful_tokens_per_second
 from cecompile.workload.plan import Plan, every_bucket
 from cecompile.workload.sequences import Sequences
@@ -34,7 +35,7 @@ class Warmup:
 
 def warm(
     model: PackedModel,
-    questions: Sequence[Any] | None = None,
+    questions: Sequence[Any] | Windows | None = None,
     *,
     max_depth: int = 1,
     tune: bool = False,
@@ -44,7 +45,7 @@ def warm(
 
     Args:
         model: a scorer or an answerer, with the compiled engine.
-        questions: what will be run; or None, for data not yet seen:
+        questions: what will be run, in windows by the first of them; or None, for data not yet seen:
         max_depth: tokens of its longest sequence. Every bucket that a plan might use is built then.
         tune: measure bucket sizes on the questions and record the fastest.
         progress: called as (phase, done, total).
@@ -54,6 +55,9 @@ def warm(
         CheckError: nothing compiles, or what compiles is wrong.
     """
     runtime = model.runtime
+    if isinstance(questions, Windows):
+        with runtime.same_shapes():
+            return warm(model, next(iter(questions)), tune=tune, progress=progress)
     if runtime.engine != "compiled":
         raise UserError(f"--engine {runtime.engine}: nothing to compile")
     entry = runtime.open_cache()

@@ -2,7 +2,8 @@
 
 import gc
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from cecompile.sizing import Sizing
 from cecompile.warming import Ready, Warmed, Warmer
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.order import sort_sequences
-from cecompile.workload.plan import Bucket, Geometry, Plan, make_plan
+from cecompile.workload.plan import Bucket, Geometry, Plan, Totals, make_plan, with_room
 from cecompile.workload.sequences import Sequences
 
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
@@ -92,6 +93,8 @@ class Runtime:
             self.attention = "sdpa"
         self._warmed: Warmed | None = None
         self._made_for = 0  # passes that a streamed engine expects at most
+        self._same_shapes = False
+        self._before: Plan | None = None  # whose shapes the next plan takes over
         self._ahead: tuple[int, int] | None = None  # lengths that plans are made for, known before the data
 
     def remark(self, note: str) -> None:
@@ -142,25 +145,42 @@ class Runtime:
         ahead = None if self._ahead is None or sizing is not None else self.shapes(*self._ahead, fit=True)
         if ahead is not None and not _hold(*ahead, longest, answer):
             ahead = None
-        geometry, decoding = ahead or self.shapes(longest, answer, fit, sizing, order.typically_shared(sequences))
-        plan = replace(make_plan(sequences, geometry, every=ahead is not None, order=order), decoding=decoding)
+        before = self._before if sizing is None and ahead is None else None
+        if before is not None and _hold(before.geometry, before.decoding, longest, answer):
+            geometry, decoding, known = before.geometry, before.decoding, before.buckets
+        else:
+            shared, known = order.typically_shared(sequences), ()
+            geometry, decoding = ahead or self.shapes(longest, answer, fit, sizing, shared)
+        plan = make_plan(sequences, geometry, every=ahead is not None, order=order, buckets=known)
+        plan = replace(plan, decoding=decoding)
+        if self._same_shapes and sizing is None and ahead is None:
+            self._before = plan = with_room(plan, known)
         held = memory.used_already(self.device) if self.model is None else 0
         self.predicted_bytes = self.budget(plan).total + held
         return plan
+
+    @contextmanager
+    def same_shapes(self) -> Iterator[None]:
+        """While this lasts, a plan takes over the shapes of the one before it, if they hold its sequences."""
+        self._same_shapes = True
+        try:
+            yield
+        finally:
+            self._same_shapes, self._before = False, None
 
     def plan_ahead(self, longest: int, answer: int) -> None:
         """From now on plans for up to these lengths (see `shapes`) all have the same buckets."""
         self._ahead = longest, answer
 
-    def budget(self, plan: Plan, device: str | None = None, room: int | None = None) -> memory.Budget:
+    def budget(self, plan: Plan | Totals, device: str | None = None, room: int | None = None) -> memory.Budget:
         """What a run of this plan needs, in bytes by part; on another `device`, "cuda", of `room` bytes, in 16 bits.
 
         Of several stages of a pipeline it is the one that needs most.
         """
-        passes = 1 if self.sizing.streamed is None else self.passes_at_once(plan, len(plan.passes), device, room)
+        passes = 1 if self.sizing.streamed is None else self.passes_at_once(plan, _in_a_window(plan), device, room)
         return self.sizing.budget(_largest(plan), self.engine, plan.decoding, device, passes)
 
-    def stages(self, plan: Plan) -> list[dict[str, Any]] | None:
+    def stages(self, plan: Plan | Totals) -> list[dict[str, Any]] | None:
         """`plan --json`'s `stages`: of each its layers, from the first to before the last, and the bytes it needs."""
         if not self.sizing.shares:
             return None
@@ -176,20 +196,21 @@ class Runtime:
         return self.sizing.shares[self.ranks.stage] if self.sizing.shares else None
 
     def passes_at_once(
-        self, plan: Plan | Ready, passes: int, device: str | None = None, room: int | None = None
+        self, plan: Plan | Totals | Ready, passes: int, device: str | None = None, room: int | None = None
     ) -> int:
         """How many of `passes` go through a streamed layer together; see `Sizing.passes_at_once`."""
         return self.sizing.passes_at_once(_largest(plan), self.engine, passes, device, room)
 
     def planned_streaming(
-        self, plan: Plan, device: str | None = None, room: int | None = None
+        self, plan: Plan | Totals, device: str | None = None, room: int | None = None
     ) -> dict[str, int] | None:
         """As much of `streaming` as is known before a run of this plan; for the arguments see `budget`."""
         streamed = self.sizing.streamed
         if streamed is None:
             return None
-        passes = self.passes_at_once(plan, len(plan.passes), device, room)
-        sweeps, size = -(-len(plan.passes) // passes), streamed.layer_bytes
+        due, windows = _in_a_window(plan), plan.windows if isinstance(plan, Totals) else 1
+        passes = self.passes_at_once(plan, due, device, room)
+        sweeps, size = windows * -(-due // passes), streamed.layer_bytes
         read = sweeps * streamed.layers * size
         return {"sweeps": sweeps, "passes_per_sweep": passes, "layer_bytes": size, "read_bytes": read}
 
@@ -326,6 +347,8 @@ class Runtime:
             if self.ranks.any(self.attention == "sdpa") and self.attention != "sdpa":
                 self.attention, _ = choose_attention(self.load(), "sdpa")
                 self.remark("attention sdpa, because another rank cannot do with flex")
+        if self.attention != planned:
+            self._before = None
         return self.attention != planned
 
     def engine_for(self, ready: Ready, progress: Progress) -> Warmed | None:
@@ -375,6 +398,7 @@ class Runtime:
             torch.cuda.empty_cache()
         if not self.sizing.step_down(ready.geometry):
             raise UserError(f"{self.name}: out of memory on {self.device} with buckets of {slots} tokens")
+        self._before = None
         self.remark(f"buckets made smaller: memory ran out with {slots} tokens")
         return None
 
@@ -410,7 +434,13 @@ def _identity(device: torch.device) -> str:
     return str(getattr(about, "uuid", f"{device} of {platform.node()}"))
 
 
-def _largest(plan: Plan | Ready) -> Geometry:
+def _in_a_window(plan: Plan | Totals) -> int:
+    """The passes of a plan, of several windows' on average."""
+    runs = sum(plan.runs(i) for i in range(len(plan.buckets)))
+    return runs if isinstance(plan, Plan) else -(-runs // plan.windows)
+
+
+def _largest(plan: Plan | Totals | Ready) -> Geometry:
     """The geometry of a plan's largest bucket."""
     largest = plan.buckets[0]
     return Geometry(largest.rows, largest.length, plan.geometry.readout_chunk, plan.geometry.blocks)

@@ -16,7 +16,7 @@ from cecompile.engine.layers import decoder_layers, on_meta
 from cecompile.engine.memory import USABLE
 from cecompile.engine.profiles import PROFILES, Profile
 from cecompile.errors import UserError
-from cecompile.workload.plan import BLOCK, Bucket, Plan
+from cecompile.workload.plan import BLOCK, Bucket, Plan, Totals
 
 VALUE = 2  # bytes of a weight or an activation in bfloat16 or float16
 # Hidden-sized activations that a compiled layer moves beside its linear layers' own: two residual additions, each fused
@@ -137,7 +137,7 @@ def experts_used(config: Any) -> float:
     return getattr(config, "num_experts_per_tok", experts) / experts if experts else 1.0
 
 
-def keys_per_query(plan: Plan, sequences: int) -> int:
+def keys_per_query(plan: Plan | Totals, sequences: int) -> int:
     """How many keys attention visits a query: of sparse tiles the mean depth's and one more, else the longest row."""
     if not plan.geometry.blocks:
         return max(b.length for b in plan.buckets)
@@ -168,7 +168,7 @@ def inference_seconds(profile: Profile, sizes: ModelSizes, runs: Runs, keys: int
     return sum(n * pass_seconds(profile, sizes, bucket, keys) for bucket, n in runs)
 
 
-def phase_seconds(profile: Profile, sizes: ModelSizes, plan: Plan, sequences: int) -> dict[str, float]:
+def phase_seconds(profile: Profile, sizes: ModelSizes, plan: Plan | Totals, sequences: int) -> dict[str, float]:
     """Seconds of each phase; of warm-up without and with a warm cache, of which a run has one.
 
     Args:
@@ -218,7 +218,7 @@ def streamed_seconds(profile: Profile, streaming: dict[str, int], layers: int, i
 
 
 def estimate(
-    name: str, config: Any, plan: Plan, sequences: int, streaming: dict[str, int] | None = None
+    name: str, config: Any, plan: Plan | Totals, sequences: int, streaming: dict[str, int] | None = None
 ) -> dict[str, Any]:
     """`plan --json`'s `estimate`: seconds of each phase on a device, labelled.
 

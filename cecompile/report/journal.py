@@ -4,6 +4,9 @@
     record 0     the header, JSON: what the run depends on, and when it began
     record 1...  a finished part of the run each: its kind, its index, its bytes
 
+A run in windows counts the indices of each window anew; `begin` begins the next one. Every window but the first has a
+record of its own of what it depends on.
+
 A record is a head (kind, index, length of the payload, digest over those three, the record's place and the payload)
 and the payload. Records are only ever appended, by one process at a time, so that a process may be killed at any
 moment: what is read back ends at the first record that is cut off or damaged, and goes on from there.
@@ -29,13 +32,13 @@ from cecompile.errors import UserError
 from cecompile.ranks import ALONE, Ranks
 
 NAME = ".journal.partial"  # of rank 0; rank 1 has .journal-1.partial
-PASSES, ANSWERS = "passes", "answers"  # the kinds of records
+PASSES, ANSWERS, WINDOW = "passes", "answers", "window"  # the kinds of records
 SYNC = 5.0  # seconds between two waits for the disk, at least
 
 _MAGIC = b"cecompile journal 1\n"
-_KINDS = ("header", PASSES, ANSWERS)
+_KINDS = ("header", PASSES, ANSWERS, WINDOW)
 _NAMES = re.compile(r"\.journal(-[1-9][0-9]*)?\.partial")
-_HEAD = struct.Struct("<IIQ16s")  # kind, index, payload's length, digest
+_HEAD = struct.Struct("<IIQ16s")  # kind and, from bit 8 on, window; index; payload's length; digest
 
 
 def journals_in(directory: Path) -> list[Path]:
@@ -75,6 +78,7 @@ class Journal:
         self._owned = 0  # records that were in this rank's file already
         self._added = 0
         self._begun = False
+        self._window = 0
         if resume:
             self._open_to_resume()
         elif ranks.restarts:
@@ -104,7 +108,7 @@ class Journal:
         """How much was taken over, by kind, and when the run began that it is from; None if nothing was."""
         if self._from is None or not self._kept:
             return None
-        counts = {kind: sum(k == kind for k, _ in self._kept) for kind in _KINDS[1:]}
+        counts = {kind: sum(k == kind for k, _ in self._kept) for kind in (PASSES, ANSWERS)}
         return {kind: n for kind, n in counts.items() if n or kind == PASSES} | {"from": self._from}
 
     def expect(self, facts: Mapping[str, Any]) -> None:
@@ -124,11 +128,14 @@ class Journal:
                 raise UserError(f"{self.directory}: cannot be resumed: {'; '.join(different)}")
 
     def begin(self, facts: Mapping[str, Any]) -> None:
-        """Ready for records, with the last of what the run depends on.
+        """Ready for records, with the last of what the run depends on; then, for each further window, with its own.
 
         Raises:
             UserError: see `expect`; the file system refuses; another process is writing.
         """
+        if self._begun:
+            self._begin_window(facts)
+            return
         self.expect(facts)
         self._begun = True
         if self._file is not None:
@@ -151,8 +158,8 @@ class Journal:
         self._append("header", 0, json.dumps(header).encode())
 
     def get(self, kind: str, index: int) -> bytes | None:
-        """A record of the run that is resumed, or None."""
-        return self._kept.get((kind, index))
+        """A record of the run that is resumed, in the window that was begun last, or None."""
+        return self._kept.get((kind, self._window << 32 | index))
 
     def add(self, kind: str, index: int, payload: bytes) -> None:
         """Appends a record. Once this returns, it survives the process; the machine, some seconds later.
@@ -160,7 +167,7 @@ class Journal:
         Raises:
             UserError: the file system refuses; the journal ends with the record before.
         """
-        self._append(kind, index, payload)
+        self._append(kind, self._window << 32 | index, payload)
         self._added += 1
 
     def close(self) -> None:
@@ -190,6 +197,14 @@ class Journal:
         with contextlib.suppress(OSError):
             for directory in self._made:
                 directory.rmdir()
+
+    def _begin_window(self, facts: Mapping[str, Any]) -> None:
+        self._window += 1
+        then = self.get(WINDOW, 0)
+        if then is None:
+            self._append(WINDOW, self._window << 32, json.dumps(facts).encode())
+        elif json.loads(then) != facts:
+            raise UserError(f"{self.directory}: cannot be resumed: window {self._window + 1} is planned otherwise")
 
     def _open_to_resume(self) -> None:
         """Reads all journals here, and learns what other ranks have read elsewhere; only then is one written on."""
@@ -254,9 +269,10 @@ class Journal:
         return file
 
     def _append(self, kind: str, index: int, payload: bytes) -> None:
-        digest = _digest(_KINDS.index(kind), index, self._size, payload)
+        head = _KINDS.index(kind) | index >> 32 << 8, index & 0xFFFFFFFF
+        digest = _digest(*head, self._size, payload)
         try:
-            self._write(_HEAD.pack(_KINDS.index(kind), index, len(payload), digest) + payload)
+            self._write(_HEAD.pack(*head, len(payload), digest) + payload)
             if time.monotonic() - self._synced > SYNC:
                 assert self._file is not None
                 os.fsync(self._file)
@@ -282,7 +298,10 @@ class Journal:
 
 
 def read(content: bytes) -> Iterator[tuple[str, int, bytes, int]]:
-    """The records of a journal, up to the first that is not whole: kind, index, payload, and where the record ends."""
+    """The records of a journal, up to the first that is not whole: kind, index, payload, and where the record ends.
+
+    The index has its window from bit 32 on.
+    """
     if not content.startswith(_MAGIC):
         return
     at = len(_MAGIC)
@@ -290,10 +309,10 @@ def read(content: bytes) -> Iterator[tuple[str, int, bytes, int]]:
         kind, index, length, digest = _HEAD.unpack_from(content, at)
         begin = at + _HEAD.size
         payload = content[begin : begin + length]
-        if kind >= len(_KINDS) or len(payload) < length or digest != _digest(kind, index, at, payload):
+        if kind & 255 >= len(_KINDS) or len(payload) < length or digest != _digest(kind, index, at, payload):
             return
         at = begin + length
-        yield _KINDS[kind], index, payload, at
+        yield _KINDS[kind & 255], kind >> 8 << 32 | index, payload, at
 
 
 def _has_records(path: Path) -> bool:

@@ -14,15 +14,20 @@ from typing import Any
 
 from cecompile.errors import UserError
 from cecompile.report import journal
-from cecompile.workload.plan import Plan
+from cecompile.report.spool import Spool, line
+from cecompile.workload.plan import Plan, Totals
 
 SCHEMA = 1
 RESULTS, SAMPLES, PREDICTIONS = "results.json", "samples.jsonl", "predictions.jsonl"
 CARD, DOCUMENT = "card.png", "report.pdf"  # what `cecompile report` makes of them
 
 
-def plan_summary(plan: Plan) -> dict[str, Any]:
-    """results.json's `plan`: token counts, and how often each bucket runs."""
+def plan_summary(plan: Plan | Totals) -> dict[str, Any]:
+    """results.json's `plan`: token counts, and how often each bucket runs.
+
+    Of a run in windows, `windows` says how many. The counts are then sums over the windows, within which prefixes are
+    shared; so `prefix_tree_tokens` is what one prefix tree for each window would have.
+    """
     summary: dict[str, Any] = {
         "useful_tokens": plan.useful_tokens,
         "slots": plan.slots,
@@ -40,6 +45,8 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
             for i, b in enumerate(plan.buckets)
         ],
     }
+    if isinstance(plan, Totals):
+        summary["windows"] = plan.windows
     if plan.decoding is not None:
         summary["decoding"] = dataclasses.asdict(plan.decoding)
     return summary
@@ -94,7 +101,7 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
         raise UserError(f"{directory}: cannot be written: {parent}: {error.strerror}") from None
 
 
-def write_samples(directory: Path, samples: Sequence[Any]) -> None:
+def write_samples(directory: Path, samples: Sequence[Any] | Spool) -> None:
     """Writes samples.jsonl, a line per sample (a dataclass), and removes an earlier run's other files first.
 
     Raises:
@@ -103,10 +110,10 @@ def write_samples(directory: Path, samples: Sequence[Any]) -> None:
     for name in (RESULTS, PREDICTIONS, CARD, DOCUMENT):
         with contextlib.suppress(FileNotFoundError):
             (directory / name).unlink()
-    write_whole(directory / SAMPLES, (json.dumps(dataclasses.asdict(s)) + "\n" for s in samples))
+    write_whole(directory / SAMPLES, samples.lines() if isinstance(samples, Spool) else map(line, samples))
 
 
-def write_predictions(directory: Path, texts: Sequence[str]) -> None:
+def write_predictions(directory: Path, texts: Iterable[str]) -> None:
     """Writes predictions.jsonl, a line per answer as the text-generation pipeline returns it.
 
     Raises:
@@ -118,7 +125,15 @@ def write_predictions(directory: Path, texts: Sequence[str]) -> None:
 def file_digests(directory: Path) -> dict[str, str]:
     """results.json's `samples_digest`: SHA-256 (hex) of samples.jsonl and, where there is one, predictions.jsonl."""
     files = [directory / name for name in (SAMPLES, PREDICTIONS)]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+    return {file.name: _digest(file) for file in files if file.is_file()}
+
+
+def _digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            sha.update(part)
+    return sha.hexdigest()
 
 
 def digest_of_results(results: dict[str, Any]) -> str:

@@ -52,7 +52,7 @@ SHAPE = {
     "engine": {"name": str, "attention": Maybe(str), "note": Maybe(str)},
     "plan": Maybe({
         "useful_tokens": int, "slots": int, "unshared_tokens": int, "question_tree_tokens": int,
-        "prefix_tree_tokens": int,
+        "prefix_tree_tokens": int, "windows": Maybe(int),
         "buckets": [{"rows": int, "length": int, "readouts": int, "runs": int, "useful_tokens": Maybe(int)}],
     }),
     "streaming": Maybe({

@@ -232,6 +232,8 @@ def _plan_rows(table: Table, plan: dict[str, Any]) -> None:
     _row(table, "useful tokens", f"{useful:,}", f"{unshared / useful:.2f} times fewer than one sequence per choice")
     floor = plan["prefix_tree_tokens"]
     _row(table, "prefix tree", f"{floor:,}", f"the floor; useful tokens are {100 * (useful / floor - 1):.1f} % above")
+    if plan.get("windows"):
+        _row(table, "windows", f"{plan['windows']:,}", "prefixes are shared within each, as in the prefix tree")
     _row(table, "slots", f"{plan['slots']:,}", f"{100 * useful / plan['slots']:.1f} % filled")
     for b in plan["buckets"]:
         shape = f"{b['rows']} x {b['length']} tokens, {b['readouts']} readouts"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cecompile.tasks.judge import fraction
+from cecompile.tasks.judge import metrics_of
 
 NEW_TOKENS = 500  # the longest answer that the 2024 contest's script allows
 Message = tuple[str, str]  # (role, content)
@@ -39,6 +39,11 @@ class ChatQuestion:
     def conversation(self) -> list[dict[str, str]]:
         """The messages in the form that `transformers` takes."""
         return [{"role": role, "content": content} for role, content in self.messages]
+
+    @property
+    def characters(self) -> int:
+        """Length of the text that is tokenised."""
+        return sum(len(content) for _, content in self.messages)
 
     def content(self) -> list[Any]:
         """What the question consists of, as plain JSON values."""
@@ -115,4 +120,9 @@ def judge_answer(question: ChatQuestion, text: str, tokens: int | None, decoded_
 
 def answer_metrics(samples: Sequence[AnswerSample]) -> dict[str, float | None]:
     """`exact_match`, the fraction of right answers, and its standard error; None where there are no labels."""
-    return fraction("exact_match", [s.correct for s in samples])
+    return metrics_of(right_answers(samples))
+
+
+def right_answers(samples: Sequence[AnswerSample]) -> dict[str, list[bool | None]]:
+    """The same as `right_choices` for answers."""
+    return {"exact_match": [s.correct for s in samples]}

@@ -1,7 +1,7 @@
 """Judging: from loglikelihoods to predictions and metrics, as lm-evaluation-harness does it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,19 +46,30 @@ def judge(question: Question, loglikelihoods: Sequence[float], greedy: Sequence[
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float | None]:
     """`acc`, `acc_norm` (fractions of 1) and their standard errors; None where there are no labels."""
+    return metrics_of(right_choices(samples))
+
+
+def right_choices(samples: Sequence[Sample]) -> dict[str, list[bool | None]]:
+    """By metric, which samples are right; None where not all have labels."""
     labelled = all(s.label is not None for s in samples)
-    right = [s.prediction == s.label if labelled else None for s in samples]
-    right_norm = [s.prediction_norm == s.label if labelled else None for s in samples]
-    return fraction("acc", right) | fraction("acc_norm", right_norm)
+    return {
+        "acc": [s.prediction == s.label if labelled else None for s in samples],
+        "acc_norm": [s.prediction_norm == s.label if labelled else None for s in samples],
+    }
 
 
-def fraction(name: str, right: Sequence[bool | None]) -> dict[str, float | None]:
+def metrics_of(right: Mapping[str, Sequence[int | None]]) -> dict[str, float | None]:
+    """Each metric (see `fraction`), from which samples it counts as right."""
+    return {key: value for name, some in right.items() for key, value in fraction(name, some).items()}
+
+
+def fraction(name: str, right: Sequence[int | None]) -> dict[str, float | None]:
     """The fraction of those right, as `name`, and its standard error, as `name`_stderr; None where not all are known.
 
     The standard error is the sample standard deviation (n - 1) over the square root of n.
     """
-    values = [float(r) for r in right if r is not None]
-    if len(values) < len(right):
+    if any(r is None for r in right):
         return {name: None, f"{name}_stderr": None}
+    values = np.fromiter(right, np.float64, len(right))
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
     return {name: float(np.mean(values)), f"{name}_stderr": error}

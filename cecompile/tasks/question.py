@@ -25,6 +25,11 @@ class Question:
     label: int | None
     delimiter: str = " "
 
+    @property
+    def characters(self) -> int:
+        """Length of the text that is tokenised."""
+        return len(self.context) * (1 + len(self.choices)) + sum(map(len, self.choices))
+
     def content(self) -> list[Any]:
         """What the question consists of, as plain JSON values."""
         return [self.id, self.context, self.choices, self.label, self.delimiter]
@@ -41,6 +46,10 @@ def digest(questions: Iterable[HasContent]) -> str:
     """SHA-256 (hex) of the questions' content, the same whatever file format they came in."""
     sha = hashlib.sha256()
     for q in questions:
-        sha.update(json.dumps(q.content()).encode("ascii"))
-        sha.update(b"\n")
+        sha.update(line(q))
     return sha.hexdigest()
+
+
+def line(question: HasContent) -> bytes:
+    """A question's content as a line of JSON, for a digest."""
+    return json.dumps(question.content()).encode("ascii") + b"\n"

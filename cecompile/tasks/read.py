@@ -1,6 +1,7 @@
 """Reading datasets: local JSONL, JSON, Parquet and CSV files, and hub ids."""
 
 import codecs
+import functools
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ from typing import Any
 
 from cecompile.errors import UserError
 from cecompile.tasks.formats import detect, to_question
+from cecompile.tasks.windows import Windows, split
 
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%+-]+))?")
 SPLITS = ("validation", "test", "train")
@@ -23,6 +25,14 @@ class Dataset:
 
     task: str
     questions: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LargeDataset:
+    """The same, a window at a time."""
+
+    task: str
+    questions: Windows
 
 
 def read_questions(data: str | Path, task: str = "auto", limit: float | None = None) -> list[Any]:
@@ -44,26 +54,74 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
     Raises:
         UserError: the data cannot be read, or a row is not a question; names the file, the line and the field.
     """
-    questions: list[Any] = []
-    before = _state(data)
-    fmt = None
-    last = int(limit) if limit is not None and limit >= 1 else None
-    for position, (where, row) in enumerate(itertools.islice(_rows(data), last)):
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object, found a JSON {type(row).__name__}")
-        fmt = fmt or detect(row, task, where)
-        question = to_question(row, fmt, where, position)
-        if questions and (question.label is None) != (questions[0].label is None):
-            state = "missing, though earlier rows have one" if question.label is None else "given, unlike earlier rows"
-            raise UserError(f"{where}: field '{fmt.label_field}': {state}")
-        questions.append(question)
-    if _state(data) != before:
-        raise UserError(f"{data}: changed while it was read")
-    if fmt is None:
-        raise UserError(f"{data}: no rows")
+    rows = _Reading(data, task, limit)
+    questions = list(rows)
+    return Dataset(rows.task, questions[: _kept(len(questions), limit)])
+
+
+def read_windows(data: str | Path, task: str, limit: float | None, window: int) -> Dataset | LargeDataset:
+    """The same, but more than `window` questions are checked without being kept, to be read again as they are needed.
+
+    A .json array is parsed as a whole each time; Parquet, CSV and hub datasets are converted into files of the
+    `datasets` library's cache, which it maps into memory.
+
+    Args, raises: see `read_dataset`.
+    """
+    rows = _Reading(data, task, limit)
+    windows = split(rows, window)
+    read = list(itertools.islice(windows, 2))
+    if len(read) == 1:
+        return Dataset(rows.task, read[0][: _kept(len(read[0]), limit)])
+    first = (read.pop(0) for _ in range(2))  # so that they do not stay
+    again = functools.partial(_Reading, data, task, limit, rows.state)
+    surveyed = Windows.surveyed(str(data), window, itertools.chain(first, windows), again)
     if limit is not None and limit < 1:
-        questions = questions[: math.ceil(len(questions) * limit)]
-    return Dataset(fmt.task, questions)
+        return read_windows(data, task, _kept(len(surveyed), limit), window)
+    return LargeDataset(rows.task, surveyed)
+
+
+def _kept(count: int, limit: float | None) -> int:
+    """How many of so many questions are kept."""
+    return math.ceil(count * limit) if limit is not None and limit < 1 else count
+
+
+class _Reading:
+    """Goes through a dataset's rows as questions, and raises UserError as `read_dataset` does.
+
+    Args:
+        data, task: see `read_dataset`.
+        limit: how many rows at most, where it is at least 1.
+        state: what the file must be like; None where it has not been read before.
+
+    Attributes:
+        task: the rows' own, once there was one.
+        state: what the file is like.
+    """
+
+    def __init__(self, data: str | Path, task: str, limit: float | None, state: tuple[int, ...] | None = None) -> None:
+        self.task = task
+        self.state = state or _state(data)
+        self._data = data
+        self._last = int(limit) if limit is not None and limit >= 1 else None
+
+    def __iter__(self) -> Iterator[Any]:
+        fmt = None
+        labelled = False
+        for position, (where, row) in enumerate(itertools.islice(_rows(self._data), self._last)):
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected an object, found a JSON {type(row).__name__}")
+            first, fmt = fmt is None, fmt or detect(row, self.task, where)
+            question = to_question(row, fmt, where, position)
+            if not first and (question.label is not None) != labelled:
+                what = "missing, though earlier rows have one" if labelled else "given, unlike earlier rows"
+                raise UserError(f"{where}: field '{fmt.label_field}': {what}")
+            labelled = question.label is not None
+            yield question
+        if _state(self._data) != self.state:
+            raise UserError(f"{self._data}: changed while it was read")
+        if fmt is None:
+            raise UserError(f"{self._data}: no rows")
+        self.task = fmt.task
 
 
 def _state(data: str | Path) -> tuple[int, ...] | None:

@@ -1,6 +1,6 @@
 """The plan: which sequences run together, in which fixed shapes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,6 +14,7 @@ BLOCK = 128  # row lengths are multiples of it
 DENSE_ROW = (512, 1024)  # shortest and longest row of dense attention, where the sequences leave the choice
 MAX_BUCKETS = 4
 ROWS_AT_ONCE = 512  # that are laid out together, which bounds what that takes beside its result
+ROOM = 1.25  # readouts of buckets for windows to come, over those of the first window
 ENOUGH_FILL = 1.03  # slots per useful token below which a further bucket shape is not worth its compilation
 
 
@@ -101,6 +102,76 @@ class Plan:
         return sum(len(row.token_ids) for p in self.passes if p.bucket == bucket for row in p.rows)
 
 
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What several plans count together, each of a window of the questions: nothing is shared between windows.
+
+    Attributes:
+        geometry, decoding: the last plan's.
+        bucket_counts: of each bucket how often it runs, and the nodes in the rows of its passes.
+        useful_tokens, unshared_tokens, question_tree_tokens, prefix_tree_tokens: sums of the plans' own.
+        windows: how many plans.
+    """
+
+    geometry: Geometry
+    decoding: DecodeShape | None
+    bucket_counts: dict[Bucket, tuple[int, int]]
+    useful_tokens: int
+    unshared_tokens: int
+    question_tree_tokens: int
+    prefix_tree_tokens: int
+    windows: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Totals":
+        """A single plan's."""
+        counts = {bucket: (plan.runs(i), plan.useful_tokens_of(i)) for i, bucket in enumerate(plan.buckets)}
+        return cls(
+            plan.geometry,
+            plan.decoding,
+            counts,
+            plan.useful_tokens,
+            plan.unshared_tokens,
+            plan.question_tree_tokens,
+            plan.prefix_tree_tokens,
+            1,
+        )
+
+    def and_then(self, plan: Plan) -> "Totals":
+        """With one more plan."""
+        other, counts = Totals.of(plan), dict(self.bucket_counts)
+        for bucket, (runs, tokens) in other.bucket_counts.items():
+            before = counts.get(bucket, (0, 0))
+            counts[bucket] = before[0] + runs, before[1] + tokens
+        return Totals(
+            plan.geometry,
+            plan.decoding,
+            counts,
+            self.useful_tokens + other.useful_tokens,
+            self.unshared_tokens + other.unshared_tokens,
+            self.question_tree_tokens + other.question_tree_tokens,
+            self.prefix_tree_tokens + other.prefix_tree_tokens,
+            self.windows + 1,
+        )
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """All that any plan has, largest first."""
+        return tuple(sorted(self.bucket_counts, key=lambda b: (-b.slots, b.shape, b.readouts)))
+
+    @property
+    def slots(self) -> int:
+        return sum(bucket.slots * runs for bucket, (runs, _) in self.bucket_counts.items())
+
+    def runs(self, bucket: int) -> int:
+        """See `Plan`."""
+        return self.bucket_counts[self.buckets[bucket]][0]
+
+    def useful_tokens_of(self, bucket: int) -> int:
+        """See `Plan`."""
+        return self.bucket_counts[self.buckets[bucket]][1]
+
+
 def choose_geometry(
     longest: int, *, tokens_per_bucket: int, blocks: bool, readout_chunk: int, shared: int = 0, key_cost: float = 0.0
 ) -> Geometry:
@@ -127,7 +198,10 @@ def choose_geometry(
     return Geometry(max(1, budget // length), length, readout_chunk, blocks)
 
 
-def make_plan(sequences: Sequences, geometry: Geometry, *, every: bool = False, order: Order | None = None) -> Plan:
+def make_plan(
+    sequences: Sequences, geometry: Geometry, *, every: bool = False, order: Order | None = None,
+    buckets: tuple[Bucket, ...] = (),
+) -> Plan:  # fmt: skip
     """Sorts, merges and packs all sequences. Deterministic; near n log n in the number of tokens.
 
     Args:
@@ -135,6 +209,8 @@ def make_plan(sequences: Sequences, geometry: Geometry, *, every: bool = False, 
         geometry: what to pack for.
         order: the sequences', where it is known.
         every: the plan has the buckets of `every_bucket`, in use or not, as warmed up for data not yet seen.
+        buckets: those of an earlier plan of this geometry. The plan has them too, in use or not, and no other shapes
+            as long as they hold all rows; with more readouts where it needs more.
 
     Raises:
         ValueError: a sequence is longer than a row.
@@ -149,8 +225,8 @@ def make_plan(sequences: Sequences, geometry: Geometry, *, every: bool = False, 
         for at in range(0, len(filled), ROWS_AT_ONCE)
         for row in _rows(sequences, order, items.start, filled[at : at + ROWS_AT_ONCE])
     ]
-    shapes = _cover(rows, geometry)
-    buckets, passes = _passes(shapes, geometry, every)
+    shapes = _cover_as_before(rows, geometry, buckets) if buckets else _cover(rows, geometry)
+    buckets, passes = _passes(shapes, geometry, every_bucket(geometry) if every else buckets)
     new_question = np.diff(sequences.questions[order.sequence], prepend=-1) != 0
     lengths = sequences.input_lengths
     return Plan(
@@ -195,6 +271,27 @@ def _cover(rows: list[Layout], geometry: Geometry) -> Shaped:
     return candidates[slots.index(min(slots))]
 
 
+def _cover_as_before(rows: list[Layout], geometry: Geometry, buckets: tuple[Bucket, ...]) -> Shaped:
+    """Passes over all rows in the shapes of these buckets and, where one is too long for them, the geometry's own."""
+    shapes = [(b.rows, b.length) for b in buckets]
+    rows = sorted(rows, key=lambda r: -len(r.token_ids))
+    if len(rows[0].token_ids) > max(length for _, length in shapes):
+        shapes.insert(0, (geometry.rows, geometry.length))
+    return _cover_with(rows, shapes)
+
+
+def with_room(plan: Plan, known: tuple[Bucket, ...]) -> Plan:
+    """The plan with more readouts in those buckets that are not known already, so that a plan to come may have them."""
+    most = {b.shape: b.readouts for b in every_bucket(plan.geometry)}
+    chunk = plan.geometry.readout_chunk
+
+    def roomy(bucket: Bucket) -> Bucket:
+        wanted = -(-int(ROOM * bucket.readouts) // chunk) * chunk
+        return replace(bucket, readouts=max(bucket.readouts, min(wanted, most[bucket.shape])))
+
+    return replace(plan, buckets=tuple(b if b in known else roomy(b) for b in plan.buckets))
+
+
 def ladder(geometry: Geometry) -> list[tuple[int, int]]:
     """The shapes (rows, length) that a plan of this geometry may use: the bucket halved, by rows first, then length."""
     out = [(geometry.rows, geometry.length)]
@@ -233,8 +330,10 @@ def _cover_with(rows: list[Layout], shapes: list[tuple[int, int]]) -> Shaped:
     return out
 
 
-def _passes(shaped: Shaped, geometry: Geometry, every: bool) -> tuple[tuple[Bucket, ...], tuple[Pass, ...]]:
-    readouts = {(b.rows, b.length): b.readouts for b in every_bucket(geometry)} if every else {}
+def _passes(
+    shaped: Shaped, geometry: Geometry, known: tuple[Bucket, ...]
+) -> tuple[tuple[Bucket, ...], tuple[Pass, ...]]:
+    readouts = {(b.rows, b.length): b.readouts for b in known}
     for shape, rows in shaped:
         readouts[shape] = max(readouts.get(shape, 1), sum(len(r.position) for r in rows))
     shapes = sorted(readouts, key=lambda s: (-s[0] * s[1], s))

@@ -1,0 +1,131 @@
+"""A run over questions in windows: one after another by the same warm engine, and what they say together.
+
+Sequences share prefixes within a window. A window's passes have the shapes of those before, as long as these hold its
+sequences; otherwise there is a further warm-up.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cecompile.packed import PackedModel
+from cecompile.report.clock import Clock
+from cecompile.report.journal import Journal
+from cecompile.report.spool import Spool
+from cecompile.runtime import Progress
+from cecompile.tasks.chat import AnswerSample, right_answers
+from cecompile.tasks.judge import metrics_of, right_choices
+from cecompile.tasks.windows import Windows
+from cecompile.workload.plan import Plan, Totals
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A run's outcome.
+
+    Attributes:
+        samples: in the order of the questions.
+        facts: what results.json says of them.
+        plan: None for the reference engine.
+        inference_s: seconds of each run of the inference phase.
+        warm_moments: see `Runtime`.
+    """
+
+    samples: list[Any] | Spool
+    facts: dict[str, Any]
+    plan: Plan | Totals | None
+    inference_s: list[float]
+    warm_moments: dict[str, float]
+
+
+Run = Callable[..., Judged]  # (model, questions, clock, progress, repeat, journal)
+
+
+def run_in_windows(
+    run: Run, model: PackedModel, windows: Windows, clock: Clock, progress: Progress, repeat: int,
+    journal: Journal | None, output: Path | None,
+) -> Judged:  # fmt: skip
+    """Runs and judges window by window. What it holds does not grow with their number, but for a byte a question.
+
+    Args:
+        run: does so with the questions of one window.
+        model, clock, progress, repeat, journal: for `run`. Progress is also told ("windows", done, number).
+        output: where the samples are kept until they are written; None keeps them elsewhere on disk.
+
+    Raises:
+        UserError: what `run` raises, or the file system refuses.
+    """
+    if journal is not None:
+        journal.expect({"window": windows.size})
+    facts: dict[str, Any] = {}
+    spool: Spool | None = None
+    totals: Totals | None = None
+    seconds = [0.0] * repeat
+    moments: dict[str, float] = {}
+    right: dict[str, bytearray | None] = {}
+    reading, number = iter(windows), 0
+    with model.runtime.same_shapes():
+        clock.enter("preprocess")
+        while (questions := next(reading, None)) is not None:
+            progress("windows", number, windows.number)
+            number += 1
+            judged = run(model, questions, clock, progress, repeat, journal)
+            samples = list(judged.samples)
+            spool = Spool(output, type(samples[0])) if spool is None else spool
+            spool.add(samples)
+            _count(right, samples)
+            facts = _added(facts, judged.facts)
+            if isinstance(judged.plan, Plan):
+                totals = Totals.of(judged.plan) if totals is None else totals.and_then(judged.plan)
+            seconds = [a + b for a, b in zip(seconds, judged.inference_s, strict=True)]
+            moments |= judged.warm_moments
+            del questions, judged, samples  # before the next ones are read
+            clock.enter("preprocess")
+    clock.enter("score")
+    assert spool is not None
+    facts["metrics"] = metrics_of({name: [None] if some is None else some for name, some in right.items()})
+    return Judged(spool, facts, totals, seconds, moments)
+
+
+def plan_in_windows(model: PackedModel, questions: Sequence[Any] | Windows, fit: bool) -> tuple[Plan | Totals, int]:
+    """The plan of all questions, and how many sequences it packs. Raises UserError: see `PackedModel.prepare`."""
+    if not isinstance(questions, Windows):
+        workload = model.prepare(questions, fit=fit)
+        assert workload.plan is not None
+        return workload.plan, len(workload.sequences)
+    totals: Totals | None = None
+    sequences = 0
+    with model.runtime.same_shapes():
+        for window in questions:
+            workload = model.prepare(window, fit=fit)
+            assert workload.plan is not None
+            totals = Totals.of(workload.plan) if totals is None else totals.and_then(workload.plan)
+            sequences += len(workload.sequences)
+            del window, workload
+    assert totals is not None
+    return totals, sequences
+
+
+def _count(right: dict[str, bytearray | None], samples: Sequence[Any]) -> None:
+    """Appends which samples are right, by metric; None where that is not known of all."""
+    known = right_answers(samples) if isinstance(samples[0], AnswerSample) else right_choices(samples)
+    for metric, some in known.items():
+        counted = right.setdefault(metric, bytearray())
+        if counted is None or any(r is None for r in some):
+            right[metric] = None
+        else:
+            counted.extend(bool(r) for r in some)
+
+
+def _added(facts: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """The facts of all windows so far, with one more's; `metrics` are that one's."""
+    if not facts:
+        return more
+    out = dict(more)
+    for name in {"choices", "truncated_questions"} & more.keys():
+        out[name] = facts[name] + more[name]
+    if "answers" in more:
+        counts = {k: v if v is None else facts["answers"][k] + v for k, v in more["answers"].items()}
+        out["answers"] = counts | {"max_new_tokens": more["answers"]["max_new_tokens"]}
+    return out
