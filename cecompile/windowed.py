@@ -82,6 +82,7 @@ def run_in_windows(
             moments |= judged.warm_moments
             del questions, judged, samples  # before the next ones are read
             clock.enter("preprocess")
+    progress("windows", number, windows.number)
     clock.enter("score")
     assert spool is not None
     facts["metrics"] = metrics_of({name: [None] if some is None else some for name, some in right.items()})

@@ -105,6 +105,7 @@ class _Reading:
         self._last = int(limit) if limit is not None and limit >= 1 else None
 
     def __iter__(self) -> Iterator[Any]:
+        self._check_state()
         fmt = None
         labelled = False
         for position, (where, row) in enumerate(itertools.islice(_rows(self._data), self._last)):
@@ -117,11 +118,14 @@ class _Reading:
                 raise UserError(f"{where}: field '{fmt.label_field}': {what}")
             labelled = question.label is not None
             yield question
-        if _state(self._data) != self.state:
-            raise UserError(f"{self._data}: changed while it was read")
+        self._check_state()
         if fmt is None:
             raise UserError(f"{self._data}: no rows")
         self.task = fmt.task
+
+    def _check_state(self) -> None:
+        if _state(self._data) != self.state:
+            raise UserError(f"{self._data}: changed while it was read")
 
 
 def _state(data: str | Path) -> tuple[int, ...] | None:
