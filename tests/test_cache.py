@@ -185,13 +185,13 @@ def test_require_warm_refuses_to_compile(tiny_llama, questions, tmp_path):
 
 def test_warm_for_data_not_yet_seen(tiny_llama, questions, tmp_path):
     model = ("--model", str(tiny_llama), "--device", "cpu")
-    done = run("warm", *model, "--max-depth", "64", "--tokens-per-bucket", "512", cache=tmp_path / "cache")
+    done = run("warm", *model, "--max-depth", "64", "--tokens-per-bucket", "256", cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    more = ("--require-warm", "--tokens-per-bucket", "512")
+    more = ("--require-warm", "--tokens-per-bucket", "256")
     done = evaluate(None, tiny_llama, questions, tmp_path / "out", tmp_path / "cache", *more)
     assert done.returncode == 0, done.stderr
     listed = run("warm", "--list", cache=tmp_path / "cache")
-    assert "1 x 512" in listed.stdout
+    assert "1 x 256" in listed.stdout
     assert "1 entries" in listed.stdout
     (manifest,) = (tmp_path / "cache").glob("*.json")
     manifest.write_text("{}")

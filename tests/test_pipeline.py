@@ -36,7 +36,6 @@ CPU = torch.device("cpu")
 EAGER = {"engine": "eager", "tokens_per_bucket": 256}
 RUNS = {  # what runs, in how many stages of the four ranks, and whether one process begins
     "both": ("deep", ROWS, EAGER, 2, False),
-    "one after another": ("deep", ROWS[:60], EAGER, 4, False),
     "tied": ("tied", ROWS[:60], EAGER, 4, False),
     "compiled": ("babbler", ROWS[:16], EAGER | {"engine": "compiled"}, 2, False),
     "gone on with": ("deep", ROWS[:60], EAGER, 2, True),

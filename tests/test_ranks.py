@@ -112,7 +112,6 @@ def test_four_ranks_and_one_give_the_same(base, whole, tmp_path):
 
 KINDS = {
     "trees, repeated": (ROWS[:40], {"engine": "eager", "tokens_per_bucket": 256}, ["--repeat", "3"]),
-    "compiled": (ROWS[:16], {"engine": "compiled", "tokens_per_bucket": 256}, []),
     "reference": (ROWS[:10], {"engine": "reference"}, []),
     "chats": (CHATS * 4, {"engine": "eager", "tokens_per_bucket": 256, "new_tokens": 6}, ["--max-new-tokens", "6"]),
     "chats, reference": (CHATS[:3], {"engine": "reference", "new_tokens": 2}, ["--max-new-tokens", "2"]),
