@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CECOMPILE_CACHE"] = tempfile.mkdtemp(prefix="cecompile-tests-")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compiling processes beside each test's
 if "PYTEST_XDIST_WORKER" in os.environ:  # the others use the other cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
