@@ -131,10 +131,6 @@ class Ranks:
             union.update(part)
         return union
 
-    def same(self, value: Any, what: str) -> None:
-        """Raises UserError where not all ranks have the same."""
-        self.all_same({what: value})
-
     def all_same(self, facts: Mapping[str, Any]) -> None:
         """Raises UserError where not all ranks have the same facts, by name; says where they differ."""
         every = self.gather(facts)

@@ -76,6 +76,17 @@ def save_tiny_llama(directory: Path, vocabulary: int, **changes) -> Path:
     return directory
 
 
+@pytest.fixture
+def one_thread():
+    """As torchrun has it."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """A random Llama of 96 positions with the demo's tokenizer."""

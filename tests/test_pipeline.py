@@ -31,6 +31,7 @@ from cecompile.sizing import Sizing
 from cecompile.warming import Ready, Warmer
 from cecompile.workload.plan import Bucket, Geometry
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = 5
 CPU = torch.device("cpu")
 EAGER = {"engine": "eager", "tokens_per_bucket": 256}
@@ -53,15 +54,6 @@ def models(babbler, tmp_path_factory) -> dict[str, Path]:
         for file in babbler.glob("token*"):
             (made[name] / file.name).write_bytes(file.read_bytes())
     return made
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As torchrun has it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def command(model: Path, data: Path, how: dict) -> list[str]:

@@ -30,17 +30,9 @@ ROWS = [
     {"query": f"Question {i} is", "choices": ["short", f"rather longer {i} " * 3, "x"], "gold": i % 3}
     for i in range(160)
 ]
+pytestmark = pytest.mark.usefixtures("one_thread")
 RANK = Path(__file__).with_name("rank.py")
 TREES = ["--engine", "eager", "--tokens-per-bucket", "256"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As torchrun has it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -189,12 +189,34 @@ class _Slot:
 
     def unload(self, turn: int) -> None:
         """Queues the copy of the outputs to the host."""
-        self._turns[turn].fetch(self.logprob, self.argmax)
+        self._turns[turn].outputs.fetch(self.logprob, self.argmax)
 
     def collect(self, one: StagedPass, turn: int) -> Readouts:
         """Waits for the outputs of a pass and picks those in use."""
-        logprob, argmax = self._turns[turn].fetched()
-        return Readouts(logprob.numpy().reshape(-1)[one.entry], argmax.numpy()[one.entry // TARGETS])
+        return self._turns[turn].outputs.collect(one)
+
+
+class Outputs:
+    """Host buffers for what a pass reads out. With CUDA they are pinned, and only who collects waits for the copy."""
+
+    def __init__(self, readouts: int, device: torch.device) -> None:
+        on_cuda = device.type == "cuda"
+        self._logprob = torch.empty(readouts, TARGETS, dtype=torch.float32, pin_memory=on_cuda)
+        self._argmax = torch.empty(readouts, dtype=torch.int32, pin_memory=on_cuda)
+        self._filled = torch.cuda.Event() if on_cuda else None
+
+    def fetch(self, logprob: Tensor, argmax: Tensor) -> None:
+        """Queues the copy to the host of (readouts, TARGETS) and (readouts,)."""
+        self._logprob.copy_(logprob, non_blocking=True)
+        self._argmax.copy_(argmax, non_blocking=True)
+        if self._filled is not None:
+            self._filled.record()
+
+    def collect(self, one: StagedPass) -> Readouts:
+        """Waits for the outputs of a pass, and picks those in use."""
+        if self._filled is not None:
+            self._filled.synchronize()
+        return Readouts(self._logprob.numpy().reshape(-1)[one.entry], self._argmax.numpy()[one.entry // TARGETS])
 
 
 class _Transfer:
@@ -206,8 +228,7 @@ class _Transfer:
     def __init__(self, size: int, readouts: int, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
         self._data = torch.empty(size, dtype=torch.int32, pin_memory=on_cuda)
-        self._logprob = torch.empty(readouts, TARGETS, dtype=torch.float32, pin_memory=on_cuda)
-        self._argmax = torch.empty(readouts, dtype=torch.int32, pin_memory=on_cuda)
+        self.outputs = Outputs(readouts, device)
         self._cuda = _CudaSide(torch.empty(size, dtype=torch.int32, device=device)) if on_cuda else None
 
     def send(self, data: NDArray[np.int32], static: Tensor) -> None:
@@ -221,27 +242,14 @@ class _Transfer:
         self._cuda.arrived.wait()
         static.copy_(self._cuda.arrival)
 
-    def fetch(self, logprob: Tensor, argmax: Tensor) -> None:
-        self._logprob.copy_(logprob, non_blocking=True)
-        self._argmax.copy_(argmax, non_blocking=True)
-        if self._cuda is not None:
-            self._cuda.filled.record()
-
-    def fetched(self) -> tuple[Tensor, Tensor]:
-        """The outputs: (readouts, TARGETS) and (readouts,), valid until the next fetch."""
-        if self._cuda is not None:
-            self._cuda.filled.synchronize()
-        return self._logprob, self._argmax
-
 
 @dataclass(frozen=True)
 class _CudaSide:
-    """Where data arrives, the stream it comes on, and the events that say what has been copied."""
+    """Where data arrives, the stream it comes on, and the event that says it has."""
 
     arrival: Tensor
     stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)
     arrived: torch.cuda.Event = field(default_factory=torch.cuda.Event)
-    filled: torch.cuda.Event = field(default_factory=torch.cuda.Event)
 
 
 def _compile_options(model: PreTrainedModel, stage: Stage | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from cecompile.engine import cpu, cuda
 from cecompile.engine.attention import TreeMasks, install
 from cecompile.engine.capture import capture
 from cecompile.engine.feed import PLACES, Feed
-from cecompile.engine.forward import Readouts, read_out
+from cecompile.engine.forward import Outputs, Readouts, read_out
 from cecompile.engine.head import readout_of
 from cecompile.engine.layers import compiled_parts, decoder_layers, kinds_of
 from cecompile.engine.span import Stations
@@ -207,14 +207,11 @@ class SweepEngine:
 
     def _send(self, passes: Sequence[StagedPass]) -> None:
         """Copies the passes' data to the device, where nothing uses those of the sweep before any more."""
-        if self._copies is None:
-            for place, one in zip(self._places, passes, strict=False):
-                place.data[: len(one.data)].copy_(torch.from_numpy(one.data))
-            return
         with torch.cuda.stream(self._copies):
             for place, one in zip(self._places, passes, strict=False):
                 place.data[: len(one.data)].copy_(torch.from_numpy(one.data))
-        torch.cuda.current_stream(self._device).wait_stream(self._copies)
+        if self._copies is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._copies)
 
     def _step(self, place: "_Place", shape: "_Shape", kind: int, turn: int) -> None:
         """One pass through the layer that is in place `turn` of the feed."""
@@ -232,7 +229,7 @@ class SweepEngine:
         done: Callable[[StagedPass, Readouts], None],
     ) -> None:  # fmt: skip
         """Reads the passes out; on CUDA the host collects one while the device runs the next."""
-        queued: tuple[StagedPass, _Fetch] | None = None
+        queued: tuple[StagedPass, Outputs] | None = None
         for number, (one, (place, shape)) in enumerate(zip(passes, at_work, strict=True)):
             shape.take(place)
             hidden = place.hidden_of(shape.bucket)
@@ -241,13 +238,13 @@ class SweepEngine:
             else:
                 shape.hidden.copy_(hidden)
                 shape.finish.replay()
-            fetch = shape.fetches[number % 2]
-            fetch.fetch(shape)
+            outputs = shape.outputs[number % 2]
+            outputs.fetch(shape.logprob, shape.argmax)
             if queued is not None:
                 done(queued[0], queued[1].collect(queued[0]))
-            queued = one, fetch
+            queued = one, outputs
             if self._device.type == "cpu":
-                done(one, fetch.collect(one))
+                done(one, outputs.collect(one))
                 queued = None
         if queued is not None:
             done(queued[0], queued[1].collect(queued[0]))
@@ -291,7 +288,7 @@ class _Shape:
             self.hidden = torch.zeros(*bucket.shape, width, dtype=model.dtype, device=device)
         self.logprob = torch.zeros(bucket.readouts, TARGETS, dtype=torch.float32, device=device)
         self.argmax = torch.zeros(bucket.readouts, dtype=torch.int32, device=device)
-        self.fetches = [_Fetch(bucket.readouts, device) for _ in range(2)]
+        self.outputs = [Outputs(bucket.readouts, device) for _ in range(2)]
 
     def take(self, place: "_Place") -> None:
         """Makes a pass's data that of the bucket."""
@@ -308,30 +305,6 @@ class _Place:
     def hidden_of(self, bucket: Bucket) -> Tensor:
         """(rows, length, width) of the pass of a bucket."""
         return self._hidden[: bucket.slots].view(*bucket.shape, -1)
-
-
-class _Fetch:
-    """Host buffers for what a pass reads out."""
-
-    def __init__(self, readouts: int, device: torch.device) -> None:
-        on_cuda = device.type == "cuda"
-        self._logprob = torch.empty(readouts, TARGETS, dtype=torch.float32, pin_memory=on_cuda)
-        self._argmax = torch.empty(readouts, dtype=torch.int32, pin_memory=on_cuda)
-        self._filled = torch.cuda.Event() if on_cuda else None
-
-    def fetch(self, shape: _Shape) -> None:
-        """Queues the copy to the host."""
-        self._logprob.copy_(shape.logprob, non_blocking=True)
-        self._argmax.copy_(shape.argmax, non_blocking=True)
-        if self._filled is not None:
-            self._filled.record()
-
-    def collect(self, one: StagedPass) -> Readouts:
-        """Waits for the copy, and picks what is in use."""
-        if self._filled is not None:
-            self._filled.synchronize()
-        logprob, argmax = self._logprob.numpy().reshape(-1), self._argmax.numpy()
-        return Readouts(logprob[one.entry], argmax[one.entry // TARGETS])
 
 
 class _Waits:
