@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cecompile.engine.cache import WARM, Entry
+from cecompile.engine.cache import WARM, Entry, Found
 from cecompile.errors import CheckError, UserError
 from cecompile.packed import PackedModel
 from cecompile.runtime import Progress
@@ -102,7 +102,7 @@ def _tune(model: PackedModel, entry: Entry, sequences: Sequences, progress: Prog
     """
     runtime = model.runtime
     usual = runtime.sizing.tuning.tokens_per_bucket
-    measured: dict[int, tuple[float, Plan]] = {}
+    measured: dict[int, tuple[float, Plan, Found]] = {}
     for slots in (usual // 4, usual // 2, usual, 2 * usual):
         try:
             plan = runtime.plan(sequences, True, model.new_tokens, runtime.sizing.of_size(slots))
@@ -111,10 +111,10 @@ def _tune(model: PackedModel, entry: Entry, sequences: Sequences, progress: Prog
         ready = Ready.for_plan(plan, sequences)
         warmed = runtime.warm(ready, progress)
         if warmed is not None and warmed.name == "compiled":
-            measured[slots] = useful_tokens_per_second(warmed.engine, ready.staged), plan
+            measured[slots] = useful_tokens_per_second(warmed.engine, ready.staged), plan, warmed.found
         warmed = None  # its buffers are freed before the next one's are made
     if measured:
         best = max(measured, key=lambda slots: measured[slots][0] * (GAIN if slots == usual else 1))
-        plan = measured[best][1]
-        entry.publish(plan.compiled, plan.geometry, runtime.attention, tuned=True)
-    return {slots: rate for slots, (rate, _) in measured.items()}
+        _, plan, found = measured[best]
+        entry.publish(plan.compiled, plan.geometry, found, tuned=True)
+    return {slots: rate for slots, (rate, _, _) in measured.items()}

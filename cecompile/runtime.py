@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cecompile.engine import memory
+from cecompile.engine import ahead, memory
 from cecompile.engine.architecture import rope_type, takes_ours
 from cecompile.engine.cache import WARM, CompileCache, Entry
 from cecompile.engine.feed import Feed, Files, worth_keeping
@@ -216,9 +216,11 @@ class Runtime:
 
     def open_cache(self) -> Entry | None:
         """Points the compiler at what was compiled before. Raises UserError where the file system refuses."""
-        if self._cache is None or self.engine != "compiled":
+        if self.engine != "compiled":
             return None
-        self.entry = self._cache.open(self._facts())
+        if self._cache is not None:
+            self.entry = self._cache.open(self._facts())
+        ahead.begin(self.device.type)  # in the entry's directory
         return self.entry
 
     def look_up(self, plan: Plan) -> None:
@@ -338,8 +340,8 @@ class Runtime:
             self._probed = True
         if not self._probed:
             is_warm = self.cache_state is not None and self.cache_state[0] == WARM
-            known = self.entry.attention if self.entry is not None and is_warm else None
-            if known != planned:
+            known = self.entry.found if self.entry is not None and is_warm else None
+            if known is None or known.attention != planned:
                 self.attention, reason = choose_attention(self.load(), self._wanted_attention)
                 if reason:
                     self.remark(f"attention {self.attention}, because {printable(reason, 200)}")
@@ -382,6 +384,8 @@ class Runtime:
         )
         slots = ready.buckets[0].slots
         warmed = None
+        if self.engine == "compiled":
+            ahead.begin(self.device.type).join()
         gc.freeze()  # capturing a graph collects garbage first: what is here already need not be looked at each time
         try:
             warmed = warmer.warm(self.engine, ready, Counter("warmup", ready.steps, progress))
@@ -420,7 +424,7 @@ class Runtime:
     def _facts(self) -> dict[str, Any]:
         chunk = self.sizing.tuning.readout_chunk
         facts = compile_facts(self.config, self._dtype, self.device, self._wanted_attention, chunk)
-        return facts if self.sizing.streamed is None else facts | {"weights": "streamed"}
+        return facts | {"weights": "in memory" if self.sizing.streamed is None else "streamed"}
 
 
 def _hold(geometry: Geometry, decoding: DecodeShape | None, longest: int, answer: int) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 
-from cecompile.engine.cache import WARM, Entry
+from cecompile.engine.cache import WARM, Entry, Found
 from cecompile.engine.decode import Decoder, NotDecodableError
 from cecompile.engine.feed import Feed
 from cecompile.engine.forward import Engine
@@ -72,6 +72,7 @@ class Warmed:
     Attributes:
         name: "compiled" or "eager".
         compiled: what for.
+        found: how.
         decoder: what decodes answers; None where nothing is decoded, or this model cannot be so.
         note: why it is not what was asked for, or None.
         seconds: per fixed shape, in words, of compiling, running and capturing it.
@@ -81,6 +82,7 @@ class Warmed:
     engine: Engine | SweepEngine
     name: str
     compiled: tuple[Bucket | DecodeShape, ...]
+    found: Found
     decoder: Decoder | None = None
     note: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -140,7 +142,7 @@ class Warmer:
             except NOT_COMPILED as error:
                 note = printable(first_line(error), 200)
             if note is None:
-                warmed.remark(self._publish(ready))
+                warmed.remark(self._publish(ready, warmed.found))
                 return warmed
         warmed = self._in_all_stages(lambda: self._engine("eager", ready, done))
         wrong = self._wrong(warmed, ready)
@@ -177,10 +179,11 @@ class Warmer:
         how: Any = {"attention": self._attention, "compiled": compiled, "readout_chunk": self._chunk}
         engine: Engine | SweepEngine
         if self._feed is None:
-            engine = Engine(self._model, ready.buckets, stage=self._stage, **how)
+            engine = Engine(self._model, ready.buckets, stage=self._stage, inputs_free=self._known(ready), **how)
         else:
             engine = SweepEngine(self._model, ready.buckets, self._feed, passes=self._passes, **how)
-        warmed = Warmed(engine, name, ready.compiled)
+        free = engine.inputs_free if isinstance(engine, Engine) else None
+        warmed = Warmed(engine, name, ready.compiled, Found(self._attention, free))
 
         def book(what: str) -> None:
             nonlocal began
@@ -198,6 +201,12 @@ class Warmer:
             except NotDecodableError as reason:
                 warmed.remark(f"answers outside the tree by the stock model alone: {reason}")
         return warmed
+
+    def _known(self, ready: Ready) -> bool | None:
+        """Whether layers' inputs are free, where that is in the cache with all that is to be compiled."""
+        if self._entry is None or self._entry.found is None or self._stage is not None:
+            return None  # a stage has its own answer
+        return self._entry.found.inputs_are_free if self._entry.state(ready.compiled)[0] == WARM else None
 
     def _wrong(self, warmed: Warmed, ready: Ready) -> str | None:
         if ready.sequences is None:
@@ -227,11 +236,11 @@ class Warmer:
             return None
         return f"the {warmed.name} pass is {off:.2g} times as far from the stock model as rounding explains"
 
-    def _publish(self, ready: Ready) -> str | None:
+    def _publish(self, ready: Ready, found: Found) -> str | None:
         """Writes what is new into the cache; what hinders it is a note, not a failure."""
         if self._entry is not None and self._entry.state(ready.compiled)[0] != WARM:
             try:
-                self._entry.publish(ready.compiled, ready.geometry, self._attention)
+                self._entry.publish(ready.compiled, ready.geometry, found)
             except UserError as error:
                 return f"compile cache not written: {printable(str(error), 200)}"
         return None

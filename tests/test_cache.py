@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cecompile.engine.cache import COLD, PARTLY, WARM, CompileCache, remove_workspaces
+from cecompile.engine.cache import COLD, PARTLY, WARM, CompileCache, Found, remove_workspaces
 from cecompile.errors import UserError
 from cecompile.workload.plan import Bucket, Geometry
 
@@ -75,7 +75,7 @@ def put(cache: CompileCache, files: dict[str, str], buckets=BUCKETS) -> None:
         path = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    entry.publish(buckets, GEOMETRY, "sdpa")
+    entry.publish(buckets, GEOMETRY, Found("sdpa"))
     remove_workspaces()
 
 
@@ -244,7 +244,7 @@ def test_a_link_is_refused(tmp_path):
 WRITER = """
 import os, sys, time
 from pathlib import Path
-from cecompile.engine.cache import CompileCache
+from cecompile.engine.cache import CompileCache, Found
 from cecompile.workload.plan import Bucket, Geometry
 place, name = Path(sys.argv[1]), sys.argv[2]
 facts = {"model": "a model", "dtype": "float32", "versions": {"torch": "1"}}
@@ -255,7 +255,7 @@ for i in range(int(sys.argv[3])):
     work = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     for n in range(20):
         (work / f"{name}{n}").write_text(f"content of {name}{n} " * 500)
-    entry.publish([Bucket(1, 128 * (1 + ord(name) - ord("a")), 256)], Geometry(1, 128, 256, False), "sdpa")
+    entry.publish([Bucket(1, 128 * (1 + ord(name) - ord("a")), 256)], Geometry(1, 128, 256, False), Found("sdpa"))
 """
 
 

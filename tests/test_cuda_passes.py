@@ -30,7 +30,7 @@ class Counting(cuda.FewerMemoryPasses):
 @pytest.fixture(params=[True, False], ids=["free", "kept"])
 def counting(request, monkeypatch):
     one = Counting(request.param)
-    monkeypatch.setattr(forward, "_compile_options", lambda *_: {"post_grad_custom_post_pass": one})
+    monkeypatch.setattr(forward, "compile_options", lambda *_: {"post_grad_custom_post_pass": one})
     torch._dynamo.reset()
     return one
 

@@ -204,7 +204,7 @@ class LosesAResidual(CustomGraphPass):
 def test_a_wrong_compilation_is_found_out_and_not_used(tiny_llama, monkeypatch):
     questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
     expected = Scorer.from_pretrained(tiny_llama, device="cpu", engine="reference").score(questions)
-    monkeypatch.setattr(forward, "_compile_options", lambda *_: {"post_grad_custom_pre_pass": LosesAResidual()})
+    monkeypatch.setattr(forward, "compile_options", lambda *_: {"post_grad_custom_pre_pass": LosesAResidual()})
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
     got = scorer.score(questions)
     assert scorer.runtime.engine == "eager"

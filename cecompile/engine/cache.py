@@ -23,7 +23,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from cecompile.errors import UserError, printable
 from cecompile.workload.plan import Geometry
 
-SCHEMA = 2
+SCHEMA = 3
 WARM, PARTLY, COLD = "warm", "partly warm", "cold"
 _SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _ENTRY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}")
@@ -178,12 +178,25 @@ class CompileCache:
                 path.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was found out by trying before code was compiled. It need not be tried again to use that code.
+
+    Attributes:
+        attention: the implementation that computes the model exactly.
+        inputs_are_free: see `layers.inputs_are_free`; None where it was not asked.
+    """
+
+    attention: str
+    inputs_are_free: bool | None = None
+
+
 class Entry:
     """One entry of a cache, opened: its files checked and copied to where this process compiles.
 
     Attributes:
         note: what was wrong with the entry on disk, in one line, or None.
-        attention: the implementation that its code was compiled with; None without any.
+        found: what its code was compiled by; None without any.
     """
 
     def __init__(self, cache: CompileCache, facts: dict[str, Any]) -> None:
@@ -194,7 +207,7 @@ class Entry:
         self._shapes: set[Shape] = set()
         self._opened: str | None = None
         self.note: str | None = None
-        self.attention: str | None = None
+        self.found: Found | None = None
         path = cache.manifest_path(self._key)
         if not path.is_symlink() and not path.exists():
             return
@@ -206,7 +219,7 @@ class Entry:
             return
         self._shapes = _shapes(manifest, "buckets")
         self._opened = manifest["directory"]
-        self.attention = manifest["attention"]
+        self.found = Found(**manifest["found"])
 
     def state(self, buckets: Iterable[HasShape]) -> tuple[str, str]:
         """ "warm", "partly warm" or "cold" for these buckets, and why."""
@@ -222,13 +235,13 @@ class Entry:
             return COLD, f"compiled before were buckets of {shown(sorted(self._shapes, reverse=True))} only"
         return COLD, self._nearest_miss()
 
-    def publish(self, buckets: Iterable[HasShape], geometry: Geometry, attention: str, tuned: bool = False) -> None:
+    def publish(self, buckets: Iterable[HasShape], geometry: Geometry, found: Found, tuned: bool = False) -> None:
         """Writes what this process has compiled as the entry, with what others have added meanwhile.
 
         Args:
             buckets: those now compiled, and found right.
             geometry: the largest one's.
-            attention: the implementation they were compiled with.
+            found: what they were compiled by.
             tuned: this geometry was found fastest; it is recorded for later runs.
 
         Raises:
@@ -246,12 +259,12 @@ class Entry:
                         shapes |= _shapes(now, "buckets")
                 largest = (geometry.rows, geometry.length)
                 geometries = {largest} | _shapes(now, "geometries")
-                self._write(shapes, geometries, attention, largest if tuned else now.get("tuned"))
+                self._write(shapes, geometries, found, largest if tuned else now.get("tuned"))
                 self._cache.sweep()
         except OSError as error:
             raise NoCacheError(f"{self._cache.directory}: cache directory: {error.strerror}") from None
 
-    def _write(self, shapes: set[Shape], geometries: set[Shape], attention: str, tuned: Shape | None) -> None:
+    def _write(self, shapes: set[Shape], geometries: set[Shape], found: Found, tuned: Shape | None) -> None:
         name = f"{self._key}-{secrets.token_hex(4)}"
         target = self._cache.directory / name
         target.mkdir(mode=0o700)
@@ -270,7 +283,7 @@ class Entry:
             "directory": name,
             "buckets": sorted(shapes, reverse=True),
             "geometries": sorted(geometries, reverse=True),
-            "attention": attention,
+            "found": asdict(found),
             "tuned": tuned,
             "built": time.time(),
             "files": files,
@@ -281,7 +294,7 @@ class Entry:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._cache.manifest_path(self._key))
-        self._shapes, self._opened, self.attention, self.note = shapes, name, attention, None
+        self._shapes, self._opened, self.found, self.note = shapes, name, found, None
 
     def size(self) -> int:
         """Bytes of the entry's files on disk."""
@@ -318,6 +331,10 @@ def _differing(before: Any, now: Any) -> str:
     return printable(f"{before} (now {now})", 120) if len(str(now)) <= 40 else "than now"
 
 
+def _is_found(attention: Any, inputs_are_free: Any) -> bool:
+    return isinstance(attention, str) and inputs_are_free in (True, False, None)
+
+
 def _shapes(manifest: dict[str, Any], name: str) -> set[Shape]:
     return {tuple(shape) for shape in manifest.get(name, ())}
 
@@ -338,7 +355,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             and all(_SAFE_PATH.fullmatch(n) and len(f) == 2 for n, f in files.items())
             and all(len(b) >= 2 and all(isinstance(x, int) for x in b) for b in manifest["buckets"])
             and isinstance(manifest["built"], (int, float))
-            and isinstance(manifest["attention"], str)
+            and _is_found(**manifest["found"])
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UnusableError(f"{path.name} is damaged") from None

@@ -29,6 +29,7 @@ def compile_options(inputs_are_free: bool) -> dict[str, Any]:
         inputs_are_free: whether a layer may overwrite the hidden states it is given (`layers.inputs_are_free`).
     """
     options: dict[str, Any] = {"post_grad_custom_post_pass": _PASSES[inputs_are_free]}
+    options["triton.autotune_pointwise"] = False  # which the warm cache does not keep: each run would time them anew
     if hasattr(torch._inductor.config, "deterministic"):  # else which sums are taken how depends on what was timed
         options["deterministic"] = True
     return options

@@ -44,6 +44,10 @@ class Engine:
         readout_chunk: readouts whose logits are held at once; divides every bucket's readouts.
         stage: what the model is of a pipeline, all stages of which run the same passes; None is all of it. One that
             does not end the pipeline reads out zeros.
+        inputs_free: see `layers.inputs_are_free`; None finds out, where it matters.
+
+    Attributes:
+        inputs_free: as found; None where it does not matter.
     """
 
     def __init__(
@@ -56,11 +60,15 @@ class Engine:
         readout_chunk: int,
         captured: bool | None = None,
         stage: Stage | None = None,
+        inputs_free: bool | None = None,
     ) -> None:
         parts = compiled_parts(model)
         for module in parts:
             module._compiled_call_impl = None  # whatever another engine has set
-        options = _compile_options(model, stage) if compiled else {}
+        self.inputs_free = inputs_free
+        if compiled and inputs_free is None and model.device.type == "cuda":
+            self.inputs_free = inputs_are_free(model, None if stage is None else stage.trial)
+        options = compile_options(model, bool(self.inputs_free)) if compiled else {}
         install(model, attention)
         self.buckets = tuple(buckets)
         self.stage = stage
@@ -252,8 +260,6 @@ class _CudaSide:
     arrived: torch.cuda.Event = field(default_factory=torch.cuda.Event)
 
 
-def _compile_options(model: PreTrainedModel, stage: Stage | None) -> dict[str, Any]:
+def compile_options(model: PreTrainedModel, inputs_free: bool) -> dict[str, Any]:
     """Inductor options for compiling the model's parts on its device."""
-    if model.device.type == "cuda":
-        return cuda.compile_options(inputs_are_free(model, None if stage is None else stage.trial))
-    return cpu.compile_options(model)
+    return cuda.compile_options(inputs_free) if model.device.type == "cuda" else cpu.compile_options(model)

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cecompile.engine import cpu, cuda
 from cecompile.engine.attention import TreeMasks, install
 from cecompile.engine.capture import capture
 from cecompile.engine.feed import PLACES, Feed
-from cecompile.engine.forward import Outputs, Readouts, read_out
+from cecompile.engine.forward import Outputs, Readouts, compile_options, read_out
 from cecompile.engine.head import readout_of
 from cecompile.engine.layers import compiled_parts, decoder_layers, kinds_of
 from cecompile.engine.span import Stations
@@ -104,7 +103,7 @@ class SweepEngine:
         for module in beside:
             module._compiled_call_impl = None  # whatever another engine has set
         if compiled:
-            options = _compile_options(model)
+            options = compile_options(model, inputs_free=True)  # what a layer is given lies in a buffer of ours
             for module in (*self.modules, *beside):
                 module.compile(fullgraph=True, dynamic=False, options=options)
             self._readout = torch.compile(self._readout, fullgraph=True, dynamic=False, options=options)
@@ -349,8 +348,3 @@ def _module(model: PreTrainedModel, index: int, feed: Feed, place: int) -> nn.Mo
                 elif tensor is not None:
                     held[key] = tensor.to(feed.places[place].device)
     return layer
-
-
-def _compile_options(model: PreTrainedModel) -> dict[str, Any]:
-    """As for a model in memory. What a layer is given here, nobody reads after it."""
-    return cuda.compile_options(inputs_are_free=True) if model.device.type == "cuda" else cpu.compile_options(model)

@@ -5,7 +5,7 @@ scored again, one by one, by the stock model.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from cecompile.engine.decode import Decoder
@@ -20,14 +21,19 @@ from cecompile.engine.feed import Feed
 from cecompile.engine.forward import Engine, Readouts
 from cecompile.engine.pipeline import Stage
 from cecompile.engine.probe import ROUNDINGS, TOLERANCE
-from cecompile.engine.reference import AllLogits, rounding, stock_logits
+from cecompile.engine.reference import rounding, stock_logits
 from cecompile.engine.span import Stations
 from cecompile.engine.sweep import SweepEngine
 from cecompile.workload.lanes import Step
 from cecompile.workload.sequences import Ints, Sequences
 from cecompile.workload.stage import StagedPass
 
+# cuDNN's plans each length anew, which takes longer than to run it once
+_PLANNED_FOR_NO_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CHECKED = 4  # sequences of a pass
+ROUNDED = 2  # of them, on which is measured what rounding does to the model
+
+Got = Mapping[int, NDArray[np.float32]]  # log-probabilities of a sequence's last tokens, by sequence
 
 
 @torch.inference_mode()
@@ -54,10 +60,10 @@ def disagreement(
     picked = [_picked(one, out, sequences) for one, out in zip(first, engine.run(first), strict=True)]
     with stock_attention(model, stock):
         if engine.stage is not None:
-            engine.stage.suffices = True
-            off = max(_difference_of_stages(engine.stage, model, sequences, got) for got in picked)
-            return off if engine.stage.suffices else None
-        return max(_difference(model, sequences, got) for got in picked)
+            return _difference_of_stages(engine.stage, model, sequences, picked)
+        expected = functools.partial(stock_logits, model, sequences)
+        few = list(picked[0])[:ROUNDED]
+        return _off(model.dtype, sequences, picked, expected, lambda: rounding(model, sequences, few))
 
 
 @torch.inference_mode()
@@ -72,7 +78,8 @@ def sweep_disagreement(
     with stock_attention(model, stock):
         last = [int(sequences.predicted[i]) for i in which]
         expected = dict(zip(which, run([sequences.inputs(i) for i in which], last), strict=True))
-        return max(_difference(model, sequences, ours, expected, run) for ours in picked)
+        few = list(picked[0])[:ROUNDED]
+        return _off(model.dtype, sequences, picked, expected.__getitem__, lambda: rounding(model, sequences, few, run))
 
 
 def stock_sweep(
@@ -113,7 +120,8 @@ def decoding_disagreement(decoder: Decoder, model: PreTrainedModel, stock: str, 
         zero = np.zeros(1, dtype=np.int32)
         got[i], _ = decoder.run(Step(inputs[-1:], slots[-1:], zero, zero, target))
     with stock_attention(model, stock):
-        return _difference(model, sequences, got)
+        expected = functools.partial(stock_logits, model, sequences)
+        return _off(model.dtype, sequences, [got], expected, lambda: rounding(model, sequences, got))
 
 
 @contextmanager
@@ -122,7 +130,7 @@ def stock_attention(model: PreTrainedModel, stock: str) -> Iterator[None]:
     ours = model.config._attn_implementation
     model.set_attn_implementation(stock)
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), sdpa_kernel(_PLANNED_FOR_NO_LENGTH):
             yield
     finally:
         model.set_attn_implementation(ours)
@@ -141,62 +149,47 @@ def _spread(among: NDArray[Any], sequences: Sequences) -> list[int]:
     return chosen
 
 
-def _difference(
-    model: PreTrainedModel, sequences: Sequences, got: dict[int, NDArray[np.float32]],
-    expected: dict[int, Tensor] | None = None, all_logits: AllLogits | None = None,
-) -> float:  # fmt: skip
-    """How far off the log-probabilities of the last tokens of these sequences are.
-
-    Args:
-        expected: the stock model's logits, by sequence; by default they are computed one by one.
-        all_logits: see `rounding`.
-    """
-    alone = functools.partial(stock_logits, model, sequences)
-    return _off(
-        model.dtype, sequences, got, alone if expected is None else expected.__getitem__,
-        lambda: rounding(model, sequences, got, all_logits),
-    )  # fmt: skip
-
-
 def _difference_of_stages(
-    stage: Stage, model: PreTrainedModel, sequences: Sequences, got: dict[int, NDArray[np.float32]]
-) -> float:
-    """The same through the stages of a pipeline. All compute all, as only the last knows what of it is needed."""
+    stage: Stage, model: PreTrainedModel, sequences: Sequences, picked: Sequence[Got]
+) -> float | None:
+    """`disagreement` through the stages of a pipeline. All compute all, as only the last knows what of it is needed."""
 
     def run(inputs: Sequence[Ints], last: Sequence[int]) -> list[Tensor]:
         tokens = (torch.from_numpy(one.astype(np.int64)).to(model.device)[None] for one in inputs)
         return [stage.alone(one)[0, -n:].float() for one, n in zip(tokens, last, strict=True)]
 
-    logits = run([sequences.inputs(i) for i in got], [int(sequences.predicted[i]) for i in got])
-    expected = dict(zip(got, logits, strict=True))
-    rounded = rounding(model, sequences, got, run)
-    if not stage.ends or not stage.suffices:
-        return 0.0
-    return _off(model.dtype, sequences, got, expected.__getitem__, lambda: rounded)
+    stage.suffices = True
+    which = [i for got in picked for i in got]
+    logits = run([sequences.inputs(i) for i in which], [int(sequences.predicted[i]) for i in which])
+    expected = dict(zip(which, logits, strict=True))
+    rounded = rounding(model, sequences, list(picked[0])[:ROUNDED], run)
+    if not stage.suffices:
+        return None
+    return _off(model.dtype, sequences, picked, expected.__getitem__, lambda: rounded) if stage.ends else 0.0
 
 
 def _off(
-    dtype: torch.dtype, sequences: Sequences, got: dict[int, NDArray[np.float32]], expected: Callable[[int], Tensor],
+    dtype: torch.dtype, sequences: Sequences, picked: Iterable[Got], expected: Callable[[int], Tensor],
     rounded: Callable[[], float],
 ) -> float:  # fmt: skip
-    """How far off log-probabilities of sequences are, by their index.
+    """How far off log-probabilities of sequences are, by the worst of the passes that they were picked of.
 
     Args:
-        got: of the last tokens of each.
-        expected: logits, as `stock_logits` gives them.
-        rounded: what rounding does, as `rounding` says.
+        picked: of each pass, by sequence, the log-probabilities of its last tokens.
+        expected: a sequence's logits, as `stock_logits` gives them.
+        rounded: what rounding does to this model, as `rounding` says; asked for where it matters.
     """
-    errors, spread = [], []
-    for i, ours in got.items():
-        logits = expected(i)
-        target = torch.from_numpy(sequences.targets(i).astype(np.int64)).to(logits.device)
-        logprob = logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
-        errors.append(torch.from_numpy(ours) - logprob.cpu()[-len(ours) :])
-        spread.append(logits.std().item())
-    if not np.isfinite(spread).all():
-        return 0.0
-    off = torch.cat(errors).square().mean().sqrt().item() / max(spread)
-    tolerated = TOLERANCE[dtype]
-    if off > tolerated:
+    tolerated, worst = TOLERANCE[dtype], 0.0
+    for got in picked:
+        errors, spread = [], []
+        for i, ours in got.items():
+            logits = expected(i)
+            target = torch.from_numpy(sequences.targets(i).astype(np.int64)).to(logits.device)
+            logprob = logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
+            errors.append(torch.from_numpy(ours) - logprob.cpu()[-len(ours) :])
+            spread.append(logits.std().item())
+        if np.isfinite(spread).all():
+            worst = max(worst, torch.cat(errors).square().mean().sqrt().item() / max(spread))
+    if worst > tolerated:
         tolerated = max(tolerated, ROUNDINGS * rounded())
-    return off / tolerated
+    return worst / tolerated
