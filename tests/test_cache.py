@@ -100,6 +100,25 @@ def test_another_fact_is_another_entry_and_is_named(cache):
     assert compiler_sees(cache) == set()
 
 
+@pytest.mark.parametrize(
+    "found",
+    [
+        None,
+        {"attention": 1, "inputs_are_free": None},
+        {"attention": "sdpa", "inputs_are_free": "yes"},
+        {"attention": "sdpa", "inputs_are_free": True, "more": 1},
+    ],
+)
+def test_what_was_found_out_by_trying_is_kept_and_nothing_else_taken_for_it(cache, found):
+    cache.open(FACTS).publish(BUCKETS, GEOMETRY, Found("sdpa", True))
+    assert cache.open(FACTS).found == Found("sdpa", True)
+    (path,) = cache.manifests()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"found": found}))
+    entry = cache.open(FACTS)
+    assert entry.found is None
+    assert entry.state(BUCKETS)[0] == COLD
+
+
 def damages(path: Path, other: Path):
     """Ways to spoil a file, and what puts it back."""
     content = path.read_bytes()

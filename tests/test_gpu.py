@@ -11,8 +11,9 @@ from test_chat import MADE_UP, generated
 from test_engine import VOCABULARY, prepared, random_sequences, score, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from cecompile import Answerer, Question, Scorer, demo, read_questions
+from cecompile import Answerer, Question, Scorer, demo, read_questions, runtime
 from cecompile.answerer import decode
+from cecompile.engine import forward
 from cecompile.engine.feed import Feed, Files
 from cecompile.engine.forward import Engine
 from cecompile.engine.model import checkpoint_files, load_checkpoint, load_config
@@ -71,6 +72,18 @@ def test_scorer_from_end_to_end(tiny_llama):
     assert (scorer.runtime.engine, scorer.runtime.attention, scorer.runtime.note) == ("compiled", "flex", None)
     np.testing.assert_allclose(got.loglikelihoods, expected.loglikelihoods, rtol=0, atol=1e-3)
     assert got.greedy == expected.greedy
+
+
+def test_what_a_warm_cache_holds_is_not_tried_again(tiny_llama, tmp_path, monkeypatch):
+    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(50)]
+    cold = Scorer.from_pretrained(tiny_llama, device="cuda", cache_dir=tmp_path)
+    expected = cold.score(questions)
+    monkeypatch.setattr(forward, "inputs_are_free", None)
+    monkeypatch.setattr(runtime, "choose_attention", None)
+    warm = Scorer.from_pretrained(tiny_llama, device="cuda", cache_dir=tmp_path)
+    got = warm.score(questions)
+    assert (warm.runtime.engine, warm.runtime.cache_state[0], warm.runtime.note) == ("compiled", "warm", None)
+    np.testing.assert_array_equal(got.loglikelihoods, expected.loglikelihoods)
 
 
 @pytest.mark.parametrize("attention", ["flex", "sdpa"])
