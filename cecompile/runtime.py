@@ -220,7 +220,7 @@ class Runtime:
             return None
         if self._cache is not None:
             self.entry = self._cache.open(self._facts())
-        ahead.begin(self.device.type)  # in the entry's directory
+        ahead.begin(self.device)  # in the entry's directory
         return self.entry
 
     def look_up(self, plan: Plan) -> None:
@@ -385,7 +385,7 @@ class Runtime:
         slots = ready.buckets[0].slots
         warmed = None
         if self.engine == "compiled":
-            ahead.begin(self.device.type).join()
+            ahead.begin(self.device).join()
         gc.freeze()  # capturing a graph collects garbage first: what is here already need not be looked at each time
         try:
             warmed = warmer.warm(self.engine, ready, Counter("warmup", ready.steps, progress))

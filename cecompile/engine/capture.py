@@ -8,7 +8,7 @@ import torch
 
 
 def capture(forward: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    """Runs `forward` until it is compiled and settled, then captures it in a graph.
+    """Runs `forward`, so that it is compiled and all libraries are set up, then captures it in a graph.
 
     Args:
         forward: works on static buffers only.
@@ -17,8 +17,7 @@ def capture(forward: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     stream = _beside(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
-            forward()
+        forward()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
