@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cecompile.engine.attention import stock_attention
 from cecompile.engine.decode import Decoder
 from cecompile.engine.forward import Readouts
 from cecompile.engine.model import load_generation_config
 from cecompile.engine.stock import StockPipeline, stop_tokens
-from cecompile.engine.verify import stock_attention
 from cecompile.errors import UserError
 from cecompile.journaled import answer_alone, begin, run_passes, write_answers
 from cecompile.packed import PackedModel, Workload, timed
@@ -106,11 +106,13 @@ class Answerer(PackedModel):
     ) -> Callable[[Journal | None], list[Answer]]:
         """Loads the stock model; returns what asks the pipeline one question after another."""
         clock.enter("load_model")
-        stock = StockPipeline(self.runtime.load(), self.tokenizer)
+        model, runtime = self.runtime.load(), self.runtime
+        stock = StockPipeline(model, self.tokenizer)
 
         def run(journal: Journal | None) -> list[Answer]:
             conversations = [question.conversation for question in questions]
-            texts = answer_alone(stock, conversations, self.new_tokens, progress, journal, self.runtime.ranks)
+            with stock_attention(model, runtime.stock_attention):
+                texts = answer_alone(stock, conversations, self.new_tokens, progress, journal, runtime.ranks)
             return [Answer(text) for text in texts]
 
         return run

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from cecompile.engine import ahead, memory
 from cecompile.engine.architecture import rope_type, takes_ours
+from cecompile.engine.attention import attention_before
 from cecompile.engine.cache import WARM, CompileCache, Entry
 from cecompile.engine.feed import Feed, Files, worth_keeping
-from cecompile.engine.layers import on_meta
+from cecompile.engine.layers import compiled_parts, on_meta
 from cecompile.engine.load import Loaded
 from cecompile.engine.model import checkpoint_files, load_checkpoint
 from cecompile.engine.pipeline import Stage, places
@@ -318,8 +319,15 @@ class Runtime:
         return {} if self._warmed is None else self._warmed.moments
 
     def adopt(self, model: PreTrainedModel) -> None:
-        """Takes a model that is loaded already, on this runtime's device, instead of loading one."""
-        self.model, self.stock_attention = model, model.config._attn_implementation
+        """Takes a model that is loaded already, on this runtime's device, instead of loading one.
+
+        Another runtime may have taken it before, which takes it back when it runs.
+        """
+        self.model, self.stock_attention = model, attention_before(model)
+        if takes_ours(model):
+            model.set_attn_implementation(self.stock_attention)
+        for module in compiled_parts(model):
+            module._compiled_call_impl = None
         self.sizing.count_as_loaded(sum(p.numel() * p.element_size() for p in model.parameters()))
 
     def probe(self) -> bool:

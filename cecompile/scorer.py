@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cecompile.engine.attention import stock_attention
 from cecompile.engine.forward import Readouts
 from cecompile.journaled import Named, begin, run_passes, score_sequences_alone
 from cecompile.packed import PackedModel, Workload, timed
@@ -92,8 +93,13 @@ class Scorer(PackedModel):
         ranks = self.runtime.ranks
         if workload.plan is None:
             clock.enter("load_model")
-            model, sequences = self.runtime.load(), workload.sequences
-            return lambda journal: score_sequences_alone(model, sequences, progress, named, journal, ranks), workload
+            model, stock, sequences = self.runtime.load(), self.runtime.stock_attention, workload.sequences
+
+            def alone(journal: Journal | None) -> Outcome:
+                with stock_attention(model, stock):
+                    return score_sequences_alone(model, sequences, progress, named, journal, ranks)
+
+            return alone, workload
         warmed, staged, workload = self.warm(workload, clock, progress)
         count = len(workload.sequences)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cecompile import Question, Scorer
 from cecompile.engine import forward
@@ -210,6 +210,22 @@ def test_a_wrong_compilation_is_found_out_and_not_used(tiny_llama, monkeypatch):
     assert scorer.runtime.engine == "eager"
     assert scorer.runtime.note.startswith("ran uncompiled: the compiled pass is ")
     np.testing.assert_allclose(got.loglikelihoods, expected.loglikelihoods, rtol=0, atol=1e-3)
+
+
+def test_several_take_one_loaded_model_in_turn(tiny_llama, tmp_path):
+    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    engines = ("compiled", "reference", "eager")
+    scorers = [Scorer.from_model(model, tokenizer, engine=one, cache_dir=tmp_path) for one in engines]
+    first = [scorer.score(questions).loglikelihoods for scorer in scorers]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    again = [scorer.score(questions).loglikelihoods for scorer in scorers]
+    assert again == first
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert [scorer.runtime.engine for scorer in scorers] == list(engines)
+    for one in first:
+        np.testing.assert_allclose(one, first[1], rtol=0, atol=1e-3)
 
 
 def test_how_far_rounding_moves_a_models_logits():

@@ -8,6 +8,7 @@ the model is its own code.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from cecompile.engine.architecture import takes_ours
 from cecompile.workload.stage import TILE
 
 NAMES = {"flex": "cecompile_tiles", "sdpa": "cecompile_dense"}  # "sdpa" in a name has its own rules in transformers
+_before: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
 def install(model: PreTrainedModel, attention: str) -> None:
@@ -30,9 +32,29 @@ def install(model: PreTrainedModel, attention: str) -> None:
     if model.device.type == "cuda":
         _shared_memory = torch.cuda.get_device_properties(model.device).shared_memory_per_multiprocessor
     if takes_ours(model):
-        model.set_attn_implementation(NAMES[attention])
+        _before[model] = attention_before(model)
+        if model.config._attn_implementation != NAMES[attention]:
+            model.set_attn_implementation(NAMES[attention])
     elif attention == "flex":
         raise NotImplementedError(f"{type(model).__name__} has an attention of its own")
+
+
+def attention_before(model: PreTrainedModel) -> str:
+    """The implementation that a model has, or had before it was made to use ours."""
+    now: str = model.config._attn_implementation
+    return _before.get(model, now) if now in NAMES.values() else now
+
+
+@contextmanager
+def stock_attention(model: PreTrainedModel, stock: str) -> Iterator[None]:
+    """While this lasts, the model runs as it was loaded, with the attention `stock` and nothing of ours."""
+    now = model.config._attn_implementation
+    model.set_attn_implementation(stock)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.set_attn_implementation(now)
 
 
 class Masks:

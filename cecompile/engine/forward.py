@@ -64,7 +64,7 @@ class Engine:
     ) -> None:
         parts = compiled_parts(model)
         for module in parts:
-            module._compiled_call_impl = None  # whatever another engine has set
+            module._compiled_call_impl = None  # whatever another engine has set; it takes the model back when it runs
         self.inputs_free = inputs_free
         if compiled and inputs_free is None and model.device.type == "cuda":
             self.inputs_free = inputs_are_free(model, None if stage is None else stage.trial)
@@ -84,9 +84,17 @@ class Engine:
             for module in parts:  # identical ones share a graph per shape
                 module.compile(fullgraph=True, dynamic=False, options=options)
             self._readout = torch.compile(self._readout, fullgraph=True, dynamic=False, options=options)
+        self._attention = attention
+        self._calls = [(module, module._compiled_call_impl) for module in parts]
         with torch.inference_mode():
             self._slots = [_Slot(bucket, attention == "flex", self._device) for bucket in buckets]
         self._pool = torch.cuda.graph_pool_handle() if self._capture else None
+
+    def take(self) -> None:
+        """Makes the model this engine's, whoever has used it meanwhile."""
+        install(self._model, self._attention)
+        for module, call in self._calls:
+            module._compiled_call_impl = call
 
     @torch.inference_mode()
     def warm_up(self, done: Callable[[Bucket], None] = lambda _: None) -> None:
@@ -115,6 +123,7 @@ class Engine:
 
         On CUDA the host collects a pass while the device runs the next; elsewhere each pass is collected at once.
         """
+        self.take()
         out: list[Readouts] = []
         queued: tuple[StagedPass, _Slot, int] | None = None
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cecompile.engine.architecture import refusal
-from cecompile.engine.attention import TreeMasks, install
+from cecompile.engine.attention import TreeMasks, attention_before, install
 from cecompile.engine.reference import rounding, stock_logits
 from cecompile.errors import CheckError, UserError, first_line
 from cecompile.workload.plan import BLOCK, Geometry, make_plan
@@ -52,7 +52,7 @@ def _problem(model: PreTrainedModel, attention: str) -> str | None:
     if known:
         return known
     sequences = _small_tree(model.config.get_text_config().vocab_size)
-    stock = model.config._attn_implementation
+    stock = attention_before(model)
     try:
         install(model, attention)
         got = _tree_logits(model, sequences, blocks=attention == "flex")

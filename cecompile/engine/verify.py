@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from cecompile.engine.attention import stock_attention
 from cecompile.engine.decode import Decoder
 from cecompile.engine.feed import Feed
 from cecompile.engine.forward import Engine, Readouts
@@ -58,7 +59,7 @@ def disagreement(
     """
     first = {one.bucket: one for one in reversed(staged)}.values()
     picked = [_picked(one, out, sequences) for one, out in zip(first, engine.run(first), strict=True)]
-    with stock_attention(model, stock):
+    with _stock(model, stock):
         if engine.stage is not None:
             return _difference_of_stages(engine.stage, model, sequences, picked)
         expected = functools.partial(stock_logits, model, sequences)
@@ -75,7 +76,7 @@ def sweep_disagreement(
     picked = [_picked(one, out, sequences) for one, out in zip(first, engine.run(first), strict=True)]
     run = functools.partial(stock_sweep, model, engine.stations, engine.feed)
     which = sorted({i for ours in picked for i in ours})
-    with stock_attention(model, stock):
+    with _stock(model, stock):
         last = [int(sequences.predicted[i]) for i in which]
         expected = dict(zip(which, run([sequences.inputs(i) for i in which], last), strict=True))
         few = list(picked[0])[:ROUNDED]
@@ -119,21 +120,15 @@ def decoding_disagreement(decoder: Decoder, model: PreTrainedModel, stock: str, 
             decoder.run(Step(inputs[part], slots[part], np.zeros_like(slots[part]), none, none))
         zero = np.zeros(1, dtype=np.int32)
         got[i], _ = decoder.run(Step(inputs[-1:], slots[-1:], zero, zero, target))
-    with stock_attention(model, stock):
+    with _stock(model, stock):
         expected = functools.partial(stock_logits, model, sequences)
         return _off(model.dtype, sequences, [got], expected, lambda: rounding(model, sequences, got))
 
 
 @contextmanager
-def stock_attention(model: PreTrainedModel, stock: str) -> Iterator[None]:
-    """While this lasts, the model runs as it was loaded, with nothing of ours."""
-    ours = model.config._attn_implementation
-    model.set_attn_implementation(stock)
-    try:
-        with torch.compiler.set_stance("force_eager"), sdpa_kernel(_PLANNED_FOR_NO_LENGTH):
-            yield
-    finally:
-        model.set_attn_implementation(ours)
+def _stock(model: PreTrainedModel, stock: str) -> Iterator[None]:
+    with stock_attention(model, stock), sdpa_kernel(_PLANNED_FOR_NO_LENGTH):
+        yield
 
 
 def _picked(one: StagedPass, out: Readouts, sequences: Sequences) -> dict[int, NDArray[np.float32]]:
