@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cecompile.engine import ahead, memory
-from cecompile.engine.architecture import rope_type, takes_ours
+from cecompile.engine.architecture import takes_ours
 from cecompile.engine.attention import attention_before
 from cecompile.engine.cache import WARM, CompileCache, Entry
 from cecompile.engine.feed import Feed, Files, worth_keeping
@@ -22,6 +22,7 @@ from cecompile.engine.model import checkpoint_files, load_checkpoint
 from cecompile.engine.pipeline import Stage, places
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.proof import Proof
+from cecompile.engine.rope import boundary_of
 from cecompile.engine.span import Share
 from cecompile.engine.stream import Checkpoint
 from cecompile.engine.sweep import SweepEngine
@@ -117,7 +118,7 @@ class Runtime:
         Raises:
             UserError: nothing fits, or trees of this length are not exact.
         """
-        self._check_rope(max(longest, answer))
+        self._check_rope(longest, answer)
         recorded = self._cache.recorded(self._facts()) if self._cache is not None else {}
         recorded = self.ranks.everywhere({name: recorded.get(name) or () for name in ("tuned", "geometries")})
         sizing = sizing or self.sizing
@@ -152,7 +153,8 @@ class Runtime:
         else:
             shared, known = order.typically_shared(sequences), ()
             geometry, decoding = ahead or self.shapes(longest, answer, fit, sizing, shared)
-        plan = make_plan(sequences, geometry, every=ahead is not None, order=order, buckets=known)
+        boundary = boundary_of(self.config)
+        plan = make_plan(sequences, geometry, every=ahead is not None, order=order, buckets=known, boundary=boundary)
         plan = replace(plan, decoding=decoding)
         if self._same_shapes and sizing is None and ahead is None:
             self._before = plan = with_room(plan, known)
@@ -419,14 +421,16 @@ class Runtime:
             return False
         return self.feed is None or passes <= self._made_for
 
-    def _check_rope(self, longest: int) -> None:
-        """longrope picks one factor for a whole batch, by its longest sequence: trees on both sides do not mix."""
-        config = self.config.get_text_config()
-        original = getattr(config, "original_max_position_embeddings", None)
-        if rope_type(config) == "longrope" and original is not None and longest > original:
+    def _check_rope(self, longest: int, answer: int) -> None:
+        """longrope picks one set of frequencies for a whole input, by its length: what grows beyond changes them."""
+        boundary = boundary_of(self.config)
+        if boundary is None or max(longest, answer) <= boundary:
+            return
+        if answer or self.sizing.stages > 1 or self.sizing.streamed is not None:
+            what = "answers" if answer else "layers in several places"
             raise UserError(
-                f"{self.name}: sequences of up to {longest} tokens, where its longrope changes at {original}: "
-                "cannot be run as trees; --engine reference runs them"
+                f"{self.name}: up to {max(longest, answer)} tokens, where its longrope changes at {boundary}: "
+                f"not with {what}; --engine reference runs them"
             )
 
     def _facts(self) -> dict[str, Any]:

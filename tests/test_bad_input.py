@@ -239,7 +239,14 @@ def test_weights_of_another_shape(tmp_path, tiny_llama):
     assert "config.json" in refuse(tmp_path, "--model", tmp_path)
 
 
-def test_longrope_on_both_sides_of_its_boundary(tmp_path, tiny_llama):
+@pytest.mark.parametrize(
+    ("row", "how"),
+    [
+        (line(GOOD, query="a question of many words " * 4), ["--stream-weights"]),
+        (line(CHAT), ["--max-new-tokens", "16"]),
+    ],
+)
+def test_longrope_where_inputs_grow_beyond_its_boundary(tmp_path, tiny_llama, row, how):
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 10000.0}
     config = json.loads((tiny_llama / "config.json").read_text())
     config |= {
@@ -250,8 +257,8 @@ def test_longrope_on_both_sides_of_its_boundary(tmp_path, tiny_llama):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config))
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(line(GOOD, query="a question of many words " * 4))
-    assert "longrope" in refuse(tmp_path, "--model", tmp_path, "--data", path)
+    path.write_bytes(row)
+    assert "longrope" in refuse(tmp_path, "--model", tmp_path, "--data", path, *how)
 
 
 def test_encoder_decoder_models(tmp_path):

@@ -11,6 +11,7 @@ from cecompile.engine import forward
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import rounding, score_one_by_one
+from cecompile.engine.rope import boundary_of
 from cecompile.errors import UserError
 from cecompile.scorer import collect
 from cecompile.workload.plan import choose_geometry, make_plan
@@ -85,7 +86,7 @@ def prepared(model, sequences, attention, *, compiled, tokens=512):
         blocks=attention == "flex",
         readout_chunk=64,
     )
-    plan = make_plan(sequences, geometry)
+    plan = make_plan(sequences, geometry, boundary=boundary_of(model.config))
     engine = Engine(model, plan.buckets, attention=attention, compiled=compiled, readout_chunk=64)
     engine.warm_up()
     return engine, list(stage_all(plan))
@@ -105,6 +106,30 @@ def test_trees_score_as_the_stock_model_does(kind):
     got, greedy = score(model, sequences, "sdpa")
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
     assert (greedy == expected_greedy).all()
+
+
+@pytest.mark.parametrize("lengths", ["short", "long", "both"])
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_longrope_on_either_side_of_its_boundary(kind, lengths):
+    """Also where a long choice shares its context with short ones; and the model is left as it was."""
+    sequences = random_sequences(questions=30, trunk=4)
+    boundary = {"short": 100, "long": 2, "both": 30}[lengths]
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    rope |= {"factor": 4.0, "original_max_position_embeddings": boundary}
+    model = tiny_model(kind, rope_parameters=rope, original_max_position_embeddings=boundary)
+    long = sequences.input_lengths > boundary
+    assert (long.any(), (~long).any()) == (lengths != "short", lengths != "long")
+    expected, expected_greedy = score_one_by_one(model, sequences)
+    for compiled in (False, *([True] if (kind, lengths) == ("phi3", "both") else [])):
+        engine, staged = prepared(model, sequences, "sdpa", compiled=compiled)
+        for _ in range(2):
+            got, greedy = collect(len(sequences), staged, engine.run(staged))
+            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+            assert (greedy == expected_greedy).all()
+        model.set_attn_implementation("eager")
+        with torch.compiler.set_stance("force_eager"):
+            again, _ = score_one_by_one(model, sequences)
+        np.testing.assert_array_equal(again, expected)
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi", "opt", "phi3"])

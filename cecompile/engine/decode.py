@@ -22,6 +22,7 @@ from cecompile.engine.attention import Masks, dense
 from cecompile.engine.capture import capture
 from cecompile.engine.head import Readout
 from cecompile.engine.layers import decoder_layers
+from cecompile.engine.rope import Frequencies
 from cecompile.workload.lanes import DecodeShape, Step
 
 
@@ -42,7 +43,9 @@ class Decoder:
         NotDecodableError: the model has its own way with keys and values.
     """
 
-    def __init__(self, model: PreTrainedModel, readout: Readout, shape: DecodeShape, pool: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, readout: Readout, shape: DecodeShape, pool: Any, rope: Frequencies
+    ) -> None:  # fmt: skip
         self.shape = shape
         self._model = model
         self._body = model.base_model
@@ -50,6 +53,7 @@ class Decoder:
         self._device = model.device
         self._layers = decoder_layers(model)
         self._pool = pool
+        self._rope = rope
         self._clear: torch.cuda.CUDAGraph | None = None
         with torch.inference_mode():
             sizes = _cache_sizes(model, self._layers)
@@ -82,6 +86,7 @@ class Decoder:
         """
         buffers = next(b for b in reversed(self._steps) if b.size >= len(step.token_ids))
         buffers.load(step)
+        self._rope.choose(0)
         if buffers.graph is not None:
             buffers.graph.replay()
         else:
@@ -111,7 +116,7 @@ class Decoder:
     def _forward(self, step: "_StepBuffers") -> None:
         part = step.part
         masks = _StepMasks(part["slot"], part["first"], self.shape.slots)
-        with masks.active(), self._caching(part["slot"]):
+        with masks.active(), self._rope.fixed(), self._caching(part["slot"]):
             hidden = self._body(
                 input_ids=part["token_ids"].long()[None],
                 position_ids=(part["slot"] - part["first"]).long()[None],

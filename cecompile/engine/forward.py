@@ -18,6 +18,7 @@ from cecompile.engine.decode import Decoder
 from cecompile.engine.head import Readout, readout_of
 from cecompile.engine.layers import body_of, compiled_parts, inputs_are_free
 from cecompile.engine.pipeline import Stage
+from cecompile.engine.rope import Frequencies
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, data_size, empty_pass, views
@@ -76,6 +77,7 @@ class Engine:
         self._body = stage or body_of(model)
         if stage is not None:
             stage.reserve(max(bucket.slots for bucket in buckets))
+        self._rope = Frequencies(model)
         self._readout = readout_of(model)
         self._chunk = readout_chunk
         self._device = model.device
@@ -113,7 +115,7 @@ class Engine:
         Raises:
             NotDecodableError: see `Decoder`.
         """
-        return Decoder(self._model, self._readout, shape, self._pool)
+        return Decoder(self._model, self._readout, shape, self._pool, self._rope)
 
     @torch.inference_mode()
     def run(
@@ -136,6 +138,8 @@ class Engine:
         for one in passes:
             slot = self._slots[one.bucket]
             turn = slot.load(one)
+            if self._rope.boundary is not None:
+                self._rope.choose(slot.deepest(one))
             if self.stage is not None:
                 self.stage.receive(slot.bucket.shape)
             if slot.graph is not None:
@@ -160,7 +164,7 @@ class Engine:
     def _forward(self, slot: "_Slot", readouts: int) -> None:
         """The pass, with at least its first `readouts` readouts where it has any."""
         part = slot.part
-        with slot.masks.active():
+        with slot.masks.active(), self._rope.fixed():
             hidden = self._body(
                 part["token_ids"].long(), position_ids=part["depth"].long(), **slot.masks.arguments(self._model)
             )
@@ -187,6 +191,7 @@ class _Slot:
     def __init__(self, bucket: Bucket, blocks: bool, device: torch.device) -> None:
         self.bucket = bucket
         self.graph: torch.cuda.CUDAGraph | None = None
+        self._blocks = blocks
         self._data = torch.from_numpy(empty_pass(bucket, blocks)).to(device)
         self.part: dict[str, Tensor] = views(self._data, bucket, blocks)
         self.masks = TreeMasks(self.part)
@@ -203,6 +208,10 @@ class _Slot:
         self._turn ^= 1
         self._turns[self._turn].send(one.data, self._data)
         return self._turn
+
+    def deepest(self, one: StagedPass) -> int:
+        """The depth of a pass's deepest token."""
+        return int(views(one.data, self.bucket, self._blocks)["depth"].max())
 
     def unload(self, turn: int) -> None:
         """Queues the copy of the outputs to the host."""

@@ -8,6 +8,7 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cecompile.workload.sequences import Longs, Sequences, shared_prefixes
 
@@ -31,6 +32,16 @@ class Order:
         owner = sequences.questions[self.sequence]
         boundaries = np.flatnonzero(owner[1:] != owner[:-1]) + 1
         return int(np.median(self.shared[boundaries])) if len(boundaries) else 0
+
+    def sides(self, sequences: Sequences, boundary: int) -> list["Order"]:
+        """Those of at most `boundary` inputs, and those of more, where there are any; nothing is shared between."""
+        long = sequences.input_lengths[self.sequence] > boundary
+        return [self._only(sequences, side) for side in (~long, long) if side.any()]
+
+    def _only(self, sequences: Sequences, chosen: NDArray[np.bool_]) -> "Order":
+        kept = self.sequence[chosen]
+        shared = np.concatenate(([0], shared_prefixes(sequences, kept[:-1], kept[1:])))
+        return Order(kept, shared, self.prefix_tree_tokens)
 
 
 def sort_sequences(sequences: Sequences) -> Order:

@@ -200,7 +200,7 @@ def choose_geometry(
 
 def make_plan(
     sequences: Sequences, geometry: Geometry, *, every: bool = False, order: Order | None = None,
-    buckets: tuple[Bucket, ...] = (),
+    buckets: tuple[Bucket, ...] = (), boundary: int | None = None,
 ) -> Plan:  # fmt: skip
     """Sorts, merges and packs all sequences. Deterministic; near n log n in the number of tokens.
 
@@ -211,6 +211,7 @@ def make_plan(
         every: the plan has the buckets of `every_bucket`, in use or not, as warmed up for data not yet seen.
         buckets: those of an earlier plan of this geometry. The plan has them too, in use or not, and no other shapes
             as long as they hold all rows; with more readouts where it needs more.
+        boundary: sequences of more inputs than this share nothing with the others, and no pass.
 
     Raises:
         ValueError: a sequence is longer than a row.
@@ -218,14 +219,18 @@ def make_plan(
     if sequences.input_lengths.max() > geometry.length:
         raise ValueError(f"a sequence of {sequences.input_lengths.max()} tokens in rows of {geometry.length}")
     order = order or sort_sequences(sequences)
-    items = split_items(sequences, order, geometry.length)
-    filled = fill_rows(items, geometry.length)
-    rows = [
-        row
-        for at in range(0, len(filled), ROWS_AT_ONCE)
-        for row in _rows(sequences, order, items.start, filled[at : at + ROWS_AT_ONCE])
-    ]
-    shapes = _cover_as_before(rows, geometry, buckets) if buckets else _cover(rows, geometry)
+    rows: list[Layout] = []
+    shapes: Shaped = []
+    for side in [order] if boundary is None else order.sides(sequences, boundary):
+        items = split_items(sequences, side, geometry.length)
+        filled = fill_rows(items, geometry.length)
+        own = [
+            row
+            for at in range(0, len(filled), ROWS_AT_ONCE)
+            for row in _rows(sequences, side, items.start, filled[at : at + ROWS_AT_ONCE])
+        ]
+        shapes += _cover_as_before(own, geometry, buckets) if buckets else _cover(own, geometry)
+        rows += own
     buckets, passes = _passes(shapes, geometry, every_bucket(geometry) if every else buckets)
     new_question = np.diff(sequences.questions[order.sequence], prepend=-1) != 0
     lengths = sequences.input_lengths
