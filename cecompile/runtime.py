@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cecompile.engine import ahead, memory
 from cecompile.engine.architecture import takes_ours
-from cecompile.engine.attention import attention_before
+from cecompile.engine.attention import take_back
 from cecompile.engine.cache import WARM, CompileCache, Entry
 from cecompile.engine.feed import Feed, Files, worth_keeping
 from cecompile.engine.layers import compiled_parts, on_meta
@@ -325,9 +325,7 @@ class Runtime:
 
         Another runtime may have taken it before, which takes it back when it runs.
         """
-        self.model, self.stock_attention = model, attention_before(model)
-        if takes_ours(model):
-            model.set_attn_implementation(self.stock_attention)
+        self.model, self.stock_attention = model, take_back(model)
         for module in compiled_parts(model):
             module._compiled_call_impl = None
         self.sizing.count_as_loaded(sum(p.numel() * p.element_size() for p in model.parameters()))

@@ -33,10 +33,16 @@ def install(model: PreTrainedModel, attention: str) -> None:
         _shared_memory = torch.cuda.get_device_properties(model.device).shared_memory_per_multiprocessor
     if takes_ours(model):
         _before[model] = attention_before(model)
-        if model.config._attn_implementation != NAMES[attention]:
-            model.set_attn_implementation(NAMES[attention])
+        _use(model, NAMES[attention])
     elif attention == "flex":
         raise NotImplementedError(f"{type(model).__name__} has an attention of its own")
+
+
+def take_back(model: PreTrainedModel) -> str:
+    """Undoes `install`; returns the implementation that the model has then."""
+    stock = attention_before(model)
+    _use(model, stock)
+    return stock
 
 
 def attention_before(model: PreTrainedModel) -> str:
@@ -49,12 +55,17 @@ def attention_before(model: PreTrainedModel) -> str:
 def stock_attention(model: PreTrainedModel, stock: str) -> Iterator[None]:
     """While this lasts, the model runs as it was loaded, with the attention `stock` and nothing of ours."""
     now = model.config._attn_implementation
-    model.set_attn_implementation(stock)
+    _use(model, stock)
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        model.set_attn_implementation(now)
+        _use(model, now)
+
+
+def _use(model: PreTrainedModel, name: str) -> None:
+    if model.config._attn_implementation != name:  # some models take none
+        model.set_attn_implementation(name)
 
 
 class Masks:
