@@ -21,20 +21,18 @@ class Tuning:
 
     Attributes:
         tokens_per_bucket: slots a pass.
-        dense_row: slots of the shortest and the longest row where attention is dense and the data leave the choice.
         readout_chunk: readouts whose logits are held at once.
         decoding: the cache where memory leaves the choice, and its steps.
     """
 
     tokens_per_bucket: int
-    dense_row: tuple[int, int]
     readout_chunk: int
     decoding: DecodeShape
 
 
 TUNING = {
-    "cpu": Tuning(4096, (256, 256), 256, DecodeShape(slots=4096, lanes=16, step_tokens=(256, 16))),
-    "cuda": Tuning(8192, (512, 1024), 1024, DecodeShape(slots=16384, lanes=64, step_tokens=(512, 64))),
+    "cpu": Tuning(4096, 256, DecodeShape(slots=4096, lanes=16, step_tokens=(256, 16))),
+    "cuda": Tuning(8192, 1024, DecodeShape(slots=16384, lanes=64, step_tokens=(512, 64))),
 }
 STREAMED_PASSES = 8  # at once, fewer only where even small buckets leave no room: so that reading can hide behind them
 DENSE_ATTENTION = 2.0  # how many times as long as in a matrix product arithmetic takes there
@@ -320,7 +318,6 @@ class Sizing:
             tokens_per_bucket=tokens,
             blocks=blocks,
             readout_chunk=self.tuning.readout_chunk,
-            dense_row=self.tuning.dense_row,
             shared=shared,
             key_cost=DENSE_ATTENTION * self.model_sizes().key_cost if shared and not blocks else 0.0,
         )

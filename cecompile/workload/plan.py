@@ -11,6 +11,7 @@ from cecompile.workload.sequences import Longs, Sequences, shared_prefixes, stre
 from cecompile.workload.tree import Layout, lay_out
 
 BLOCK = 128  # row lengths are multiples of it
+DENSE_ROW = (512, 1024)  # shortest and longest row of dense attention, where the sequences leave the choice
 MAX_BUCKETS = 4
 ROWS_AT_ONCE = 512  # that are laid out together, which bounds what that takes beside its result
 ROOM = 1.25  # readouts of buckets for windows to come, over those of the first window
@@ -172,25 +173,24 @@ class Totals:
 
 
 def choose_geometry(
-    longest: int, *, tokens_per_bucket: int, blocks: bool, readout_chunk: int, dense_row: tuple[int, int] = (512, 1024),
-    shared: int = 0, key_cost: float = 0.0,
-) -> Geometry:  # fmt: skip
+    longest: int, *, tokens_per_bucket: int, blocks: bool, readout_chunk: int, shared: int = 0, key_cost: float = 0.0
+) -> Geometry:
     """The largest bucket's shape.
 
     Args:
         longest: inputs of the longest sequence; a row always holds it.
         tokens_per_bucket: about how many slots a bucket has.
         blocks: attention skips empty tiles, so one row as long as the bucket packs best. Otherwise it is dense and
-            costs more the longer a row is, while shorter rows share less: an eighth of the bucket, within `dense_row`,
+            costs more the longer a row is, while shorter rows share less: an eighth of the bucket, within DENSE_ROW,
             or more where that pays.
         readout_chunk: see `Geometry`.
-        dense_row: shortest and longest row of dense attention, where the sequences leave the choice.
         shared: tokens that questions side by side typically share; every row computes them once.
         key_cost: of a token looking at one more key, in what all else of a token costs.
     """
     least = -(-longest // BLOCK) * BLOCK
     budget = max(BLOCK, tokens_per_bucket // BLOCK * BLOCK)
-    dense = min(max(budget // 8 // BLOCK * BLOCK, dense_row[0]), dense_row[1])
+    shortest, longest_dense = DENSE_ROW
+    dense = min(max(budget // 8 // BLOCK * BLOCK, shortest), longest_dense)
     length = max(least, budget if blocks else min(dense, budget))
     if not blocks:
         longer = range(length, max(length, budget) + 1, BLOCK)
