@@ -7,7 +7,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cecompile import Question, Scorer
-from cecompile.engine import forward
+from cecompile.engine import attention, forward, head
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import rounding, score_one_by_one
@@ -130,6 +130,27 @@ def test_longrope_on_either_side_of_its_boundary(kind, lengths):
         with torch.compiler.set_stance("force_eager"):
             again, _ = score_one_by_one(model, sequences)
         np.testing.assert_array_equal(again, expected)
+
+
+@pytest.mark.parametrize("length", [128, 384, 512, 640])
+def test_dense_attention_in_strips_sees_what_the_mask_shows(length):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, length, 8)
+    visible = (torch.rand(2, length, length) < 0.3).tril() | torch.eye(length, dtype=torch.bool)
+    mask = attention.dense(visible, torch.float32)
+    expected = (query @ key.mT / 8**0.5 + mask).softmax(dim=-1) @ value
+    out, _ = attention._sdpa(torch.nn.Module(), query, key, value, mask)
+    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 512, 1000])
+def test_the_first_of_equal_maxima_wherever_it_stands(size):
+    torch.manual_seed(0)
+    few = torch.randint(0, 3, (50, size)).float()  # equals within a part, and in several
+    logits = torch.cat([torch.randn(50, size), few, torch.full((1, size), -torch.inf)])
+    highest, first = head.max_by_parts(logits)
+    assert (highest[:, 0] == logits.amax(dim=1)).all()
+    assert first[:, 0].tolist() == [row.index(max(row)) for row in logits.tolist()]
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi", "opt", "phi3"])

@@ -16,8 +16,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from cecompile.engine.architecture import takes_ours
+from cecompile.workload.plan import BLOCK
 from cecompile.workload.stage import TILE
 
+STRIPS = 4
 NAMES = {"flex": "cecompile_tiles", "sdpa": "cecompile_dense"}  # "sdpa" in a name has its own rules in transformers
 _before: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
@@ -246,7 +248,8 @@ def _sdpa(
             query = query.reshape(1, key.shape[1], -1, query.shape[3])
             attention_mask = attention_mask.repeat(1, 1, groups, 1)
     if softcap is None and s_aux is None:
-        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+        parts = [_attend(*strip, scaling) for strip in _strips(query, key, value, attention_mask)]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     else:
         scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         scores = (scores if softcap is None else softcap * torch.tanh(scores / softcap)) + attention_mask
@@ -257,6 +260,27 @@ def _sdpa(
     if out.shape[1] != heads:
         out = out.reshape(1, heads, -1, out.shape[3])
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+
+
+def _strips(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The queries of token trees' rows in up to STRIPS parts, each with those keys alone that may be visible to it.
+
+    No token looks at later ones, yet the kernel, given a mask, computes all scores. On a CPU it took rows of 512 and
+    1,024 tokens 0.75 and 0.69 times as long in four strips as in one.
+    """
+    length = query.shape[2]
+    if query.device.type != "cpu" or length != key.shape[2] or length <= BLOCK:
+        return [(query, key, value, mask)]
+    width = -(-length // STRIPS // BLOCK) * BLOCK
+    ends = [min(at + width, length) for at in range(0, length, width)]
+    return [
+        (query[:, :, at:end], key[:, :, :end], value[:, :, :end], mask[:, :, at:end, :end])
+        for at, end in zip([0, *ends], ends, strict=False)
+    ]
 
 
 def _sinks(logits: Tensor, scores: Tensor) -> Tensor:
