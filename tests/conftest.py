@@ -6,6 +6,8 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -107,6 +109,17 @@ def babbler(tiny_llama, tmp_path_factory) -> Path:
     for file in tiny_llama.glob("token*"):
         (directory / file.name).write_bytes(file.read_bytes())
     return directory
+
+
+@pytest.fixture(scope="session")
+def held(tiny_llama) -> int:
+    """Megabytes of a process that is about to load a model on the CPU; some builds of torch take 300 more than others."""
+    code = (
+        "import torch, cecompile.cli; from cecompile import Scorer; from cecompile.engine import memory; "
+        f"Scorer.from_pretrained({str(tiny_llama)!r}, device='cpu'); print(memory.used_already(torch.device('cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout) // 10**6
 
 
 @pytest.fixture(scope="session")

@@ -48,11 +48,11 @@ def test_not_sizes(text):
 
 
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
-def test_every_limit_is_kept_or_refused_before_loading(wide_llama, tmp_path, engine):
+def test_every_limit_is_kept_or_refused_before_loading(wide_llama, held, tmp_path, engine):
     """From plenty down to too little for anything."""
     sizes, refusals = set(), 0
-    steps = (2000, 950, 850, 700, 500, 100) if engine == "eager" else (1500, 900)
-    for megabytes in steps:
+    steps = (1500, 450, 350, 200, 0, -400) if engine == "eager" else (1000, 400)
+    for megabytes in (held + room for room in steps):
         out = tmp_path / str(megabytes)
         done = evaluate(wide_llama, out, "--memory-limit", f"{megabytes}MB", "--engine", engine)
         if done.returncode == 2:
@@ -73,12 +73,13 @@ def test_every_limit_is_kept_or_refused_before_loading(wide_llama, tmp_path, eng
         assert len(sizes) >= 2  # smaller buckets where less is there
 
 
-def test_a_size_that_was_asked_for_and_does_not_fit_is_refused_with_one_that_does(wide_llama, tmp_path):
-    more = ("--memory-limit", "1GB", "--tokens-per-bucket", "8192", "--engine", "eager")
+def test_a_size_that_was_asked_for_and_does_not_fit_is_refused_with_one_that_does(wide_llama, held, tmp_path):
+    limit = f"{held + 500}MB"
+    more = ("--memory-limit", limit, "--tokens-per-bucket", "8192", "--engine", "eager")
     done = evaluate(wide_llama, tmp_path / "out", *more)
     assert done.returncode == 2
     fits = done.stderr.rsplit("--tokens-per-bucket ", 1)[1].split()[0]
-    more = ("--memory-limit", "1GB", "--tokens-per-bucket", fits, "--engine", "eager")
+    more = ("--memory-limit", limit, "--tokens-per-bucket", fits, "--engine", "eager")
     assert evaluate(wide_llama, tmp_path / "out", *more).returncode == 0
 
 

@@ -112,7 +112,12 @@ def test_document_has_the_results_figures(scored, language):
 
 
 def written(seconds: float) -> str:
-    """Seconds as the report is to write them: two decimals, or three significant digits below one second."""
+    """Seconds as the report is to write them: two decimals, or three significant digits below one second.
+
+    Of a thousand seconds and more, one decimal: a process that has run other tests for so long is as old.
+    """
+    if seconds >= 1000:
+        return f"{seconds:,.1f}"
     return f"{seconds:.2f}" if seconds >= 1 else format(Decimal(f"{seconds:.2e}"), "f")
 
 
