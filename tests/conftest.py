@@ -113,7 +113,7 @@ def babbler(tiny_llama, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def held(tiny_llama) -> int:
-    """Megabytes of a process that is about to load a model on the CPU; some builds of torch take 300 more than others."""
+    """Megabytes of a process about to load a model on the CPU; some builds of torch take 300 more than others."""
     code = (
         "import torch, cecompile.cli; from cecompile import Scorer; from cecompile.engine import memory; "
         f"Scorer.from_pretrained({str(tiny_llama)!r}, device='cpu'); print(memory.used_already(torch.device('cpu')))"
