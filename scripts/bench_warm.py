@@ -1,0 +1,62 @@
+"""Warm-up with an empty compile cache against warm-up with a filled one, each run a process of its own.
+
+    python scripts/bench_stream.py --make llama-7b --model /dev/shm/7b --tokenizer DIR
+    python scripts/bench_warm.py --model /dev/shm/7b --data hellaswag_val.jsonl --limit 1000
+
+A round is one run that finds its cache empty and --warm runs that find what the first has left. Rounds begin anew with
+another cache: from the second on, all files that a process reads are in the page cache. Exit status 1 where samples
+are not the same, byte for byte, everywhere.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from bench_stream import run
+from rich.console import Console
+from rich.table import Table
+
+
+def main() -> None:
+    options = _arguments()
+    table = Table("round", "cache", "load_model", "warmup", "of the cold one", "inference", "wall")
+    samples: set[bytes] = set()
+    for number in range(options.rounds):
+        cold = 0.0
+        with tempfile.TemporaryDirectory() as cache:
+            Path(cache).chmod(0o700)
+            for turn in range(1 + options.warm):
+                results = run(options, f"{number}-{turn}", "--cache-dir", cache)
+                samples.add((options.output / f"{number}-{turn}" / "samples.jsonl").read_bytes())
+                phases = results["phases_s"]
+                cold = cold or phases["warmup"]
+                seconds = (phases["load_model"], phases["warmup"], phases["inference"], sum(phases.values()))
+                load, warmup, inference, wall = (f"{value:.2f} s" for value in seconds)
+                share = f"{phases['warmup'] / cold:.3f}"
+                table.add_row(str(number + 1), results["cache"]["state"], load, warmup, share, inference, wall)
+    Console(width=110).print(table)
+    print(
+        f"samples: {'the same' if len(samples) == 1 else 'NOT the same'} in all {options.rounds * (1 + options.warm)}"
+    )
+    sys.exit(len(samples) > 1)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory")
+    parser.add_argument("--data")
+    parser.add_argument("--task")
+    parser.add_argument("--limit", help="the first N questions")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype")
+    parser.add_argument("--tokens-per-bucket")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--warm", type=int, default=2, help="runs of a round that find the cache filled")
+    parser.add_argument("--output", type=Path, default=Path("results/warm"))
+    parser.set_defaults(repeat=None)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
