@@ -310,7 +310,9 @@ class Sizing:
         """The smallest decoder for answers of this length."""
         if not answer:
             return None
-        return replace(self.tuning.decoding, slots=-(-(answer + 1) // BLOCK) * BLOCK)
+        usual = self.tuning.decoding
+        slots = max(answer, *usual.step_tokens) + 1
+        return replace(usual, slots=-(-slots // BLOCK) * BLOCK)
 
     def _geometry(self, longest: int, tokens: int, blocks: bool, shared: int = 0) -> Geometry:
         return choose_geometry(

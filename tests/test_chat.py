@@ -21,6 +21,7 @@ from cecompile.answerer import decode
 from cecompile.cli import cli
 from cecompile.engine import decode as decode_module
 from cecompile.errors import UserError
+from cecompile.sizing import Sizing
 from cecompile.tasks.chat import find_choices, judge_answer
 from cecompile.workload.graft import graft, prompts_of, walk
 from cecompile.workload.lanes import DecodeShape, Lanes
@@ -169,6 +170,24 @@ def test_decodes_as_generate_does(kind, attention, compiled):
     decoder.warm_up()
     for _ in range(2):
         assert decode(decoder, prompts, [12] * len(prompts), frozenset([stop])) == expected
+
+
+@pytest.mark.parametrize("longest", [40, 200, 300])
+def test_decodes_over_the_least_cache_where_memory_is_short(longest):
+    """It holds the longest prompt and answer, and more slots than a step has tokens."""
+    model, random = tiny_model("llama", max_position_embeddings=512), np.random.default_rng(1)
+    lengths = [longest - 12, 90, 90, 60, 60, 30, 30, 10]
+    prompts = [random.integers(3, VOCABULARY, min(n, longest - 12)).astype(np.int32) for n in lengths]
+    expected = [generated(model, prompt, 12, None) for prompt in prompts]
+    sizing = Sizing("m", model.config, model.device, "float32", None, None)
+    geometry = sizing.geometry(longest, blocks=False)
+    assert sizing.step_down(geometry)
+    shape = sizing.decoding(geometry, "eager", longest, fit=False)
+    assert max(longest, *shape.step_tokens) < shape.slots < sizing.tuning.decoding.slots
+    engine, _ = prepared(model, random_sequences(), "sdpa", compiled=False)
+    decoder = engine.decoder(shape)
+    decoder.warm_up()
+    assert decode(decoder, prompts, [12] * len(prompts), frozenset()) == expected
 
 
 @pytest.fixture(scope="module", params=["llama", "phi3", "llama with the Llama-2 tokenizer"])

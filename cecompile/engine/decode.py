@@ -46,6 +46,7 @@ class Decoder:
     def __init__(
         self, model: PreTrainedModel, readout: Readout, shape: DecodeShape, pool: Any, rope: Frequencies
     ) -> None:  # fmt: skip
+        assert max(shape.step_tokens) < shape.slots
         self.shape = shape
         self._model = model
         self._body = model.base_model

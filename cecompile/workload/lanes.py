@@ -18,7 +18,8 @@ class DecodeShape:
     """What a decoder is built for.
 
     Attributes:
-        slots: of the cache. The last is for tokens that nobody sees.
+        slots: of the cache, more than any step has tokens, by which attention tells a step from a pass over trees. The
+            last is for tokens that nobody sees.
         lanes: rows in flight at most.
         step_tokens: tokens that a step reads, for each size of step, largest first; the last is `lanes`.
     """
