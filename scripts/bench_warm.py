@@ -25,7 +25,6 @@ def main() -> None:
     for number in range(options.rounds):
         cold = 0.0
         with tempfile.TemporaryDirectory() as cache:
-            Path(cache).chmod(0o700)
             for turn in range(1 + options.warm):
                 results = run(options, f"{number}-{turn}", "--cache-dir", cache)
                 samples.add((options.output / f"{number}-{turn}" / "samples.jsonl").read_bytes())
