@@ -22,7 +22,7 @@ class Warmup:
 
     Attributes:
         before: the cache's state before, "warm", "partly warm" or "cold", and why.
-        seconds: per fixed shape, in words, of compiling, running and capturing it.
+        seconds: see `Warmed`.
         bytes: of the cache entry on disk.
         measured: useful tokens a second per bucket size in slots; empty unless asked for.
     """
