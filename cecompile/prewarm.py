@@ -22,7 +22,7 @@ class Warmup:
 
     Attributes:
         before: the cache's state before, "warm", "partly warm" or "cold", and why.
-        seconds: see `Warmed`.
+        seconds: per fixed shape, in words, of compiling, running and capturing it.
         bytes: of the cache entry on disk.
         measured: useful tokens a second per bucket size in slots; empty unless asked for.
     """

@@ -75,8 +75,8 @@ class Warmed:
         found: how.
         decoder: what decodes answers; None where nothing is decoded, or this model cannot be so.
         note: why it is not what was asked for, or None.
-        seconds: per fixed shape, in words, of compiling and running it, and of capturing what is captured together.
-        moments: when each shape was compiled, by `time.perf_counter()`.
+        seconds: per fixed shape, in words, of compiling, running and capturing it.
+        moments: when that was done, by `time.perf_counter()`.
     """
 
     engine: Engine | SweepEngine
@@ -192,9 +192,6 @@ class Warmer:
             done(what)
 
         engine.warm_up(lambda b: book(f"{b.rows} x {b.length} tokens, {b.readouts} readouts"))
-        if isinstance(engine, Engine) and engine.captures:
-            now = perf_counter()
-            warmed.seconds["all captured in CUDA graphs"], began = now - began, now
         if ready.decoding is not None and isinstance(engine, Engine):
             slots = ready.decoding.slots
             try:

@@ -8,27 +8,17 @@ import torch
 
 
 def capture(forward: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    """Settles `forward`, then records it; for the arguments see these."""
-    settle(forward)
-    return record(forward, pool)
-
-
-def settle(forward: Callable[[], None]) -> None:
-    """Runs `forward`, so that it is compiled and all libraries are set up. Does not wait for the device."""
-    stream = _beside(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        forward()
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-def record(forward: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    """Captures `forward`, which is settled, in a graph.
+    """Runs `forward`, so that it is compiled and all libraries are set up, then captures it in a graph.
 
     Args:
         forward: works on static buffers only.
         pool: handle of the memory pool that graphs which never run at the same time share.
     """
+    stream = _beside(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        forward()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         forward()

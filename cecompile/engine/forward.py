@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cecompile.engine import cpu, cuda
 from cecompile.engine.attention import TreeMasks, install
-from cecompile.engine.capture import record, settle
+from cecompile.engine.capture import capture
 from cecompile.engine.decode import Decoder
 from cecompile.engine.head import Readout, readout_of
 from cecompile.engine.layers import body_of, compiled_parts, inputs_are_free
@@ -49,7 +49,6 @@ class Engine:
 
     Attributes:
         inputs_free: as found; None where it does not matter.
-        captures: whether buckets are captured in graphs.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class Engine:
         self._readout = readout_of(model)
         self._chunk = readout_chunk
         self._device = model.device
-        self.captures = self._device.type == "cuda" and (compiled if captured is None else captured)
+        self._capture = self._device.type == "cuda" and (compiled if captured is None else captured)
         if compiled:
             for module in parts:  # identical ones share a graph per shape
                 module.compile(fullgraph=True, dynamic=False, options=options)
@@ -91,7 +90,7 @@ class Engine:
         self._calls = [(module, module._compiled_call_impl) for module in parts]
         with torch.inference_mode():
             self._slots = [_Slot(bucket, attention == "flex", self._device) for bucket in buckets]
-        self._pool = torch.cuda.graph_pool_handle() if self.captures else None
+        self._pool = torch.cuda.graph_pool_handle() if self._capture else None
 
     def take(self) -> None:
         """Makes the model this engine's, whoever has used it meanwhile."""
@@ -101,22 +100,14 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self, done: Callable[[Bucket], None] = lambda _: None) -> None:
-        """Compiles and runs every bucket, largest first, then captures them. `done` is called as each is compiled.
-
-        Where they are captured, a bucket is compiled while the device still runs the one before.
-        """
-        forwards = [functools.partial(self._forward, slot, slot.bucket.readouts) for slot in self._slots]
-        for slot, forward in zip(self._slots, forwards, strict=True):
-            if self.captures:
-                settle(forward)
+        """Compiles, runs and captures every bucket, largest first. `done` is called after each."""
+        for slot in self._slots:
+            if self._capture:
+                slot.graph = capture(functools.partial(self._forward, slot, slot.bucket.readouts), self._pool)
             else:
-                forward()
-                self._wait()
-            done(slot.bucket)
-        if self.captures:
-            for slot, forward in zip(self._slots, forwards, strict=True):
-                slot.graph = record(forward, self._pool)
+                self._forward(slot, slot.bucket.readouts)
             self._wait()
+            done(slot.bucket)
 
     def decoder(self, shape: DecodeShape) -> Decoder:
         """What decodes with this engine's model, compiled and captured as this engine is. Not warm yet.
