@@ -262,7 +262,7 @@ def plan_command(
     dataset = read_windows(_named(data, task), task, limit, window)
     from rich.console import Console
 
-    from cecompile.engine.estimate import as_planned_on, estimate, room_on
+    from cecompile.engine.estimate import as_planned_on, estimate, model_sizes, weights_fit
     from cecompile.report.results import plan_summary
     from cecompile.report.table import print_plan
     from cecompile.windowed import plan_in_windows
@@ -272,11 +272,12 @@ def plan_command(
     if profile and how["pipeline"] > 1:
         raise UserError("--profile: estimates are of one device; leave out --pipeline")
     model = _model(as_planned_on(profile, how) if profile else how, dataset.task)
-    plan, sequences = plan_in_windows(model, dataset.questions, how["memory_limit"] is not None)
-    runtime = model.runtime
-    where, room = ("cuda", room_on(profile, how["memory_limit"])) if profile else (None, None)
-    streaming = runtime.planned_streaming(plan, where, room)
-    summary = plan_summary(plan) | {"memory": runtime.budget(plan, where, room).summary()}
+    runtime, fit = model.runtime, how["memory_limit"] is not None
+    if profile and not fit:  # where the weights do not, the plan is shown all the same, and says so
+        fit = how["stream_weights"] or weights_fit(profile, model_sizes(runtime.config))
+    plan, sequences = plan_in_windows(model, dataset.questions, fit)
+    streaming = runtime.planned_streaming(plan)
+    summary = plan_summary(plan) | {"memory": runtime.budget(plan).summary()}
     summary |= {"stages": runtime.stages(plan)} | ({"streaming": streaming} if streaming else {})
     estimated = estimate(profile, runtime.config, plan, sequences, streaming) if profile else None
     if as_json:
@@ -401,6 +402,7 @@ def _model(how: dict[str, Any], task: str, ranks: Ranks = ALONE) -> Any:
         ranks=ranks,
         pipeline=how.get("pipeline", 1),
         stream_weights=how["stream_weights"],
+        elsewhere=how.get("elsewhere"),
         **own,
     )
 

@@ -74,6 +74,7 @@ class PackedModel:
         ranks: Ranks = ALONE,
         pipeline: int = 1,
         stream_weights: bool = False,
+        elsewhere: memory.Elsewhere | None = None,
         **own: Any,
     ) -> Model:
         """One for a checkpoint.
@@ -91,6 +92,7 @@ class PackedModel:
             ranks: the processes that share the work, this one among them.
             pipeline: stages that the layers are divided among, each a rank.
             stream_weights: read the layers' weights anew for each sweep of passes; memory holds two layers.
+            elsewhere: a device to plan for in place of `device`; what is planned is not run.
             own: what the class itself takes.
 
         Raises:
@@ -109,8 +111,9 @@ class PackedModel:
         config, tokenizer = load_config(path), load_tokenizer(path)
         sharers = 1 if resolved.type == "cuda" and device in ("auto", "cuda") else ranks.local_size
         sizing = Sizing(
-            path, config, resolved, dtype, tokens_per_bucket, memory_limit, ranks, sharers, pipeline, stream_weights
-        )
+            path, config, resolved, dtype, tokens_per_bucket, memory_limit, ranks, sharers, pipeline, stream_weights,
+            elsewhere,
+        )  # fmt: skip
         runtime = _runtime(path, config, resolved, sizing, cache_dir, require_warm, ranks, **options)
         return cls(runtime, tokenizer, **own)
 

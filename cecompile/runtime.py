@@ -175,13 +175,13 @@ class Runtime:
         """From now on plans for up to these lengths (see `shapes`) all have the same buckets."""
         self._ahead = longest, answer
 
-    def budget(self, plan: Plan | Totals, device: str | None = None, room: int | None = None) -> memory.Budget:
-        """What a run of this plan needs, in bytes by part; on another `device`, "cuda", of `room` bytes, in 16 bits.
+    def budget(self, plan: Plan | Totals) -> memory.Budget:
+        """What a run of this plan needs, in bytes by part.
 
         Of several stages of a pipeline it is the one that needs most.
         """
-        passes = 1 if self.sizing.streamed is None else self.passes_at_once(plan, _in_a_window(plan), device, room)
-        return self.sizing.budget(_largest(plan), self.engine, plan.decoding, device, passes)
+        passes = 1 if self.sizing.streamed is None else self.passes_at_once(plan, _in_a_window(plan))
+        return self.sizing.budget(_largest(plan), self.engine, plan.decoding, passes)
 
     def stages(self, plan: Plan | Totals) -> list[dict[str, Any]] | None:
         """`plan --json`'s `stages`: of each its layers, from the first to before the last, and the bytes it needs."""
@@ -198,21 +198,17 @@ class Runtime:
         """What this rank holds of the model, once planned; None is all."""
         return self.sizing.shares[self.ranks.stage] if self.sizing.shares else None
 
-    def passes_at_once(
-        self, plan: Plan | Totals | Ready, passes: int, device: str | None = None, room: int | None = None
-    ) -> int:
+    def passes_at_once(self, plan: Plan | Totals | Ready, passes: int) -> int:
         """How many of `passes` go through a streamed layer together; see `Sizing.passes_at_once`."""
-        return self.sizing.passes_at_once(_largest(plan), self.engine, passes, device, room)
+        return self.sizing.passes_at_once(_largest(plan), self.engine, passes)
 
-    def planned_streaming(
-        self, plan: Plan | Totals, device: str | None = None, room: int | None = None
-    ) -> dict[str, int] | None:
-        """As much of `streaming` as is known before a run of this plan; for the arguments see `budget`."""
+    def planned_streaming(self, plan: Plan | Totals) -> dict[str, int] | None:
+        """As much of `streaming` as is known before a run of this plan."""
         streamed = self.sizing.streamed
         if streamed is None:
             return None
         due, windows = _in_a_window(plan), plan.windows if isinstance(plan, Totals) else 1
-        passes = self.passes_at_once(plan, due, device, room)
+        passes = self.passes_at_once(plan, due)
         sweeps, size = windows * -(-due // passes), streamed.layer_bytes
         read = sweeps * streamed.layers * size
         return {"sweeps": sweeps, "passes_per_sweep": passes, "layer_bytes": size, "read_bytes": read}

@@ -52,6 +52,7 @@ class Sizing:
         sharers: how many of them share the device.
         stages: of a pipeline, among which the layers are to be divided.
         stream: the layers' weights are streamed.
+        elsewhere: a device that is planned for in place of `device`, in 16 bits; it has its own limit.
 
     Attributes:
         shares: what each stage holds, once `divide` has said it; empty where there is one device for all.
@@ -74,11 +75,15 @@ class Sizing:
         sharers: int = 1,
         stages: int = 1,
         stream: bool = False,
+        elsewhere: memory.Elsewhere | None = None,
     ) -> None:
         self._name = name
         self._config = config
         self._device = device
-        self._dtype = dtype
+        self._elsewhere = elsewhere
+        self._kind = device.type if elsewhere is None else elsewhere.kind
+        self._where = device if elsewhere is None else elsewhere.name
+        self._dtype = dtype if elsewhere is None else "bfloat16"
         self._asked = tokens_per_bucket
         self._asked_limit = limit
         self._ranks = ranks
@@ -86,8 +91,10 @@ class Sizing:
         self.stages = stages
         self.shares: tuple[Share, ...] = ()
         self._ceiling: int | None = None  # slots, once memory has run out on more
-        self._sizes: dict[tuple[Share | None, str], memory.Sizes] = {}
-        self.tuning = TUNING[device.type]
+        self._sizes: dict[Share | None, memory.Sizes] = {}
+        self.tuning = TUNING[self._kind]
+        if elsewhere is not None:
+            self.tuning = replace(self.tuning, tokens_per_bucket=elsewhere.tokens_per_bucket)
         self.limit: int | None = limit
         self._held: int | None = None  # bytes in use before anything is loaded, where they count
         self.streamed: memory.Streamed | None = None
@@ -124,7 +131,7 @@ class Sizing:
             geometry = self._geometry(longest, slots, blocks)
 
             def needed(stage: int, first: int, end: int, geometry: Geometry = geometry) -> memory.Budget:
-                return memory.budget(stage_sizes.of(stage, first, end), geometry, self._device.type, engine)
+                return memory.budget(stage_sizes.of(stage, first, end), geometry, self._kind, engine)
 
             ends = split(layers, self.stages, last, lambda *span: room is None or needed(*span).total <= room)
             if ends is not None:
@@ -137,7 +144,7 @@ class Sizing:
         ends = split(layers, self.stages, last) or []
         fullest = max(map(needed, range(self.stages), [0, *ends], ends), key=lambda one: one.total)
         name = f"{self._name}: a stage of --pipeline {self.stages}"
-        raise memory.refuse(name, self._device, fullest, room, geometry.rows * geometry.length)
+        raise memory.refuse(name, self._where, fullest, room, geometry.rows * geometry.length)
 
     def geometry(
         self, longest: int, *, blocks: bool, recorded: dict[str, Any] | None = None, shared: int = 0
@@ -151,7 +158,7 @@ class Sizing:
                 longer than usual, those of a geometry that is compiled already.
             shared: tokens that questions side by side typically share.
         """
-        recorded = recorded or {}
+        recorded = recorded if recorded and self._elsewhere is None else {}
         tokens = self._asked or self.tuning.tokens_per_bucket
         if self._asked is None and recorded.get("tuned"):
             tokens = recorded["tuned"][0] * recorded["tuned"][1]
@@ -192,12 +199,12 @@ class Sizing:
                 passes -= 1
             else:
                 way_out = None if answer else self._way_out(geometry, engine, room)
-                raise memory.refuse(self._name, self._device, needed, room, slots, way_out)
+                raise memory.refuse(self._name, self._where, needed, room, slots, way_out)
         if geometry != wanted and self._asked is not None:
             slots, most = wanted.rows * wanted.length, geometry.rows * geometry.length
             raise UserError(
                 f"{self._name}: needs {self.budget(wanted, engine, beside).total / 1e9:.1f} GB with buckets of {slots} "
-                f"tokens, {room / 1e9:.1f} GB are there on {self._device}; --tokens-per-bucket {most} fits"
+                f"tokens, {room / 1e9:.1f} GB are there on {self._where}; --tokens-per-bucket {most} fits"
             )
         return geometry
 
@@ -219,53 +226,43 @@ class Sizing:
         return least
 
     def budget(
-        self, geometry: Geometry, engine: str, decoding: DecodeShape | None = None, elsewhere: str | None = None,
-        passes: int = 1,
-    ) -> memory.Budget:  # fmt: skip
-        """Bytes that a run with this geometry needs, by part; or, on a kind of device `elsewhere`, in 16 bits.
+        self, geometry: Geometry, engine: str, decoding: DecodeShape | None = None, passes: int = 1
+    ) -> memory.Budget:
+        """Bytes that a run with this geometry needs, by part.
 
         Of several stages it is the one that needs most.
 
         Args:
             passes: under way at once, where layers are streamed.
         """
-        return max(self.budgets(geometry, engine, decoding, elsewhere, passes), key=lambda one: one.total)
+        return max(self.budgets(geometry, engine, decoding, passes), key=lambda one: one.total)
 
     def budgets(
-        self, geometry: Geometry, engine: str, decoding: DecodeShape | None = None, elsewhere: str | None = None,
-        passes: int = 1,
-    ) -> list[memory.Budget]:  # fmt: skip
+        self, geometry: Geometry, engine: str, decoding: DecodeShape | None = None, passes: int = 1
+    ) -> list[memory.Budget]:
         """The same of each stage."""
-        dtype, device = (self._dtype, self._device.type) if elsewhere is None else ("bfloat16", elsewhere)
         streamed, shares = self.streamed, self.shares or (None,)
         if streamed is not None:
             shares = (Share(0, 0, streamed.layers),)
-        sizes = [self.model_sizes(share, dtype) for share in shares]
         if streamed is not None:
-            streamed = streamed if elsewhere is None else memory.streamed_sizes(self._config, sizes[0].itemsize)
             streamed = replace(streamed, passes=passes)
-        return [memory.budget(one, geometry, device, engine, decoding, streamed) for one in sizes]
+        sizes = [self.model_sizes(share) for share in shares]
+        return [memory.budget(one, geometry, self._kind, engine, decoding, streamed) for one in sizes]
 
-    def passes_at_once(
-        self, geometry: Geometry, engine: str, passes: int, elsewhere: str | None = None, room: int | None = None
-    ) -> int:
+    def passes_at_once(self, geometry: Geometry, engine: str, passes: int) -> int:
         """How many of `passes` go through a streamed layer at once: as many as memory holds, in sweeps of one size.
 
-        Args:
-            geometry, engine, elsewhere: see `budget`.
-            room: bytes that they may fill; by default what is there.
+        For `geometry` and `engine` see `budget`.
         """
-        one, two = (self.budget(geometry, engine, None, elsewhere, n) for n in (1, 2))
-        room = self._room() if room is None else room
-        most = max(1, 1 + (room - one.total) // (two.hidden - one.hidden))
+        one, two = (self.budget(geometry, engine, None, n) for n in (1, 2))
+        most = max(1, 1 + (self._room() - one.total) // (two.hidden - one.hidden))
         return -(-passes // -(-passes // most))
 
-    def model_sizes(self, share: Share | None = None, dtype: str | None = None) -> memory.Sizes:
+    def model_sizes(self, share: Share | None = None) -> memory.Sizes:
         """What of the model, or of a share of it, decides memory and cost."""
-        key = share, dtype or self._dtype
-        if key not in self._sizes:
-            self._sizes[key] = memory.model_sizes(self._config, key[1], share)
-        return self._sizes[key]
+        if share not in self._sizes:
+            self._sizes[share] = memory.model_sizes(self._config, self._dtype, share)
+        return self._sizes[share]
 
     def of_size(self, tokens_per_bucket: int) -> "Sizing":
         """The same, asked for this size."""
@@ -291,7 +288,9 @@ class Sizing:
         if self.streamed is not None:
             return None
         try:
-            other = Sizing(self._name, self._config, self._device, self._dtype, None, None, stream=True)
+            other = Sizing(
+                self._name, self._config, self._device, self._dtype, None, None, stream=True, elsewhere=self._elsewhere
+            )
         except UserError:
             return None
         fits = other.budget(geometry, engine).total <= room
@@ -299,6 +298,8 @@ class Sizing:
 
     def _room(self) -> int:
         """Bytes that a prediction may fill."""
+        if self._elsewhere is not None:
+            return self._elsewhere.room
         if self._held is None:  # before anything is loaded: what is loaded later is part of what is needed
             held = memory.used_already(self._device) if self._asked_limit is not None else 0
             self._held = -self._ranks.least(-held)

@@ -186,6 +186,25 @@ def test_weights_that_do_not_fit_are_said_so(weightless, tiny_llama):
     assert "DO NOT FIT" not in plan_table(tiny_llama, "--profile", "h100")
 
 
+def test_memory_is_that_of_the_device_planned_for_whatever_this_one_has(weightless, tmp_path):
+    """On a CPU, with a limit that no machine for tests has, and with some that leave room for little but weights."""
+    for file in weightless.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))  # of 1.75 GB
+    slots = {}
+    for limit in (2.1, 2.5, 4000.0):
+        options = ("--limit", "320", "--profile", "h100", "--memory-limit", f"{limit}GB", "--json")
+        plan = json.loads(plan_with_profile(tmp_path, *options))
+        assert plan["memory"]["total"] <= limit * 1e9
+        slots[limit] = max(b["rows"] * b["length"] for b in plan["buckets"])
+    assert slots[2.1] < slots[2.5] < slots[4000.0] == PROFILES["h100"].tokens_per_bucket
+    command = ["plan", "--model", str(tmp_path), "--device", "cpu", "--profile", "h100", "--memory-limit", "1.5GB"]
+    refused = CliRunner().invoke(cli, command)
+    assert refused.exit_code == 2
+    assert "1.5 GB are there on h100" in refused.output
+
+
 def test_plan_without_a_profile_has_no_estimate(weightless):
     assert "estimate" not in json.loads(plan_with_profile(weightless, "--json"))
     assert "estimate" not in plan_with_profile(weightless)

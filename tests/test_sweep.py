@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cecompile import Answerer, Question, Scorer, demo, read_questions
 from cecompile.engine import memory, verify
-from cecompile.engine.estimate import estimate, room_on, streamed_seconds
+from cecompile.engine.estimate import as_planned_on, estimate, streamed_seconds
 from cecompile.engine.feed import Feed, Files
 from cecompile.engine.forward import Engine
 from cecompile.engine.layers import kinds_of
@@ -304,14 +304,16 @@ def test_an_interrupted_run_goes_on(tiny_llama, tmp_path, monkeypatch):
 
 
 def test_plan_says_how_layers_would_be_streamed(deep_llama):
-    scorer = Scorer.from_pretrained(deep_llama, device="cpu", stream_weights=True)
-    plan = scorer.prepare(QUESTIONS).plan
-    passes, room = len(plan.passes), room_on("orin-32gb", 4 * 10**8)
-    streaming = scorer.runtime.planned_streaming(plan, "cuda", room)
+    orin = as_planned_on("orin-32gb", {"attention": "sdpa", "memory_limit": 4 * 10**8, "dtype": "auto"})
+    orin = {"attention": orin["attention"], "elsewhere": orin["elsewhere"]}
+    scorer = Scorer.from_pretrained(deep_llama, device="cpu", stream_weights=True, **orin)
+    plan = scorer.prepare(QUESTIONS, fit=True).plan
+    passes, room = len(plan.passes), orin["elsewhere"].room
+    streaming = scorer.runtime.planned_streaming(plan)
     assert streaming["passes_per_sweep"] * streaming["sweeps"] >= passes
     assert streaming["layer_bytes"] == 2 * 15_206_400
     assert streaming["read_bytes"] == streaming["sweeps"] * 8 * streaming["layer_bytes"]
-    assert scorer.runtime.budget(plan, "cuda", room).total <= room
+    assert scorer.runtime.budget(plan).total <= room < 4 * 10**8
     estimated = estimate("orin-32gb", scorer.runtime.config, plan, 120, streaming)
     assert estimated["streaming"]["verdict"].startswith("reading-bound: ")
     assert estimated["phases_s"]["inference"] >= streaming["read_bytes"] / 1.5e9

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cecompile.engine.layers import decoder_layers, on_meta
-from cecompile.engine.memory import USABLE
+from cecompile.engine.memory import USABLE, Elsewhere
 from cecompile.engine.profiles import PROFILES, Profile
 from cecompile.errors import UserError
 from cecompile.workload.plan import BLOCK, Bucket, Plan, Totals
@@ -193,11 +193,6 @@ def model_error() -> float:
     return max(abs(inference_seconds(profile, m.sizes, m.runs, m.keys) / m.seconds - 1) for m in MEASURED.values())
 
 
-def room_on(name: str, limit: int | None) -> int:
-    """Bytes that a prediction may fill on a device: of its memory, or of what a run may take of it."""
-    return int((limit or PROFILES[name].memory) * USABLE["cuda"])
-
-
 def streamed_seconds(profile: Profile, streaming: dict[str, int], layers: int, inference: float) -> dict[str, Any]:
     """What streaming makes of the inference phase.
 
@@ -247,9 +242,14 @@ def estimate(
         "streaming": streamed,
         "model_error": error,
         "label": f"an estimate, not measured: {calibration}{unknown}; the other phases are assumed rates",
-        "weights": {"bytes": weights, "memory_bytes": profile.memory, "fit": weights < profile.memory},
+        "weights": {"bytes": weights, "memory_bytes": profile.memory, "fit": weights_fit(name, sizes)},
         "source": profile.source,
     }
+
+
+def weights_fit(name: str, sizes: ModelSizes) -> bool:
+    """Whether a device's memory holds the model's weights, in 16 bits."""
+    return sizes.parameters * VALUE < PROFILES[name].memory
 
 
 def as_planned_on(name: str, how: dict[str, Any]) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def as_planned_on(name: str, how: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         name: one of PROFILES, all of which are CUDA devices.
-        how: `attention`, `tokens_per_bucket` and `dtype` as a user gave them; other options are passed on.
+        how: `attention`, `memory_limit` and `dtype` as a user gave them; other options are passed on.
 
     Raises:
         UserError: float32 is asked for; the figures are those of 16-bit arithmetic.
@@ -265,5 +265,6 @@ def as_planned_on(name: str, how: dict[str, Any]) -> dict[str, Any]:
     if how["dtype"] == "float32":
         raise UserError("--profile: estimates are for bfloat16 and float16; leave out --dtype float32")
     attention = "flex" if how["attention"] == "auto" else how["attention"]
-    tokens = how["tokens_per_bucket"] or PROFILES[name].tokens_per_bucket
-    return how | {"attention": attention, "tokens_per_bucket": tokens}
+    room = int((how["memory_limit"] or PROFILES[name].memory) * USABLE["cuda"])
+    elsewhere = Elsewhere(name, "cuda", room, PROFILES[name].tokens_per_bucket)
+    return how | {"attention": attention, "elsewhere": elsewhere}

@@ -238,6 +238,23 @@ def budget(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A device that is planned for and is not here, on which models run in 16 bits.
+
+    Attributes:
+        name: for messages.
+        kind: "cuda" or "cpu".
+        room: bytes that a prediction may fill.
+        tokens_per_bucket: slots of a pass, where memory suffices and nothing else is asked for.
+    """
+
+    name: str
+    kind: str
+    room: int
+    tokens_per_bucket: int
+
+
 def pass_bytes(sizes: Sizes, geometry: Geometry) -> int:
     """Bytes that a pass takes which is under way: its hidden states, and its data."""
     slots, chunk = geometry.rows * geometry.length, geometry.readout_chunk
@@ -314,7 +331,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def refuse(
-    name: str, device: torch.device, needed: Budget, limit: int, slots: int, way_out: str | None = None
+    name: str, device: torch.device | str, needed: Budget, limit: int, slots: int, way_out: str | None = None
 ) -> UserError:
     """The error for a run that cannot fit, with what it needs and what there is, and a way out if there is one."""
     there = f"{max(0, limit) / 1e9:.1f} GB are there on {device}" + (f"; {way_out}" if way_out else "")
