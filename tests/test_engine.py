@@ -1,13 +1,16 @@
 """The tree pass against the stock model, over architectures that differ in what attention and head do."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
+from torch._dynamo import funcname_cache
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, activations, modeling_utils
 
 from cecompile import Question, Scorer
-from cecompile.engine import attention, forward, head
+from cecompile.engine import ahead, attention, forward, head
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import rounding, score_one_by_one
@@ -281,3 +284,21 @@ def test_how_far_rounding_moves_a_models_logits():
     half = rounding(model.to(torch.bfloat16), sequences, [0, 1])
     assert model.config._attn_implementation == own
     assert 0 <= single < 1e-4 < half < 0.2
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Dynamo reads no sources")
+def test_sources_that_tracing_reads_are_read_ahead():
+    sources = {}
+    for way in ("traced", "ahead"):
+        torch._dynamo.reset()
+        funcname_cache.clearcache()
+        if way == "ahead":
+            ahead._read_sources()
+        else:
+            plan = make_plan(
+                random_sequences(questions=5),
+                choose_geometry(64, tokens_per_bucket=128, blocks=False, readout_chunk=64),
+            )
+            Engine(tiny_model("llama"), plan.buckets, attention="sdpa", compiled=True, readout_chunk=64).warm_up()
+        sources[way] = set(funcname_cache.cache)
+    assert {modeling_utils.__file__, activations.__file__} <= sources["traced"] & sources["ahead"]
