@@ -244,7 +244,6 @@ class Sizing:
         streamed, shares = self.streamed, self.shares or (None,)
         if streamed is not None:
             shares = (Share(0, 0, streamed.layers),)
-        if streamed is not None:
             streamed = replace(streamed, passes=passes)
         sizes = [self.model_sizes(share) for share in shares]
         return [memory.budget(one, geometry, self._kind, engine, decoding, streamed) for one in sizes]

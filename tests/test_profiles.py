@@ -187,7 +187,7 @@ def test_weights_that_do_not_fit_are_said_so(weightless, tiny_llama):
 
 
 def test_memory_is_that_of_the_device_planned_for_whatever_this_one_has(weightless, tmp_path):
-    """On a CPU, with a limit that no machine for tests has, and with some that leave room for little but weights."""
+    """On a CPU, with limits that leave room for little but the weights, and with one past all that there is."""
     for file in weightless.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())

@@ -265,6 +265,7 @@ def as_planned_on(name: str, how: dict[str, Any]) -> dict[str, Any]:
     if how["dtype"] == "float32":
         raise UserError("--profile: estimates are for bfloat16 and float16; leave out --dtype float32")
     attention = "flex" if how["attention"] == "auto" else how["attention"]
-    room = int((how["memory_limit"] or PROFILES[name].memory) * USABLE["cuda"])
-    elsewhere = Elsewhere(name, "cuda", room, PROFILES[name].tokens_per_bucket)
+    profile = PROFILES[name]
+    room = int(min(how["memory_limit"] or profile.memory, profile.memory) * USABLE["cuda"])
+    elsewhere = Elsewhere(name, "cuda", room, profile.tokens_per_bucket)
     return how | {"attention": attention, "elsewhere": elsewhere}

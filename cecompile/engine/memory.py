@@ -134,6 +134,23 @@ class Streamed:
     passes: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A device that is planned for and is not here, on which models run in 16 bits.
+
+    Attributes:
+        name: for messages.
+        kind: "cuda" or "cpu".
+        room: bytes that a prediction may fill.
+        tokens_per_bucket: slots of a pass, where memory suffices and nothing else is asked for.
+    """
+
+    name: str
+    kind: str
+    room: int
+    tokens_per_bucket: int
+
+
 def streamed_sizes(config: Any, itemsize: int) -> Streamed:
     """Counts a model's layers, in values of `itemsize` bytes. Raises UserError: they cannot be streamed."""
     model = on_meta(config)
@@ -236,23 +253,6 @@ def budget(
         in_turns=in_turns,
         hidden=0 if streamed is None else (streamed.passes + BUCKETS + SPARE[device]) * pass_bytes(sizes, geometry),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Elsewhere:
-    """A device that is planned for and is not here, on which models run in 16 bits.
-
-    Attributes:
-        name: for messages.
-        kind: "cuda" or "cpu".
-        room: bytes that a prediction may fill.
-        tokens_per_bucket: slots of a pass, where memory suffices and nothing else is asked for.
-    """
-
-    name: str
-    kind: str
-    room: int
-    tokens_per_bucket: int
 
 
 def pass_bytes(sizes: Sizes, geometry: Geometry) -> int:
