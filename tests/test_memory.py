@@ -90,7 +90,7 @@ questions = read_questions(str(demo.HELLASWAG), limit=200)
 scorer = Scorer.from_pretrained(sys.argv[1], device="cpu", engine="eager", tokens_per_bucket=8192)
 scorer.runtime.load()
 taken = int(re.search(r"VmSize:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (taken + 700_000_000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (taken + 500_000_000, resource.RLIM_INFINITY))
 scores = scorer.score(questions)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 plenty = Scorer.from_pretrained(sys.argv[1], device="cpu", engine="eager").score(questions)
