@@ -262,7 +262,7 @@ def plan_command(
     dataset = read_windows(_named(data, task), task, limit, window)
     from rich.console import Console
 
-    from cecompile.engine.estimate import as_planned_on, estimate, model_sizes, weights_fit
+    from cecompile.engine.estimate import as_planned_on, estimate, weights_fit
     from cecompile.report.results import plan_summary
     from cecompile.report.table import print_plan
     from cecompile.windowed import plan_in_windows
@@ -274,7 +274,7 @@ def plan_command(
     model = _model(as_planned_on(profile, how) if profile else how, dataset.task)
     runtime, fit = model.runtime, how["memory_limit"] is not None
     if profile and not fit:  # where the weights do not, the plan is shown all the same, and says so
-        fit = how["stream_weights"] or weights_fit(profile, model_sizes(runtime.config))
+        fit = how["stream_weights"] or weights_fit(profile, runtime.sizing.model_sizes().parameters)
     plan, sequences = plan_in_windows(model, dataset.questions, fit)
     streaming = runtime.planned_streaming(plan)
     summary = plan_summary(plan) | {"memory": runtime.budget(plan).summary()}

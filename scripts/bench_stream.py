@@ -113,9 +113,17 @@ def _random(name: str, shape: torch.Size, device: torch.device) -> torch.Tensor:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory")
+    add_run_arguments(parser, Path("results/stream"))
     parser.add_argument("--make", choices=MADE, help="write a checkpoint of this shape there")
     parser.add_argument("--tokenizer", help="directory or hub id, for --make")
+    parser.add_argument("--memory-limit", default="12GB", help="of the streamed run")
+    parser.add_argument("--streamed-only", action="store_true", help="for models that do not fit")
+    return parser.parse_args()
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, output: Path) -> None:
+    """The options that `run` looks at; results go to `output` by default."""
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory")
     parser.add_argument("--data")
     parser.add_argument("--task")
     parser.add_argument("--limit", help="the first N questions")
@@ -123,10 +131,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype")
     parser.add_argument("--repeat", type=int)
     parser.add_argument("--tokens-per-bucket")
-    parser.add_argument("--memory-limit", default="12GB", help="of the streamed run")
-    parser.add_argument("--streamed-only", action="store_true", help="for models that do not fit")
-    parser.add_argument("--output", type=Path, default=Path("results/stream"))
-    return parser.parse_args()
+    parser.add_argument("--output", type=Path, default=output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench_stream import run
+from bench_stream import add_run_arguments, run
 from rich.console import Console
 from rich.table import Table
 
@@ -43,17 +43,9 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory")
-    parser.add_argument("--data")
-    parser.add_argument("--task")
-    parser.add_argument("--limit", help="the first N questions")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype")
-    parser.add_argument("--tokens-per-bucket")
+    add_run_arguments(parser, Path("results/warm"))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--warm", type=int, default=2, help="runs of a round that find the cache filled")
-    parser.add_argument("--output", type=Path, default=Path("results/warm"))
-    parser.set_defaults(repeat=None)
     return parser.parse_args()
 
 

@@ -242,14 +242,14 @@ def estimate(
         "streaming": streamed,
         "model_error": error,
         "label": f"an estimate, not measured: {calibration}{unknown}; the other phases are assumed rates",
-        "weights": {"bytes": weights, "memory_bytes": profile.memory, "fit": weights_fit(name, sizes)},
+        "weights": {"bytes": weights, "memory_bytes": profile.memory, "fit": weights_fit(name, sizes.parameters)},
         "source": profile.source,
     }
 
 
-def weights_fit(name: str, sizes: ModelSizes) -> bool:
-    """Whether a device's memory holds the model's weights, in 16 bits."""
-    return sizes.parameters * VALUE < PROFILES[name].memory
+def weights_fit(name: str, parameters: int) -> bool:
+    """Whether a device's memory holds so many weights, in 16 bits."""
+    return parameters * VALUE < PROFILES[name].memory
 
 
 def as_planned_on(name: str, how: dict[str, Any]) -> dict[str, Any]:
