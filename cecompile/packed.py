@@ -203,7 +203,7 @@ class PackedModel:
         clock.enter("warmup")
         self.runtime.look_up(workload.plan)
         clock.enter("load_model")
-        self.runtime.load()
+        self.runtime.load(workload.plan, clock)
         clock.enter("warmup")
         plan_again = self.runtime.probe()
         while True:

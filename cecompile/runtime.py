@@ -1,5 +1,6 @@
 """A model at work: how it is sized, loaded, checked and warmed up on its device."""
 
+import functools
 import gc
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -13,15 +14,16 @@ from transformers import PreTrainedModel
 
 from cecompile.engine import ahead, memory
 from cecompile.engine.architecture import takes_ours
-from cecompile.engine.attention import take_back
+from cecompile.engine.attention import attention_before, take_back
 from cecompile.engine.cache import WARM, CompileCache, Entry
 from cecompile.engine.feed import Feed, Files, worth_keeping
+from cecompile.engine.forward import Engine
 from cecompile.engine.layers import compiled_parts, on_meta
 from cecompile.engine.load import Loaded
 from cecompile.engine.model import checkpoint_files, load_checkpoint
 from cecompile.engine.pipeline import Stage, places
 from cecompile.engine.probe import choose_attention
-from cecompile.engine.proof import Proof
+from cecompile.engine.proof import Content, Proof, made_buffers
 from cecompile.engine.rope import boundary_of
 from cecompile.engine.span import Share
 from cecompile.engine.stream import Checkpoint
@@ -29,6 +31,7 @@ from cecompile.engine.sweep import SweepEngine
 from cecompile.engine.warm import compile_facts
 from cecompile.errors import CheckError, UserError, printable
 from cecompile.ranks import ALONE, Ranks
+from cecompile.report.clock import Clock
 from cecompile.sizing import Sizing
 from cecompile.warming import Ready, Warmed, Warmer
 from cecompile.workload.lanes import DecodeShape
@@ -94,6 +97,7 @@ class Runtime:
         if sizing.stages > 1 and attention == "auto" and not takes_ours(on_meta(config)):
             self.attention = "sdpa"
         self._warmed: Warmed | None = None
+        self._begun: Engine | None = None  # compiled while weights were read
         self._made_for = 0  # passes that a streamed engine expects at most
         self._same_shapes = False
         self._before: Plan | None = None  # whose shapes the next plan takes over
@@ -235,29 +239,60 @@ class Runtime:
         if self._require_warm and self.cache_state[0] != WARM:
             raise CheckError(f"{self.name}: the compile cache is {self.cache_state[0]}: {self.cache_state[1]}")
 
-    def load(self) -> PreTrainedModel:
-        """The model with its weights, on its device. Raises UserError if the checkpoint cannot be used."""
+    def load(self, plan: Plan | None = None, clock: Clock | None = None) -> PreTrainedModel:
+        """The model with its weights, on its device.
+
+        Args:
+            plan: what is to be warmed up for. If all of it is in the cache, compiling begins while weights are read.
+            clock: in the phase `load_model`; what compiling takes longer than reading is booked as `warmup`.
+
+        Raises:
+            UserError: the checkpoint cannot be used.
+        """
         if self.model is None:
-            loaded = self._load_share() if self.sizing.stages > 1 else self._load()
+            loaded = self._load_share() if self.sizing.stages > 1 else self._load(plan)
+            if clock is not None and loaded.beside is not None and loaded.beside.read_at < loaded.beside.made_at:
+                clock.enter("warmup", loaded.beside.read_at)
+                clock.enter("load_model", loaded.beside.made_at)
             if self.expected_fingerprint not in (None, loaded.fingerprint):
                 raise UserError(
                     f"{self.name}: weights: fingerprint {loaded.fingerprint[:12]}, "
                     f"the baseline's is {str(self.expected_fingerprint)[:12]}: not the same model"
                 )
             self.model, self.checkpoint = loaded.model, loaded.checkpoint
-            self.stock_attention = self.model.config._attn_implementation
-            self._proof = Proof(self.model, loaded)
+            self.stock_attention = attention_before(self.model)
+            buffers, self._begun = ({}, None) if loaded.beside is None else loaded.beside.made
+            self._proof = Proof(self.model, loaded, buffers)
             if self.files is not None:
                 self.feed = Feed(self.name, loaded, self.files, self.device)
         return self.model
 
-    def _load(self) -> Loaded:
+    def _load(self, plan: Plan | None) -> Loaded:
         streamed = self.sizing.streamed
         if streamed is None:
-            return load_checkpoint(self.name, self.config, self._dtype, self.device)
+            begin = None if plan is None or not self._is_decided() else functools.partial(self._begin, plan)
+            return load_checkpoint(self.name, self.config, self._dtype, self.device, meanwhile=begin)
         self.files = Files(self.name, checkpoint_files(self.name))
         share, keep = Share(0, 0, streamed.layers), worth_keeping(self.files.size, self.device)
         return load_checkpoint(self.name, self.config, self._dtype, self.device, share, keep_cached=keep)
+
+    def _is_decided(self) -> bool:
+        """Whether the cache says all that would be found out on the weights before anything is compiled."""
+        if self.entry is None or self.cache_state is None or self.cache_state[0] != WARM:
+            return False
+        found = self.entry.found
+        return (
+            found is not None
+            and found.attention == self.attention
+            and (found.inputs_are_free is not None or self.device.type == "cpu")
+        )
+
+    def _begin(self, plan: Plan, model: PreTrainedModel) -> tuple[dict[str, Content], Engine | None]:
+        """Compiles for the plan while the model's weights are read; beside it, what `Proof` has to know of before."""
+        buffers = made_buffers(model)
+        ahead.begin(self.device).join()
+        warmer = Warmer(model, attention_before(model), self.attention, self.sizing.tuning.readout_chunk, self.entry)
+        return buffers, warmer.begin(Ready(plan.geometry, plan.buckets, plan.decoding))
 
     def _load_share(self) -> Loaded:
         """What this rank runs, made a stage; each stage reads its own tensors, and all know what is in them."""
@@ -383,9 +418,11 @@ class Runtime:
         model, stage, gather = self.load(), self.stage, self.ranks.gather
         passes = -(-len(ready.staged) // self.ranks.size)
         passes = 1 if self.feed is None else self.passes_at_once(ready, max(1, passes))
+        begun, self._begun = self._begun, None
         warmer = Warmer(
-            model, self.stock_attention, self.attention, chunk, self.entry, stage, gather, self.feed, passes
+            model, self.stock_attention, self.attention, chunk, self.entry, stage, gather, self.feed, passes, begun
         )
+        del begun
         slots = ready.buckets[0].slots
         warmed = None
         if self.engine == "compiled":

@@ -1,6 +1,7 @@
 """From a model and a plan's buckets to an engine that is warm, checked against the stock model, and in the cache."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -107,12 +108,13 @@ class Warmer:
         gather: what each rank has, in their order, which all wait for: all stages come to the same engine.
         feed: of the model's layers, where they are streamed.
         passes: then, how many go through a layer at once.
+        begun: what `begin` made.
     """
 
     def __init__(
         self, model: PreTrainedModel, stock: str, attention: str, readout_chunk: int, entry: Entry | None,
         stage: Stage | None = None, gather: Callable[[Any], list[Any]] = lambda mine: [mine],
-        feed: Feed | None = None, passes: int = 1,
+        feed: Feed | None = None, passes: int = 1, begun: Engine | None = None,
     ) -> None:  # fmt: skip
         self._model = model
         self._stock = stock
@@ -122,6 +124,19 @@ class Warmer:
         self._stage = stage
         self._gather = gather
         self._feed, self._passes = feed, passes
+        self._begun = begun
+
+    def begin(self, ready: Ready) -> Engine | None:
+        """A compiled engine that has run every bucket, of a model whose weights are still being read.
+
+        None where something is in the way, which `warm` will meet, and tell.
+        """
+        with suppress(Exception):
+            engine = self._made(ready, compiled=True)
+            assert isinstance(engine, Engine)
+            engine.settle()
+            return engine
+        return None
 
     def warm(self, name: str, ready: Ready, done: Done) -> Warmed:
         """An engine with every bucket warm: compiled, or uncompiled with a note where nothing compiles or is right.
@@ -175,13 +190,12 @@ class Warmer:
 
     def _engine(self, name: str, ready: Ready, done: Done) -> Warmed:
         began = perf_counter()
-        compiled = name == "compiled"
-        how: Any = {"attention": self._attention, "compiled": compiled, "readout_chunk": self._chunk}
+        begun, self._begun = self._begun, None
         engine: Engine | SweepEngine
-        if self._feed is None:
-            engine = Engine(self._model, ready.buckets, stage=self._stage, inputs_free=self._known(ready), **how)
+        if name == "compiled" and begun is not None and begun.is_for(ready.buckets, self._attention):
+            engine = begun
         else:
-            engine = SweepEngine(self._model, ready.buckets, self._feed, passes=self._passes, **how)
+            engine = self._made(ready, name == "compiled")
         free = engine.inputs_free if isinstance(engine, Engine) else None
         warmed = Warmed(engine, name, ready.compiled, Found(self._attention, free))
 
@@ -201,6 +215,12 @@ class Warmer:
             except NotDecodableError as reason:
                 warmed.remark(f"answers outside the tree by the stock model alone: {reason}")
         return warmed
+
+    def _made(self, ready: Ready, compiled: bool) -> Engine | SweepEngine:
+        how: Any = {"attention": self._attention, "compiled": compiled, "readout_chunk": self._chunk}
+        if self._feed is None:
+            return Engine(self._model, ready.buckets, stage=self._stage, inputs_free=self._known(ready), **how)
+        return SweepEngine(self._model, ready.buckets, self._feed, passes=self._passes, **how)
 
     def _known(self, ready: Ready) -> bool | None:
         """Whether layers' inputs are free, where that is in the cache with all that is to be compiled."""

@@ -19,7 +19,7 @@ from cecompile import Scorer, demo, evaluate, read_questions
 from cecompile.cli import cli
 from cecompile.engine.attention import TreeMasks, dense
 from cecompile.engine.model import load_checkpoint, load_config, load_tokenizer
-from cecompile.engine.proof import EQUAL, Proof, contents
+from cecompile.engine.proof import EQUAL, Proof, contents, made_buffers
 from cecompile.engine.tokenizer import tokenizer_digest
 from cecompile.errors import CheckError, UserError
 from cecompile.report.check import problems
@@ -204,6 +204,18 @@ def test_tied_weights_stored_twice_are_the_checkpoints(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     loaded = load_checkpoint(str(tmp_path), load_config(str(tmp_path)), "auto", CPU)
     assert Proof(loaded.model, loaded).check("it", loaded.model) == loaded.fingerprint
+
+
+def test_a_buffer_changed_while_weights_were_read_shows(tiny_llama):
+    def run_too_early(model):
+        before = made_buffers(model)
+        model.model.rotary_emb.inv_freq[0] += 1
+        return before
+
+    loaded = load_checkpoint(str(tiny_llama), load_config(str(tiny_llama)), "auto", CPU, meanwhile=run_too_early)
+    proof = Proof(loaded.model, loaded, loaded.beside.made)
+    with pytest.raises(CheckError, match=r"it: model\.rotary_emb\.inv_freq has other values"):
+        proof.check("it", loaded.model)
 
 
 def test_what_transformers_loaded_is_unchanged_since(tmp_path):

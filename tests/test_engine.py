@@ -1,6 +1,8 @@
 """The tree pass against the stock model, over architectures that differ in what attention and head do."""
 
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,13 +13,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, activa
 
 from cecompile import Question, Scorer
 from cecompile.engine import ahead, attention, forward, head
+from cecompile.engine import stream as streaming
+from cecompile.engine.cache import WARM
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
+from cecompile.engine.proof import EQUAL
 from cecompile.engine.reference import rounding, score_one_by_one
 from cecompile.engine.rope import boundary_of
 from cecompile.errors import UserError
+from cecompile.report.clock import Clock
 from cecompile.scorer import collect
-from cecompile.workload.plan import choose_geometry, make_plan
+from cecompile.warming import Ready, Warmer
+from cecompile.workload.plan import BLOCK, Bucket, Geometry, choose_geometry, make_plan
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import stage_all
 
@@ -275,6 +282,47 @@ def test_several_take_one_loaded_model_in_turn(tiny_llama, tmp_path):
     assert [scorer.runtime.engine for scorer in scorers] == list(engines)
     for one in first:
         np.testing.assert_allclose(one, first[1], rtol=0, atol=1e-3)
+
+
+def test_what_is_in_the_cache_is_compiled_while_weights_are_read(tiny_llama, tmp_path, monkeypatch):
+    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
+    expected = Scorer.from_pretrained(tiny_llama, device="cpu", cache_dir=tmp_path).score(questions)
+    torch._dynamo.reset()
+    counts, read = torch._dynamo.utils.counters["stats"], streaming._read
+    before = counts["unique_graphs"]
+
+    def read_late(*arguments) -> None:
+        while counts["unique_graphs"] == before and threading.main_thread().is_alive():
+            time.sleep(0.01)
+        read(*arguments)
+
+    monkeypatch.setattr(streaming, "_read", read_late)
+    scorer, clock = Scorer.from_pretrained(tiny_llama, device="cpu", cache_dir=tmp_path), Clock()
+    clock.enter("preprocess")
+    plan = scorer.prepare(questions, fit=True).plan
+    scorer.runtime.look_up(plan)
+    assert scorer.runtime.cache_state[0] == WARM
+    clock.enter("load_model")
+    scorer.runtime.load(plan, clock)
+    graphs = counts["unique_graphs"]
+    assert graphs > before + 1  # the first of them let reading begin
+    clock.enter("inference")
+    assert [phase for phase, *_ in clock.timeline()][-3:] == ["load_model", "warmup", "load_model"]
+    got = scorer.score(questions)
+    assert counts["unique_graphs"] == graphs
+    assert got.loglikelihoods == expected.loglikelihoods
+    verified, held = scorer.runtime.verify()
+    assert (verified, held) == (EQUAL, scorer.runtime.fingerprint)
+
+
+def test_what_cannot_be_compiled_while_weights_are_read_is_left_for_later():
+    """Flex, for a model that does not ask for attention by name."""
+    model = tiny_model("gptj", n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=4)
+    ready = Ready(Geometry(1, BLOCK, 64, True), (Bucket(1, BLOCK, 64),))
+    warmer = Warmer(model, "eager", "flex", 64, None)
+    with pytest.raises(NotImplementedError):
+        warmer.warm("compiled", ready, lambda _: None)
+    assert warmer.begin(ready) is None
 
 
 def test_how_far_rounding_moves_a_models_logits():

@@ -74,7 +74,9 @@ def test_scorer_from_end_to_end(tiny_llama):
     assert got.greedy == expected.greedy
 
 
-def test_what_a_warm_cache_holds_is_not_tried_again(tiny_llama, tmp_path, monkeypatch):
+def test_what_a_warm_cache_holds_is_not_tried_again_and_compiled_while_weights_are_read(
+    tiny_llama, tmp_path, monkeypatch
+):
     questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(50)]
     cold = Scorer.from_pretrained(tiny_llama, device="cuda", cache_dir=tmp_path)
     expected = cold.score(questions)
@@ -83,6 +85,7 @@ def test_what_a_warm_cache_holds_is_not_tried_again(tiny_llama, tmp_path, monkey
     warm = Scorer.from_pretrained(tiny_llama, device="cuda", cache_dir=tmp_path)
     got = warm.score(questions)
     assert (warm.runtime.engine, warm.runtime.cache_state[0], warm.runtime.note) == ("compiled", "warm", None)
+    assert [any(s.settled for s in scorer.runtime._warmed.engine._slots) for scorer in (cold, warm)] == [False, True]
     np.testing.assert_array_equal(got.loglikelihoods, expected.loglikelihoods)
 
 

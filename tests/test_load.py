@@ -1,9 +1,13 @@
 """Weights straight from the files into the model: the same bits as from_pretrained's, in bounded host memory."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -139,6 +143,63 @@ def test_tied_weights_stored_twice(equal, tmp_path):
     assert (loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight) == equal
     assert_same(loaded.model, stock(path))
     assert loaded.fingerprint == fingerprint(str(path))
+
+
+def test_what_was_made_beside_reading_is_dropped_with_the_model_it_was_made_for(tmp_path):
+    path = save(tmp_path, "llama", tie_word_embeddings=True)
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    models: list[weakref.ref[torch.nn.Module]] = []
+
+    def compile_a_part(model):
+        model.model.norm.compile()  # which a module then holds itself by
+        models.append(weakref.ref(model.model.norm))
+
+    loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU, meanwhile=compile_a_part)
+    assert loaded.fallback is not None
+    assert loaded.beside is None
+    assert [model() for model in models] == [None]
+
+
+def test_reading_ends_where_nobody_waits_for_it(tmp_path, monkeypatch):
+    path, interval = save(tmp_path, "llama"), sys.getswitchinterval()
+    monkeypatch.setattr(streaming, "BLOCK", 1024)
+    reads, read = [], streaming._read
+
+    def read_slowly(*arguments) -> None:
+        time.sleep(0.05)
+        reads.append(read(*arguments))
+
+    def interrupted(model):
+        while not reads:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(streaming, "_read", read_slowly)
+    blocks = (path / "model.safetensors").stat().st_size // 1024
+    with pytest.raises(KeyboardInterrupt):
+        load_checkpoint(str(path), load_config(str(path)), "auto", CPU, meanwhile=interrupted)
+    assert streaming.BLOCKS <= len(reads) <= streaming.BLOCKS + 4 < blocks
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("load", "read", "hash"))]
+    assert sys.getswitchinterval() == interval
+
+
+def test_a_file_cut_off_while_something_is_made_beside_reading_it(tmp_path, monkeypatch):
+    path = save(tmp_path, "llama")
+    is_cut, read = threading.Event(), streaming._read
+
+    def read_late(*arguments) -> None:
+        is_cut.wait(60)
+        read(*arguments)
+
+    def cut(model):
+        os.truncate(path / "model.safetensors", (path / "model.safetensors").stat().st_size - 100)
+        is_cut.set()
+
+    monkeypatch.setattr(streaming, "_read", read_late)
+    with pytest.raises(UserError, match="became shorter while it was read"):
+        load_checkpoint(str(path), load_config(str(path)), "auto", CPU, meanwhile=cut)
 
 
 def test_tied_weights_stored_by_the_other_name(tmp_path):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cecompile.engine import cpu, cuda
 from cecompile.engine.attention import TreeMasks, install
-from cecompile.engine.capture import capture
+from cecompile.engine.capture import capture, settle
 from cecompile.engine.decode import Decoder
 from cecompile.engine.head import Readout, readout_of
 from cecompile.engine.layers import body_of, compiled_parts, inputs_are_free
@@ -92,6 +92,10 @@ class Engine:
             self._slots = [_Slot(bucket, attention == "flex", self._device) for bucket in buckets]
         self._pool = torch.cuda.graph_pool_handle() if self._capture else None
 
+    def is_for(self, buckets: Sequence[Bucket], attention: str) -> bool:
+        """Whether these are its buckets and its attention."""
+        return (self.buckets, self._attention) == (tuple(buckets), attention)
+
     def take(self) -> None:
         """Makes the model this engine's, whoever has used it meanwhile."""
         install(self._model, self._attention)
@@ -99,13 +103,26 @@ class Engine:
             module._compiled_call_impl = call
 
     @torch.inference_mode()
+    def settle(self) -> None:
+        """Compiles and runs every bucket, largest first, whatever the weights hold yet: `warm_up` is left the rest."""
+        for slot in self._slots:
+            forward = functools.partial(self._forward, slot, slot.bucket.readouts)
+            if self._device.type == "cuda":
+                settle(forward)
+            else:
+                forward()
+            slot.settled = True
+        self._wait()
+
+    @torch.inference_mode()
     def warm_up(self, done: Callable[[Bucket], None] = lambda _: None) -> None:
         """Compiles, runs and captures every bucket, largest first. `done` is called after each."""
         for slot in self._slots:
+            forward = functools.partial(self._forward, slot, slot.bucket.readouts)
             if self._capture:
-                slot.graph = capture(functools.partial(self._forward, slot, slot.bucket.readouts), self._pool)
-            else:
-                self._forward(slot, slot.bucket.readouts)
+                slot.graph = capture(forward, self._pool, slot.settled)
+            elif not slot.settled:
+                forward()
             self._wait()
             done(slot.bucket)
 
@@ -186,10 +203,11 @@ def read_out(
 
 
 class _Slot:
-    """A bucket's static buffers, and its graph once captured."""
+    """A bucket's static buffers, and its graph once captured. It is `settled` once it has run."""
 
     def __init__(self, bucket: Bucket, blocks: bool, device: torch.device) -> None:
         self.bucket = bucket
+        self.settled = False
         self.graph: torch.cuda.CUDAGraph | None = None
         self._blocks = blocks
         self._data = torch.from_numpy(empty_pass(bucket, blocks)).to(device)

@@ -5,9 +5,14 @@ is nearly always. Where there is more to it (weights to be merged, renamed, dequ
 """
 
 import copy
+import functools
 import mmap
+import sys
+import threading
+import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +26,27 @@ from cecompile.engine.span import Share
 from cecompile.engine.stream import Checkpoint, StoredTensor, read_header, stream
 from cecompile.errors import UserError, first_line
 
+SWITCH = 5e-4  # seconds after which Python code yields to a thread that reads; usually ten times as many
 HUGE = 4 * 2**20  # bytes of a tensor from which huge pages, of usually 2 MiB, are worth asking for
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _UNUSUAL = ("quantization_config", "fusion_config", "transformers_weights", "extra_files", "sub_configs")
 
 
+Meanwhile = Callable[[PreTrainedModel], object]
+
+
 class NotPlain(Exception):  # noqa: N818  (nothing is wrong)
     """Loading this checkpoint takes more than copying tensors by their names; says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What was `made` while tensors were read, and when both were done, by `time.perf_counter()`."""
+
+    made: Any
+    read_at: float
+    made_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +60,7 @@ class Loaded:
         sources: then, by the first name of each parameter and persistent buffer, where among the checkpoint's tensors
             it is stored: once, and more often where tied weights are.
         left: the same of what was not to be loaded.
+        beside: what was made while tensors were read.
     """
 
     model: PreTrainedModel
@@ -49,6 +68,7 @@ class Loaded:
     fallback: str | None = None
     sources: Mapping[str, Sequence[int]] = field(default_factory=dict)
     left: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    beside: Beside | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -58,7 +78,7 @@ class Loaded:
 
 def load_plainly(
     model: str, config: Any, dtype: torch.dtype | None, device: torch.device, files: Sequence[Path],
-    share: Share | None = None, read_all: bool = True, keep_cached: bool = False,
+    share: Share | None = None, read_all: bool = True, keep_cached: bool = False, meanwhile: Meanwhile | None = None,
 ) -> Loaded:  # fmt: skip
     """The stock model on `device`, bit by bit what `from_pretrained` gives.
 
@@ -72,6 +92,7 @@ def load_plainly(
         read_all: read also what is not loaded, for the fingerprint. Otherwise the share that begins the model reads,
             beside what is loaded, what is no parameter's.
         keep_cached: see `stream`.
+        meanwhile: is called with the model while a thread reads what its parameters will hold.
 
     Raises:
         NotPlain: `from_pretrained` must do it.
@@ -89,11 +110,46 @@ def load_plainly(
     sources = {name: indices for name, indices in sources.items() if name not in left}
     targets = _allocate(network, sources, device, absent)
     only = None if read_all else others.union(*sources.values())
-    checkpoint = stream(model, tensors, targets, device, only, keep_cached)
+    network.eval().requires_grad_(False)
+    read = functools.partial(stream, model, tensors, targets, device, only, keep_cached)
+    if meanwhile is None:
+        checkpoint, beside = read(), None
+    else:
+        checkpoint, beside = _read_beside(read, functools.partial(meanwhile, network), device)
     for indices in sources.values():
         if len({(tensors[i].dtype, checkpoint.digests[i]) for i in indices}) > 1:
             raise NotPlain(f"{tensors[indices[0]].name} and {tensors[indices[1]].name} are tied and differ")
-    return Loaded(network.eval().requires_grad_(False), checkpoint, sources=sources, left=left)
+    return Loaded(network, checkpoint, sources=sources, left=left, beside=beside)
+
+
+def _read_beside(
+    read: Callable[..., Checkpoint], make: Callable[[], object], device: torch.device
+) -> tuple[Checkpoint, Beside]:
+    """Reads on a thread while this one makes something."""
+    given_up = threading.Event()
+    read_at = 0.0
+
+    def in_thread() -> Checkpoint:
+        nonlocal read_at
+        if device.type == "cuda":  # which is each thread's own to say
+            torch.cuda.set_device(device)
+        checkpoint = read(given_up=given_up)
+        read_at = time.perf_counter()
+        return checkpoint
+
+    interval = sys.getswitchinterval()
+    with ThreadPoolExecutor(1, "load") as thread:
+        reading = thread.submit(in_thread)
+        try:
+            sys.setswitchinterval(SWITCH)
+            made, made_at = make(), time.perf_counter()
+            checkpoint = reading.result()
+        except BaseException:
+            given_up.set()
+            raise
+        finally:
+            sys.setswitchinterval(interval)
+    return checkpoint, Beside(made, read_at, made_at)
 
 
 def _parameter_dtype(

@@ -1,5 +1,6 @@
 """Loading a checkpoint unchanged, and its fingerprint."""
 
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from cecompile.engine.load import Loaded, NotPlain, load_plainly
+from cecompile.engine.load import Loaded, Meanwhile, NotPlain, load_plainly
 from cecompile.engine.span import Share
 from cecompile.engine.stream import Checkpoint, read_header, stream
 from cecompile.errors import UserError, first_line
@@ -94,7 +95,7 @@ def load_model(model: str, config: Any, dtype: str, device: torch.device) -> Pre
 
 def load_checkpoint(
     model: str, config: Any, dtype: str, device: torch.device, share: Share | None = None, read_all: bool = True,
-    keep_cached: bool = False,
+    keep_cached: bool = False, meanwhile: Meanwhile | None = None,
 ) -> Loaded:  # fmt: skip
     """The stock model with the checkpoint's weights, on `device`, for inference, and the checkpoint's fingerprint.
 
@@ -103,7 +104,7 @@ def load_checkpoint(
         config: what `load_config` returned.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: where to.
-        share, read_all, keep_cached: see `load_plainly`.
+        share, read_all, keep_cached, meanwhile: see `load_plainly`.
 
     Raises:
         UserError: files are missing or damaged, or weights are missing from them; or only `from_pretrained` can load
@@ -113,14 +114,17 @@ def load_checkpoint(
     try:
         files = _loading(model, "weights", lambda: _plain_files(model))
         with _quiet_transformers():
-            loaded = load_plainly(model, config, DTYPES.get(dtype), device, files, share, read_all, keep_cached)
+            loaded = load_plainly(
+                model, config, DTYPES.get(dtype), device, files, share, read_all, keep_cached, meanwhile
+            )
             _loading(model, "generation config", lambda: _set_generation_config(loaded.model, model))
         return loaded
     except NotPlain as error:
         reason = str(error)
         if share is not None:
             raise UserError(f"{model}: weights: cannot be loaded in parts: {reason}") from None
-    # out of the handler, so that nothing of the attempt is held
+    # out of the handler, so that nothing of the attempt is held; a compiled module holds itself
+    gc.collect()
     return Loaded(_load_by_transformers(model, config, dtype, device), read_checkpoint(model), reason)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,24 +45,34 @@ class Content:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
 
+def made_buffers(model: PreTrainedModel) -> dict[str, Content]:
+    """What the buffers hold that the model's own code makes, by name."""
+    stored = model.state_dict(keep_vars=True).keys()
+    return contents({name: tensor for name, tensor in _named(model).items() if name not in stored})
+
+
 class Proof:
     """What a model holds when it has been loaded, to hold it against later.
 
     Args:
         model: as loaded, before anything ran.
         loaded: how; None for a model that was loaded by somebody else.
+        made: of a model that ran before its parameters were there, what `made` said before that.
 
     Attributes:
         verified: what `check` establishes, in words: EQUAL, or less.
     """
 
-    def __init__(self, model: PreTrainedModel, loaded: Loaded | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, loaded: Loaded | None = None, made: Mapping[str, Content] = MappingProxyType({})
+    ) -> None:
         self._config = _fixed(model.config)
         self._loaded = loaded
         stored = {} if loaded is None else _stored(loaded)
         named = _named(model)
         first = {id(tensor): name for name, tensor in reversed(named.items())}
         known = {name: stored[first[id(t)]] for name, t in named.items() if first[id(t)] in stored}
+        known |= {name: content for name, content in made.items() if name in named}
         self._held = known | contents({name: t for name, t in named.items() if name not in known})
         self.verified = _verified(loaded)
 

@@ -8,6 +8,7 @@ dropped from the page cache. Two threads read ahead, some hash, and the caller's
 import hashlib
 import json
 import os
+import threading
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,10 @@ _DTYPES = {
     "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2": "float8_e5m2",
     "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
+
+
+class GivenUp(Exception):  # noqa: N818  (nobody is told)
+    """Reading was not done, because nobody waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +148,7 @@ class Checkpoint:
 
 def stream(
     model: str, tensors: Sequence[StoredTensor], targets: Mapping[int, torch.Tensor], device: torch.device,
-    only: Collection[int] | None = None, keep_cached: bool = False,
+    only: Collection[int] | None = None, keep_cached: bool = False, given_up: threading.Event | None = None,
 ) -> Checkpoint:  # fmt: skip
     """Reads all tensors once; fills some; takes the digest of each, and of what becomes of it in another dtype.
 
@@ -157,9 +162,11 @@ def stream(
         device: where the targets are.
         only: indices of those to read, all targets among them; the others' digests are of nothing. None reads all.
         keep_cached: leave what was read in the page cache, because it will be read again.
+        given_up: set where nobody waits for the result any more.
 
     Raises:
         UserError: a file cannot be read, or has become shorter.
+        GivenUp: `given_up` is set.
     """
     blocks = list(_blocks(tensors, range(len(tensors)) if only is None else only))
     with ExitStack() as stack:
@@ -182,6 +189,8 @@ def stream(
         for number in range(BLOCKS):
             read_ahead(number)
         for number, block in enumerate(blocks):
+            if given_up is not None and given_up.is_set():
+                raise GivenUp
             reads.popleft().result()
             in_use.append(_use(block, buffers[number % BLOCKS], tensors, targets, hashing, device))
             if len(in_use) > IN_USE:

@@ -1,7 +1,8 @@
 """The clock: every moment of a run belongs to exactly one phase.
 
 Entering a phase ends the one before, so the phases' sum is the wall time by construction. Work that overlaps is
-booked once, on the phase that was entered.
+booked once, on the phase that was entered: compiling beside the reading of weights is `load_model` until they are read,
+and `warmup` from then on.
 """
 
 import statistics
@@ -30,9 +31,12 @@ class Clock:
         self._timeline: list[tuple[str, float, float]] = []
         self._seconds = dict.fromkeys(PHASES, 0.0)
 
-    def enter(self, phase: str) -> None:
-        """Ends the current phase and begins `phase`, one of PHASES."""
-        now = time.perf_counter()
+    def enter(self, phase: str, at: float | None = None) -> None:
+        """Ends the current phase and begins `phase`, one of PHASES.
+
+        `at`: when that was, by `time.perf_counter()`, where it is known only now; not before the current one began.
+        """
+        now = time.perf_counter() if at is None else at
         self._seconds[self._phase] += now - self._since
         goes_on = bool(self._timeline) and self._timeline[-1][0] == self._phase
         began = self._timeline.pop()[1] if goes_on else self._since - self._started
