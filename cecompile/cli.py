@@ -12,10 +12,11 @@ from typing import Any
 import click
 
 from cecompile import demo
+from cecompile.engine import prefetch
 from cecompile.engine.profiles import PROFILES
 from cecompile.errors import CheckError, ToldError, UserError
 from cecompile.interrupt import Interrupted, command_to_resume, signals_raise
-from cecompile.ranks import ALONE, Ranks, has_part_in
+from cecompile.ranks import ALONE, Ranks, has_part_in, world_size
 from cecompile.report.clock import CLOCKS, Clock, process_start
 from cecompile.report.words import LANGUAGES
 from cecompile.tasks.chat import NEW_TOKENS
@@ -169,6 +170,7 @@ def eval_command(
     """
     if resume and (overwrite or output is None):
         raise UserError("--resume: goes on with the run in --output, which must be named, and not with --overwrite")
+    _prefetch(how)
     from cecompile.report.compare import read_baseline
     from cecompile.report.journal import Journal, journals_in
     from cecompile.report.results import prepare_output
@@ -318,6 +320,7 @@ def warm_command(
         return
     if max_depth is not None and (data is not None or tune):
         raise UserError("--max-depth: stands for data not yet seen; it goes with neither --data nor --tune")
+    _prefetch(how)
     from cecompile.prewarm import warm
     from cecompile.tasks.read import read_windows
 
@@ -381,6 +384,12 @@ def lm_eval_command(arguments: tuple[str, ...]) -> None:
 def _named(data: str | None, task: str) -> str:
     """The dataset to read: the embedded questions for the task where none is named."""
     return str(demo.CHAT if task == "chat" else demo.HELLASWAG) if data is None else data
+
+
+def _prefetch(how: dict[str, Any]) -> None:
+    """The weights are read while libraries are imported; of several ranks each would read them all."""
+    if how["model"] is not None and world_size() == 1:
+        prefetch.begin(how["model"])
 
 
 def _model(how: dict[str, Any], task: str, ranks: Ranks = ALONE) -> Any:

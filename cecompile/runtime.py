@@ -270,22 +270,23 @@ class Runtime:
     def _load(self, plan: Plan | None) -> Loaded:
         streamed = self.sizing.streamed
         if streamed is None:
-            begin = None if plan is None or not self._is_decided() else functools.partial(self._begin, plan)
+            begin = functools.partial(self._begin, plan) if plan is not None and self._can_begin(plan) else None
             return load_checkpoint(self.name, self.config, self._dtype, self.device, meanwhile=begin)
         self.files = Files(self.name, checkpoint_files(self.name))
         share, keep = Share(0, 0, streamed.layers), worth_keeping(self.files.size, self.device)
         return load_checkpoint(self.name, self.config, self._dtype, self.device, share, keep_cached=keep)
 
-    def _is_decided(self) -> bool:
-        """Whether the cache says all that would be found out on the weights before anything is compiled."""
+    def _can_begin(self, plan: Plan) -> bool:
+        """Whether the cache says all that would be found out on the weights before anything is compiled, and memory
+        holds passes while weights are read."""
         if self.entry is None or self.cache_state is None or self.cache_state[0] != WARM:
             return False
         found = self.entry.found
-        return (
-            found is not None
-            and found.attention == self.attention
-            and (found.inputs_are_free is not None or self.device.type == "cpu")
-        )
+        if found is None or found.attention != self.attention:
+            return False
+        if found.inputs_are_free is None and self.device.type == "cuda":
+            return False
+        return self.sizing.fits_beside_reading(_largest(plan), self.engine)
 
     def _begin(self, plan: Plan, model: PreTrainedModel) -> tuple[dict[str, Content], Engine | None]:
         """Compiles for the plan while the model's weights are read; beside it, what `Proof` has to know of before."""

@@ -248,6 +248,10 @@ class Sizing:
         sizes = [self.model_sizes(share) for share in shares]
         return [memory.budget(one, geometry, self._kind, engine, decoding, streamed) for one in sizes]
 
+    def fits_beside_reading(self, geometry: Geometry, engine: str) -> bool:
+        """Whether memory holds passes of this geometry and what reading files takes at once; see `budget`."""
+        return self.budget(geometry, engine).total + memory.reading(self._device) <= self._room()
+
     def passes_at_once(self, geometry: Geometry, engine: str, passes: int) -> int:
         """How many of `passes` go through a streamed layer at once: as many as memory holds, in sweeps of one size.
 

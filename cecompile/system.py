@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 ROOT = Path("/")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def read_text(path: Path) -> str | None:
@@ -24,6 +25,21 @@ def read_meminfo(root: Path = ROOT) -> dict[str, int]:
 def read_status(root: Path = ROOT) -> dict[str, int]:
     """The sizes in /proc/self/status in bytes, by name."""
     return _read_kib(root / "proc/self/status")
+
+
+def memory_left() -> int:
+    """Bytes that processes may still take: the system's MemAvailable, or less in a container with a limit (cgroup v2).
+
+    Page cache counts as left, as the system gives it up when asked.
+    """
+    available = read_meminfo().get("MemAvailable")
+    if available is None:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, current, stat = (read_text(CGROUP / f"memory.{name}") or "" for name in ("max", "current", "stat"))
+    if not limit.isdecimal() or not current.isdecimal():
+        return available
+    match = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)
+    return min(available, int(limit) - int(current) + (int(match[1]) if match else 0))
 
 
 def process_age(process: int | str = "self") -> float | None:

@@ -17,6 +17,7 @@ from test_architectures import skip_what_cannot_run
 from test_engine import ARCHITECTURES, VOCABULARY, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cecompile.engine import prefetch
 from cecompile.engine import stream as streaming
 from cecompile.engine.model import fingerprint, load_checkpoint, load_config, load_model
 from cecompile.errors import UserError
@@ -200,6 +201,82 @@ def test_a_file_cut_off_while_something_is_made_beside_reading_it(tmp_path, monk
     monkeypatch.setattr(streaming, "_read", read_late)
     with pytest.raises(UserError, match="became shorter while it was read"):
         load_checkpoint(str(path), load_config(str(path)), "auto", CPU, meanwhile=cut)
+
+
+def out_of_the_page_cache(path: Path) -> None:
+    """Skips the test where the system does not do so, or does not say."""
+    path.read_bytes()
+    known = cached(path)[0]
+    with path.open("rb") as opened:
+        os.fsync(opened.fileno())
+        for _ in range(10):  # to ask may make it read
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if known and not any(cached(path)):
+                break
+            time.sleep(0.05)
+        else:
+            pytest.skip("the page cache does not do as it is told")
+        time.sleep(0.05)
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cached(path: Path) -> list[bool]:
+    with path.open("rb") as opened:
+        return [prefetch._is_cached(opened.fileno(), at) for at in range(0, path.stat().st_size, prefetch.PIECE)]
+
+
+@pytest.fixture
+def two_files(tmp_path, monkeypatch):
+    """A checkpoint of two files of four pieces each; nothing of it is in the page cache."""
+    monkeypatch.setattr(prefetch, "PIECE", 2**20)
+    monkeypatch.setattr(prefetch, "NEAR", 2**20)
+    monkeypatch.setattr(prefetch, "_running", [])
+    files = [tmp_path / name for name in ("b.safetensors", "a.safetensors")]
+    for file in files:
+        file.write_bytes(os.urandom(4 * 2**20))
+        out_of_the_page_cache(file)
+    weights = {f"x{i}": file.name for i, file in enumerate(files)}
+    (tmp_path / prefetch.INDEX).write_text(json.dumps({"weight_map": weights}))
+    return files
+
+
+def test_files_are_read_ahead_where_memory_holds_them_twice(two_files, monkeypatch):
+    monkeypatch.setattr(prefetch, "memory_left", lambda: 16 * 2**20 - 1)
+    prefetch.begin(str(two_files[0].parent))
+    assert not prefetch._running
+    monkeypatch.setattr(prefetch, "memory_left", lambda: 16 * 2**20)
+    prefetch.begin(str(two_files[0].parent))
+    prefetch._running[0].join()
+    assert [cached(file) for file in two_files] == [[True] * 4] * 2
+
+
+def test_reading_ahead_ends_where_loading_has_caught_up(two_files, monkeypatch):
+    monkeypatch.setattr(prefetch, "_is_cached", lambda *_: False)  # a system may read more than it is asked for
+    last, first = two_files
+    preadv, read = os.preadv, []
+
+    def loading(descriptor, buffers, start, flags=0):
+        """Comes to where the thread is in the second file, once it is there."""
+        done = preadv(descriptor, buffers, start, flags)
+        read.append(start // 2**20)
+        prefetch.reached(*((first, start - 2**21) if len(read) < 6 else (last, start - 2**20)))
+        return done
+
+    one = prefetch.Prefetch([first, last])
+    prefetch._running.append(one)
+    monkeypatch.setattr(os, "preadv", loading)
+    one.start()
+    one.join()
+    assert read == [0, 1, 2, 3, 0, 1]
+
+
+def test_what_is_no_checkpoint_is_not_read_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefetch, "_running", [])
+    for content in ("", "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "missing"}}'):
+        (tmp_path / prefetch.INDEX).write_text(content)
+        prefetch.begin(str(tmp_path))
+    prefetch.begin("hub/id")
+    assert not prefetch._running
 
 
 def test_tied_weights_stored_by_the_other_name(tmp_path):

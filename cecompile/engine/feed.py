@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from cecompile.engine.layers import decoder_layers
 from cecompile.engine.load import Loaded
+from cecompile.engine.prefetch import CACHED
 from cecompile.engine.stream import StoredTensor
 from cecompile.errors import CheckError, UserError
-from cecompile.system import read_meminfo
+from cecompile.system import memory_left
 
 PLACES = 2
 BLOCK = 8 * 2**20  # bytes read at once, and as many of what they become in another dtype
 BUFFERS = 2  # of BLOCK bytes per thread: one is read into while the other is copied from
 ALIGNED = 256  # bytes; where each tensor of a layer begins
 READERS = {"cuda": min(8, os.cpu_count() or 1), "cpu": 1}  # on the CPU the layers compute on all cores meanwhile
-KEPT = 0.5  # the share of the host's available memory up to which a checkpoint is left in the page cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ def worth_keeping(size: int, device: torch.device) -> bool:
     """
     if device.type == "cuda" and getattr(torch.cuda.get_device_properties(device), "is_integrated", False):
         return False
-    return size <= KEPT * read_meminfo().get("MemAvailable", 0)
+    return size <= CACHED * memory_left()
 
 
 def layer_layout(model: Any) -> Layout:

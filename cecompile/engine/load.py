@@ -26,7 +26,7 @@ from cecompile.engine.span import Share
 from cecompile.engine.stream import Checkpoint, StoredTensor, read_header, stream
 from cecompile.errors import UserError, first_line
 
-SWITCH = 5e-4  # seconds after which Python code yields to a thread that reads; usually ten times as many
+SWITCH = 1e-4  # seconds after which Python code yields to a thread that reads; usually 50 times as many
 HUGE = 4 * 2**20  # bytes of a tensor from which huge pages, of usually 2 MiB, are worth asking for
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -6,12 +6,10 @@ Phi-3-medium with 4,096, in bfloat16 with FlexAttention, where the sum is within
 CPU cores of Llamas of 55 to 625 MB with 512 to 8,192 slots, where it is within 10 % of the process's peak.
 """
 
-import os
 import re
 import resource
 import sys
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +18,12 @@ from cecompile.engine.feed import PLACES, layer_layout
 from cecompile.engine.layers import decoder_layers, kinds_of, on_meta
 from cecompile.engine.span import Share
 from cecompile.errors import UserError
-from cecompile.system import read_meminfo, read_status, read_text
+from cecompile.system import memory_left, read_status
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import Bucket, Geometry
 from cecompile.workload.stage import data_size
 
 MiB = 1 << 20
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,9 +272,20 @@ def available(device: torch.device) -> int:
     On an integrated GPU and on the CPU that is the system's MemAvailable, or less in a container with a limit:
     `torch.cuda.mem_get_info` counts page cache as used, which the system gives up when asked.
     """
-    if device.type == "cuda" and not getattr(torch.cuda.get_device_properties(device), "is_integrated", False):
+    if not _is_the_hosts(device):
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return min(n for n in (_mem_available(), _cgroup_left()) if n is not None)
+    return memory_left()
+
+
+def _is_the_hosts(device: torch.device) -> bool:
+    """Whether a device's memory is the host's."""
+    integrated = device.type == "cuda" and getattr(torch.cuda.get_device_properties(device), "is_integrated", False)
+    return integrated or device.type == "cpu"
+
+
+def reading(device: torch.device) -> int:
+    """Bytes of the device's memory that are taken while files are read."""
+    return LOADING["cpu"] if _is_the_hosts(device) else 0
 
 
 def used_already(device: torch.device) -> int:
@@ -340,17 +348,3 @@ def refuse(
     return UserError(
         f"{name}: needs {needed.total / 1e9:.1f} GB with buckets of {slots} tokens, the smallest possible, {there}"
     )
-
-
-def _mem_available() -> int:
-    found = read_meminfo().get("MemAvailable")
-    return found if found is not None else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _cgroup_left() -> int | None:
-    """What a container's limit leaves (cgroup v2), or None without one; its page cache is given up when asked."""
-    limit, current, stat = (read_text(CGROUP / f"memory.{name}") or "" for name in ("max", "current", "stat"))
-    if not limit.isdecimal() or not current.isdecimal():
-        return None
-    match = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)
-    return int(limit) - int(current) + (int(match[1]) if match else 0)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cecompile.engine import prefetch
 from cecompile.errors import UserError, first_line
 
 BLOCK = 8 * 2**20  # bytes of a read
@@ -276,6 +277,7 @@ def _open(model: str, file: Path, stack: ExitStack, keep_cached: bool) -> int:
 
 def _read(model: str, descriptor: int, block: _Block, buffer: torch.Tensor, keep_cached: bool) -> None:
     """Reads a block into a buffer, (BLOCK,) uint8, from its beginning."""
+    prefetch.reached(block.file, block.start)
     content, done = buffer.numpy(), 0
     try:
         while done < block.size:

@@ -1,0 +1,83 @@
+"""A checkpoint on its way from the disk while Python still imports what will load it.
+
+Importing torch and transformers takes seconds in which the disk has nothing to do. So a thread reads the files into the
+page cache, in the order in which they are loaded, where memory holds them there beside the model. Loading follows, and
+gives back what it has read; when it has caught up with the thread, the thread ends. No module of torch is needed here.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from cecompile.system import memory_left
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PIECE = 32 * 2**20  # bytes read at once
+NEAR = 2 * PIECE  # bytes between the two from which on loading has caught up
+CACHED = 0.5  # the share of the memory left up to which a checkpoint may lie in the page cache
+
+
+class Prefetch(threading.Thread):
+    """Reads files into the page cache, until all are read or `reached` comes near.
+
+    Args:
+        files: sorted by their names.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        super().__init__(name="prefetch", daemon=True)
+        self._files = files
+        self._at = ("", 0)  # the name of a file, and a byte in it
+        self._caught_up = False
+
+    def run(self) -> None:
+        """Reads; a file that cannot be read is met again, and told, where it is loaded."""
+        content = bytearray(PIECE)
+        for file in self._files:
+            with suppress(OSError), open(file, "rb", buffering=0) as opened:
+                size = os.fstat(opened.fileno()).st_size
+                for start in range(0, size, PIECE):
+                    self._at = file.name, start
+                    if self._caught_up:
+                        return
+                    if not _is_cached(opened.fileno(), start):
+                        os.preadv(opened.fileno(), [content], start)
+
+    def reached(self, file: Path, start: int) -> None:
+        """Loading has come to this byte of this file."""
+        self._caught_up |= (file.name, start + NEAR) >= self._at
+
+
+_running: list[Prefetch] = []
+
+
+def begin(model: str) -> None:
+    """Starts on the checkpoint in a directory, if there is one, and memory holds it twice."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = _files(Path(model))
+        if sum(file.stat().st_size for file in files) <= CACHED * memory_left():
+            _running.append(Prefetch(files))
+            _running[-1].start()
+
+
+def reached(file: Path, start: int) -> None:
+    """Loading has come to this byte of this file."""
+    for one in _running:
+        one.reached(file, start)
+
+
+def _files(directory: Path) -> list[Path]:
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
+    return [directory / name for name in names]
+
+
+def _is_cached(descriptor: int, start: int) -> bool:
+    """Whether a byte of a file is in the page cache; False where the system does not say."""
+    with suppress(OSError, AttributeError):
+        return os.preadv(descriptor, [bytearray(1)], start, os.RWF_NOWAIT) == 1
+    return False
