@@ -278,12 +278,16 @@ class Sizing:
         return out
 
     def step_down(self, geometry: Geometry) -> bool:
-        """After memory has run out: from now on at most half as large. False where that cannot be or is too small."""
+        """After memory has run out: from now on at most half as large. False where that cannot be or is too small.
+
+        On a CPU a quarter: every pass takes its memory anew there, so that one which fits once, and only just, need not
+        fit again.
+        """
         slots = geometry.rows * geometry.length
         as_small_as_rows_allow = self._ceiling is not None and slots > self._ceiling
         if as_small_as_rows_allow or slots // 2 < BLOCK:
             return False
-        self._ceiling = slots // 2
+        self._ceiling = max(BLOCK, slots // (4 if self._device.type == "cpu" else 2))
         return True
 
     def _way_out(self, geometry: Geometry, engine: str, room: int) -> str | None:

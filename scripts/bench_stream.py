@@ -27,7 +27,7 @@ from cecompile.engine.layers import decoder_layers, on_meta
 from cecompile.engine.model import load_tokenizer, resolve_device
 
 LARGE = {"hidden_size": 6656, "intermediate_size": 17_920, "num_hidden_layers": 60, "num_attention_heads": 52}
-MADE = {name: SHAPES[name] for name in ("tiny", "llama-1b", "llama-7b")} | {"llama-30b": LLAMA | LARGE}
+MADE = {name: SHAPES[name] for name in ("tiny", "llama-1b", "llama-7b", "phi3-medium")} | {"llama-30b": LLAMA | LARGE}
 
 
 def main() -> None:
@@ -81,8 +81,9 @@ def make(shape: str, directory: Path, tokenizer: str, device: torch.device) -> N
     loaded = load_tokenizer(tokenizer)
     vocabulary = max(MADE[shape]["vocab_size"], -(-len(loaded) // 64) * 64)
     config = AutoConfig.for_model(**(MADE[shape] | {"vocab_size": vocabulary}))
-    config.dtype, config.architectures = torch.bfloat16, ["LlamaForCausalLM"]
+    config.dtype = torch.bfloat16
     model = on_meta(config)
+    config.architectures = [type(model).__name__]
     names = {module: name for name, module in model.named_modules()}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     groups = [[n for n in shapes if n.startswith(f"{names[layer]}.")] for layer in decoder_layers(model)]

@@ -394,9 +394,9 @@ def test_interrupted_while_loading_there_is_nothing_to_resume(number, status, un
     run = uninterrupted("trees")
     load = Runtime.load
 
-    def stopped(self):
+    def stopped(self, *arguments):
         os.kill(os.getpid(), number)
-        return load(self)
+        return load(self, *arguments)
 
     monkeypatch.setattr(Runtime, "load", stopped)
     done = run("early")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants as hub
 from safetensors.torch import load_file, save_file
 from test_architectures import skip_what_cannot_run
 from test_engine import ARCHITECTURES, VOCABULARY, tiny_model
@@ -250,6 +251,18 @@ def test_files_are_read_ahead_where_memory_holds_them_twice(two_files, monkeypat
     assert [cached(file) for file in two_files] == [[True] * 4] * 2
 
 
+def test_files_in_the_hubs_cache_are_found(two_files, tmp_path, monkeypatch):
+    revision = tmp_path / "hub" / "models--some--model" / "snapshots" / "abc"
+    revision.mkdir(parents=True)
+    for path in (*two_files, tmp_path / prefetch.INDEX):
+        (revision / path.name).symlink_to(path)
+    (revision.parents[1] / "refs").mkdir()
+    (revision.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert prefetch._files("some/model") == sorted(revision / file.name for file in two_files)
+    assert prefetch._files("some/other") == []
+
+
 def test_reading_ahead_ends_where_loading_has_caught_up(two_files, monkeypatch):
     monkeypatch.setattr(prefetch, "_is_cached", lambda *_: False)  # a system may read more than it is asked for
     last, first = two_files
@@ -272,7 +285,9 @@ def test_reading_ahead_ends_where_loading_has_caught_up(two_files, monkeypatch):
 
 def test_what_is_no_checkpoint_is_not_read_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(prefetch, "_running", [])
-    for content in ("", "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "missing"}}'):
+    (tmp_path / "elsewhere").write_text("not of the checkpoint")
+    weights = ("1", '"missing"', '"../elsewhere"', f'"{tmp_path}/elsewhere"')
+    for content in ("", "[]", "{}", 100_000 * "[", *(f'{{"weight_map": {{"a": {file}}}}}' for file in weights)):
         (tmp_path / prefetch.INDEX).write_text(content)
         prefetch.begin(str(tmp_path))
     prefetch.begin("hub/id")

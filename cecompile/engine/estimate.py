@@ -14,6 +14,7 @@ from torch import nn
 
 from cecompile.engine.layers import decoder_layers, on_meta
 from cecompile.engine.memory import USABLE, Elsewhere
+from cecompile.engine.prefetch import CACHED
 from cecompile.engine.profiles import PROFILES, Profile
 from cecompile.errors import UserError
 from cecompile.workload.plan import BLOCK, Bucket, Plan, Totals
@@ -26,7 +27,8 @@ ATTENTION_RATE = 0.3  # tree attention's arithmetic against the linear layers'; 
 PASS_OVERHEAD = 200e-6  # seconds at host speed 1: staging, launching, collecting; an assumption
 
 # At host speed 1. Assumptions from single runs on x86-64 servers.
-START = 5.0  # seconds to import torch and transformers, booked on `load_model`
+START = 5.0  # seconds to import torch and transformers, booked on `load_model`; the disk reads meanwhile
+CACHED_RATE = 3e9  # bytes a second that are hashed and copied to the device out of the page cache
 PREPROCESS_RATE = 0.5e6  # tokens a second, before sharing: tokenise, merge, pack, stage
 COMPILE = {"cold": 10.0, "warm": 2.5}  # seconds a bucket shape: the layer and the head, without and with a warm cache
 WARMUP_PASSES = 3  # of each bucket: two before it is captured, one that is checked against the stock model
@@ -171,6 +173,9 @@ def inference_seconds(profile: Profile, sizes: ModelSizes, runs: Runs, keys: int
 def phase_seconds(profile: Profile, sizes: ModelSizes, plan: Plan | Totals, sequences: int) -> dict[str, float]:
     """Seconds of each phase; of warm-up without and with a warm cache, of which a run has one.
 
+    The checkpoint is read while libraries are imported, as `prefetch` does; and with a warm cache compiling goes on
+    while it is loaded.
+
     Args:
         sequences: how many sequences the plan packs.
     """
@@ -178,11 +183,14 @@ def phase_seconds(profile: Profile, sizes: ModelSizes, plan: Plan | Totals, sequ
     settle = sum(WARMUP_PASSES * pass_seconds(profile, sizes, bucket, keys) for bucket in plan.buckets)
     compiling = {state: len(plan.buckets) * seconds / profile.host_speed for state, seconds in COMPILE.items()}
     runs = [(bucket, plan.runs(i)) for i, bucket in enumerate(plan.buckets)]
+    stored, start = sizes.parameters * sizes.checkpoint_value, START / profile.host_speed
+    ahead = start if stored <= CACHED * profile.memory else 0.0
+    loading = max(stored / profile.storage_rate - ahead, stored / (CACHED_RATE * profile.host_speed))
     return {
-        "load_model": START / profile.host_speed + sizes.parameters * sizes.checkpoint_value / profile.storage_rate,
+        "load_model": start + loading,
         "preprocess": plan.unshared_tokens / PREPROCESS_RATE / profile.host_speed,
         "warmup_cold": compiling["cold"] + settle,
-        "warmup_warm": compiling["warm"] + settle,
+        "warmup_warm": max(0.0, compiling["warm"] - loading) + settle,
         "inference": inference_seconds(profile, sizes, runs, keys),
     }
 

@@ -55,10 +55,10 @@ _running: list[Prefetch] = []
 
 
 def begin(model: str) -> None:
-    """Starts on the checkpoint in a directory, if there is one, and memory holds it twice."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        files = _files(Path(model))
-        if sum(file.stat().st_size for file in files) <= CACHED * memory_left():
+    """Starts on the checkpoint in a directory or in the hub's cache, if there is one, and memory holds it twice."""
+    with suppress(Exception):  # whatever a damaged checkpoint raises is met again, and told, where it is loaded
+        files = _files(model)
+        if 0 < sum(file.stat().st_size for file in files) <= CACHED * memory_left():
             _running.append(Prefetch(files))
             _running[-1].start()
 
@@ -69,11 +69,22 @@ def reached(file: Path, start: int) -> None:
         one.reached(file, start)
 
 
-def _files(directory: Path) -> list[Path]:
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
-    return [directory / name for name in names]
+def _files(model: str) -> list[Path]:
+    """The checkpoint's files, as far as they are here."""
+    single, index = _find(model, SINGLE), _find(model, INDEX)
+    if single is not None or index is None:
+        return [] if single is None else [single]
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return [file for name in names if Path(name).name == name and (file := _find(model, name)) is not None]
+
+
+def _find(model: str, name: str) -> Path | None:
+    if Path(model).is_dir():
+        return file if (file := Path(model) / name).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, name)
+    return Path(found) if isinstance(found, str) else None
 
 
 def _is_cached(descriptor: int, start: int) -> bool:
