@@ -57,7 +57,7 @@ class Proof:
     Args:
         model: as loaded, before anything ran.
         loaded: how; None for a model that was loaded by somebody else.
-        made: of a model that ran before its parameters were there, what `made` said before that.
+        made: of a model that ran before its parameters were there, what `made_buffers` said before that.
 
     Attributes:
         verified: what `check` establishes, in words: EQUAL, or less.
