@@ -119,12 +119,17 @@ def _state(found: os.stat_result) -> tuple[int, int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
 
 
+def is_integrated(device: torch.device) -> bool:
+    """Whether it is a GPU whose memory is the host's."""
+    return device.type == "cuda" and getattr(torch.cuda.get_device_properties(device), "is_integrated", False)
+
+
 def worth_keeping(size: int, device: torch.device) -> bool:
     """Whether files of `size` bytes are to stay in the page cache between sweeps.
 
     Not where they would drive one another out of it, nor where the device's memory is the host's.
     """
-    if device.type == "cuda" and getattr(torch.cuda.get_device_properties(device), "is_integrated", False):
+    if is_integrated(device):
         return False
     return size <= CACHED * memory_left()
 

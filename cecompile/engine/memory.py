@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cecompile.engine.feed import PLACES, layer_layout
+from cecompile.engine.feed import PLACES, is_integrated, layer_layout
 from cecompile.engine.layers import decoder_layers, kinds_of, on_meta
 from cecompile.engine.span import Share
 from cecompile.errors import UserError
@@ -279,8 +279,7 @@ def available(device: torch.device) -> int:
 
 def _is_the_hosts(device: torch.device) -> bool:
     """Whether a device's memory is the host's."""
-    integrated = device.type == "cuda" and getattr(torch.cuda.get_device_properties(device), "is_integrated", False)
-    return integrated or device.type == "cpu"
+    return device.type == "cpu" or is_integrated(device)
 
 
 def reading(device: torch.device) -> int:

@@ -123,8 +123,9 @@ def load_checkpoint(
         reason = str(error)
         if share is not None:
             raise UserError(f"{model}: weights: cannot be loaded in parts: {reason}") from None
-    # out of the handler, so that nothing of the attempt is held; a compiled module holds itself
-    gc.collect()
+    # out of the handler, so that nothing of the attempt is held
+    if meanwhile is not None:  # may have compiled modules, which hold themselves
+        gc.collect()
     return Loaded(_load_by_transformers(model, config, dtype, device), read_checkpoint(model), reason)
 
 
