@@ -13,8 +13,8 @@ from cecompile.engine.stock import StockPipeline, stop_tokens
 from cecompile.errors import UserError
 from cecompile.journaled import answer_alone, begin, run_passes, write_answers
 from cecompile.packed import PackedModel, Workload, timed
-from cecompile.report.clock import Clock
-from cecompile.report.journal import Journal
+from cecompile.results.clock import Clock
+from cecompile.results.journal import Journal
 from cecompile.runtime import Progress, Runtime
 from cecompile.tasks.chat import NEW_TOKENS, ChatQuestion
 from cecompile.workload.encode import max_input_length

@@ -17,8 +17,8 @@ from cecompile.engine.profiles import PROFILES
 from cecompile.errors import CheckError, ToldError, UserError
 from cecompile.interrupt import Interrupted, command_to_resume, signals_raise
 from cecompile.ranks import ALONE, Ranks, has_part_in, world_size
-from cecompile.report.clock import CLOCKS, Clock, process_start
-from cecompile.report.words import LANGUAGES
+from cecompile.report.document.words import LANGUAGES
+from cecompile.results.clock import CLOCKS, Clock, process_start
 from cecompile.tasks.chat import NEW_TOKENS
 from cecompile.tasks.formats import TASKS
 from cecompile.tasks.judge import MAX_DROP
@@ -171,9 +171,9 @@ def eval_command(
     if resume and (overwrite or output is None):
         raise UserError("--resume: goes on with the run in --output, which must be named, and not with --overwrite")
     _prefetch(how)
-    from cecompile.report.compare import read_baseline
-    from cecompile.report.journal import Journal, journals_in
-    from cecompile.report.results import prepare_output
+    from cecompile.results.compare import read_baseline
+    from cecompile.results.journal import Journal, journals_in
+    from cecompile.results.write import prepare_output
     from cecompile.tasks.read import read_windows
 
     clock = Clock(process_start())
@@ -234,8 +234,8 @@ def compare_command(reference: Path, candidate: Path, max_drop: float, as_json: 
     """
     from rich.console import Console
 
-    from cecompile.report.compare import compare_directories
     from cecompile.report.table import print_comparison
+    from cecompile.results.compare import compare_directories
 
     compared = compare_directories(reference, candidate, max_drop)
     if as_json:
@@ -265,8 +265,8 @@ def plan_command(
     from rich.console import Console
 
     from cecompile.engine.estimate import as_planned_on, estimate, weights_fit
-    from cecompile.report.results import plan_summary
     from cecompile.report.table import print_plan
+    from cecompile.results.write import plan_summary
     from cecompile.windowed import plan_in_windows
 
     if how["engine"] == "reference":
@@ -338,8 +338,8 @@ def doctor_command(as_json: bool) -> None:
     """Show the machine, the versions, and what will go wrong or be slow here."""
     from rich.console import Console
 
-    from cecompile.report.doctor import as_json_object, judge, print_doctor
-    from cecompile.report.machine import gather
+    from cecompile.doctor.findings import as_json_object, judge, print_doctor
+    from cecompile.doctor.machine import gather
 
     facts = gather()
     findings = judge(facts)
@@ -358,7 +358,7 @@ def doctor_command(as_json: bool) -> None:
 def report_command(directory: Path, png: Path | None, pdf: Path | None, lang: str, overwrite: bool) -> None:
     """Make a leaderboard card and a document on the method from the result in DIRECTORY."""
     try:
-        from cecompile.report.make import make_report
+        from cecompile.report.document.make import make_report
     except ImportError as error:
         raise UserError(f"report: {error}; pip install 'cecompile[report]'") from None
 

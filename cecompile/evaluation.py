@@ -15,10 +15,11 @@ from cecompile.engine import memory
 from cecompile.engine.layers import on_meta
 from cecompile.engine.proof import changed
 from cecompile.engine.tokenizer import tokenizer_digest
-from cecompile.report.clock import Clock, latencies, spread
-from cecompile.report.compare import Baseline, compare, refuse_other
-from cecompile.report.journal import Journal
-from cecompile.report.results import (
+from cecompile.results.clock import Clock, latencies, spread
+from cecompile.results.compare import Baseline, compare, refuse_other
+from cecompile.results.journal import Journal
+from cecompile.results.spool import Spool
+from cecompile.results.write import (
     SCHEMA,
     digest_of_results,
     environment,
@@ -28,7 +29,6 @@ from cecompile.report.results import (
     write_results,
     write_samples,
 )
-from cecompile.report.spool import Spool
 from cecompile.runtime import Progress, Runtime
 from cecompile.scorer import Scorer
 from cecompile.system import cpu_model

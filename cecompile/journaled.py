@@ -19,7 +19,7 @@ from cecompile.engine.sweep import SweepEngine
 from cecompile.errors import CheckError, UserError, first_line
 from cecompile.packed import Workload
 from cecompile.ranks import Ranks
-from cecompile.report.journal import ANSWERS, PASSES, Journal
+from cecompile.results.journal import ANSWERS, PASSES, Journal
 from cecompile.runtime import Counter, Progress, Runtime
 from cecompile.workload.plan import Plan
 from cecompile.workload.sequences import Ints, Sequences

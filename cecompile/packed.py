@@ -17,8 +17,8 @@ from cecompile.engine.layers import on_meta
 from cecompile.engine.model import DTYPES, check_vocabulary, load_config, load_tokenizer, resolve_device
 from cecompile.errors import UserError
 from cecompile.ranks import ALONE, Ranks
-from cecompile.report.clock import Clock
-from cecompile.report.journal import Journal
+from cecompile.results.clock import Clock
+from cecompile.results.journal import Journal
 from cecompile.runtime import Progress, Runtime
 from cecompile.sizing import Sizing
 from cecompile.warming import Ready, Warmed

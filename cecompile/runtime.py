@@ -31,7 +31,7 @@ from cecompile.engine.sweep import SweepEngine
 from cecompile.engine.warm import compile_facts
 from cecompile.errors import CheckError, UserError, printable
 from cecompile.ranks import ALONE, Ranks
-from cecompile.report.clock import Clock
+from cecompile.results.clock import Clock
 from cecompile.sizing import Sizing
 from cecompile.warming import Ready, Warmed, Warmer
 from cecompile.workload.lanes import DecodeShape

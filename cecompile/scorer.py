@@ -10,8 +10,8 @@ from cecompile.engine.attention import stock_attention
 from cecompile.engine.forward import Readouts
 from cecompile.journaled import Named, begin, run_passes, score_sequences_alone
 from cecompile.packed import PackedModel, Workload, timed
-from cecompile.report.clock import Clock
-from cecompile.report.journal import Journal
+from cecompile.results.clock import Clock
+from cecompile.results.journal import Journal
 from cecompile.runtime import Progress
 from cecompile.tasks.question import Question
 from cecompile.workload.encode import encode, max_input_length

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cecompile.packed import PackedModel
-from cecompile.report.clock import Clock
-from cecompile.report.journal import Journal
-from cecompile.report.spool import Spool
+from cecompile.results.clock import Clock
+from cecompile.results.journal import Journal
+from cecompile.results.spool import Spool
 from cecompile.runtime import Progress
 from cecompile.tasks.chat import AnswerSample, right_answers
 from cecompile.tasks.judge import metrics_of, right_choices

@@ -23,8 +23,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cecompile import Scorer, demo, evaluate
-from cecompile.report.clock import Clock
-from cecompile.report.journal import Journal
+from cecompile.results.clock import Clock
+from cecompile.results.journal import Journal
 from cecompile.tasks.read import LargeDataset, read_windows
 from cecompile.tasks.windows import WINDOW
 from cecompile.workload.encode import encode, max_input_length

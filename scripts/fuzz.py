@@ -30,12 +30,12 @@ except ImportError:
     atheris = None
 
 with (
-    atheris.instrument_imports(include=["cecompile.tasks", "cecompile.report.journal", "cecompile.workload"])
+    atheris.instrument_imports(include=["cecompile.tasks", "cecompile.results.journal", "cecompile.workload"])
     if (atheris and __name__ == "__main__")
     else contextlib.nullcontext()
 ):
     from cecompile.errors import UserError
-    from cecompile.report.journal import ANSWERS, NAME, PASSES, Journal, read
+    from cecompile.results.journal import ANSWERS, NAME, PASSES, Journal, read
     from cecompile.tasks.chat import find_choices
     from cecompile.tasks.question import digest
     from cecompile.tasks.read import read_dataset

@@ -1,4 +1,4 @@
-"""How the fonts in cecompile/report/fonts were made: Pretendard (OFL 1.1), cut down to what a report needs.
+"""How the fonts in cecompile/report/document/fonts were made: Pretendard (OFL 1.1), cut down to what a report needs.
 
     npm pack pretendard@1.3.9 && tar xzf pretendard-1.3.9.tgz
     python scripts/make_fonts.py package/dist
@@ -14,7 +14,7 @@ from pathlib import Path
 from fontTools import subset
 from fontTools.ttLib import TTFont
 
-OUT = Path(__file__).resolve().parents[1] / "cecompile" / "report" / "fonts"
+OUT = Path(__file__).resolve().parents[1] / "cecompile" / "report" / "document" / "fonts"
 FAMILY = "Cecompile Sans"
 STYLES = ("Regular", "Bold")
 RANGES = (

@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from cecompile import demo
-from cecompile.report import journal
+from cecompile.results import journal
 
 SAMPLES = "samples.jsonl"
 
@@ -223,7 +223,7 @@ def new_scorer() -> Any:
 def api_run(scorer: Any, output: Path) -> tuple[int, bytes]:
     """One evaluation of the demo: this process's memory after it, in bytes, and the samples."""
     from cecompile import evaluate, read_questions
-    from cecompile.report.journal import Journal
+    from cecompile.results.journal import Journal
     from cecompile.system import read_status
 
     with Journal(output) as journaled:

@@ -17,11 +17,11 @@ import tempfile
 from pathlib import Path
 
 from cecompile.errors import CheckError, UserError
-from cecompile.report.command import command_line
-from cecompile.report.make import make_report
-from cecompile.report.results import CARD, DOCUMENT, PREDICTIONS, RESULTS, SAMPLES
-from cecompile.report.source import read_results
-from cecompile.report.words import LANGUAGES
+from cecompile.report.document.document import command_line
+from cecompile.report.document.make import make_report
+from cecompile.report.document.words import LANGUAGES
+from cecompile.results.read import read_results
+from cecompile.results.write import CARD, DOCUMENT, PREDICTIONS, RESULTS, SAMPLES
 
 COMMAND, IMAGE = "COMMAND.txt", "IMAGE.txt"
 # What Docker takes: [registry[:port]/]path[:tag], the path in lower case.

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from cecompile.cli import main
-from cecompile.report.journal import Journal
+from cecompile.results.journal import Journal
 
 
 def die_after(records: int) -> None:
@@ -59,7 +59,7 @@ def share(directory: Path) -> None:
     """Every evaluation that runs.json lists, by this rank among others; one that has a journal is gone on with."""
     from cecompile import Answerer, Scorer, evaluate
     from cecompile.ranks import Ranks
-    from cecompile.report.journal import NAME
+    from cecompile.results.journal import NAME
     from cecompile.tasks.read import read_dataset
 
     ranks = Ranks.from_environment()

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from cecompile import demo
 from cecompile.cli import cli
-from cecompile.report.clock import CLOCKS, PHASES, Clock, latencies, process_start
+from cecompile.results.clock import CLOCKS, PHASES, Clock, latencies, process_start
 
 ROWS = [{"query": f"Question {i} is", "choices": ["short", "rather longer", "x"], "gold": i % 3} for i in range(6)]
 

@@ -22,11 +22,11 @@ from cecompile.engine.model import load_checkpoint, load_config, load_tokenizer
 from cecompile.engine.proof import EQUAL, Proof, contents, made_buffers
 from cecompile.engine.tokenizer import tokenizer_digest
 from cecompile.errors import CheckError, UserError
-from cecompile.report.check import problems
-from cecompile.report.clock import Clock
-from cecompile.report.compare import compare_directories, paired_drop, read_baseline
-from cecompile.report.results import digest_of_results, file_digests
-from cecompile.report.stored import read_result
+from cecompile.results.check import problems
+from cecompile.results.clock import Clock
+from cecompile.results.compare import compare_directories, paired_drop, read_baseline
+from cecompile.results.read import read_result
+from cecompile.results.write import digest_of_results, file_digests
 from cecompile.tasks.judge import metrics
 
 CPU = torch.device("cpu")

@@ -16,17 +16,9 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from cecompile.cli import cli
-from cecompile.report import machine
-from cecompile.report.doctor import GIB, as_json_object, has_kernels, judge, print_doctor
-from cecompile.report.machine import (
-    Device,
-    Facts,
-    find_driver,
-    find_tools,
-    gather,
-    read_cache,
-    read_jetson,
-)
+from cecompile.doctor import machine
+from cecompile.doctor.findings import GIB, as_json_object, has_kernels, judge, print_doctor
+from cecompile.doctor.machine import Device, Facts, find_driver, find_tools, gather, read_cache, read_jetson
 from cecompile.system import read_meminfo
 
 ORIN_GPU = Device("Orin", (8, 7), 14, True, 30_698 * 2**20, 28 * GIB)

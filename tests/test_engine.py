@@ -21,7 +21,7 @@ from cecompile.engine.proof import EQUAL
 from cecompile.engine.reference import rounding, score_one_by_one
 from cecompile.engine.rope import boundary_of
 from cecompile.errors import UserError
-from cecompile.report.clock import Clock
+from cecompile.results.clock import Clock
 from cecompile.scorer import collect
 from cecompile.warming import Ready, Warmer
 from cecompile.workload.plan import BLOCK, Bucket, Geometry, choose_geometry, make_plan

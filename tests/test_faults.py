@@ -20,7 +20,7 @@ from test_journal import CHATS, HOW, ROWS, Runs, write_rows
 from cecompile import demo
 from cecompile.cli import cli
 from cecompile.engine.forward import Engine
-from cecompile.report.journal import NAME, Journal
+from cecompile.results.journal import NAME, Journal
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -226,7 +226,7 @@ def files_of_at_most(size: int):
 
 @pytest.mark.parametrize("records", [1, 3])
 def test_the_disk_is_full_before_the_end(records, trees):
-    from cecompile.report.journal import read
+    from cecompile.results.journal import read
 
     name = f"full {records}"
     add = Journal.add

@@ -16,8 +16,8 @@ from cecompile import Scorer, evaluate, read_questions
 from cecompile.cli import cli
 from cecompile.errors import UserError
 from cecompile.interrupt import command_to_resume
-from cecompile.report import journal as journal_module
-from cecompile.report.journal import ANSWERS, NAME, PASSES, Journal, read
+from cecompile.results import journal as journal_module
+from cecompile.results.journal import ANSWERS, NAME, PASSES, Journal, read
 
 ROWS = [
     {"query": f"Question {i} is", "choices": ["short", "rather longer " * 4, "x"], "gold": i % 3} for i in range(40)
@@ -329,7 +329,7 @@ def test_another_model_or_version_is_not_gone_on_with(stopped, babbler, tmp_path
     vocabulary = json.loads((babbler / "config.json").read_text())["vocab_size"]
     save_tiny_llama(tmp_path, vocabulary, max_position_embeddings=512, initializer_range=0.31)
     assert "model fingerprint is" in stopped("stopped", "--resume", "--model", tmp_path).output
-    monkeypatch.setattr("cecompile.report.results.platform.python_version", lambda: "3.99")
+    monkeypatch.setattr("cecompile.results.write.platform.python_version", lambda: "3.99")
     assert "python is 3.99, was" in stopped("stopped", "--resume").output
 
 

@@ -26,7 +26,7 @@ from cecompile.engine.proof import EQUAL, Proof, changed
 from cecompile.engine.span import Share, Span
 from cecompile.engine.verify import disagreement
 from cecompile.errors import CheckError, UserError
-from cecompile.report.journal import NAME
+from cecompile.results.journal import NAME
 from cecompile.sizing import Sizing
 from cecompile.warming import Ready, Warmer
 from cecompile.workload.plan import Bucket, Geometry

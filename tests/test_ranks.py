@@ -21,9 +21,9 @@ from cecompile.cli import cli
 from cecompile.engine.model import resolve_device
 from cecompile.errors import ToldError, UserError
 from cecompile.ranks import Ranks, has_part_in, meet
-from cecompile.report.check import problems
-from cecompile.report.journal import NAME, PASSES, Journal, journals_in, read
-from cecompile.report.source import read_results
+from cecompile.results.check import problems
+from cecompile.results.journal import NAME, PASSES, Journal, journals_in, read
+from cecompile.results.read import read_results
 from cecompile.sizing import Sizing
 
 ROWS = [

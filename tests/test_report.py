@@ -23,14 +23,13 @@ from cecompile import demo
 from cecompile.cli import cli
 from cecompile.errors import UserError
 from cecompile.report import units
-from cecompile.report.card import HEIGHT, MARGIN, WIDTH, draw_card
-from cecompile.report.command import command_line
-from cecompile.report.credits import USED, credits
-from cecompile.report.document import make_document
-from cecompile.report.example import make_example
-from cecompile.report.fonts import FAMILY, glyphs, shown
-from cecompile.report.source import read_results
-from cecompile.report.words import EXAMPLES, LANGUAGES, TEXTS, Words
+from cecompile.report.document.card import HEIGHT, MARGIN, WIDTH, draw_card
+from cecompile.report.document.credits import USED, credits
+from cecompile.report.document.document import command_line, make_document
+from cecompile.report.document.example import make_example
+from cecompile.report.document.fonts import FAMILY, glyphs, shown
+from cecompile.report.document.words import EXAMPLES, LANGUAGES, TEXTS, Words
+from cecompile.results.read import read_results
 
 ROOT = Path(__file__).parents[1]
 SUBMISSION = ROOT / "scripts" / "submission.py"
@@ -355,7 +354,7 @@ def test_report_writes_both_beside_the_result(scored, tmp_path):
 
 
 def test_a_new_run_removes_the_old_ones_card(scored, tmp_path):
-    from cecompile.report.results import write_samples
+    from cecompile.results.write import write_samples
 
     for name in ("results.json", "card.png", "report.pdf"):
         (tmp_path / name).write_bytes(b"old")

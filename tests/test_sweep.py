@@ -24,7 +24,7 @@ from cecompile.engine.profiles import PROFILES
 from cecompile.engine.span import Share
 from cecompile.engine.sweep import SweepEngine
 from cecompile.errors import CheckError, UserError
-from cecompile.report.compare import compare_directories
+from cecompile.results.compare import compare_directories
 from cecompile.workload.plan import choose_geometry, make_plan
 from cecompile.workload.stage import stage_all
 
@@ -280,7 +280,7 @@ def refusals_of(directory: Path) -> list[str]:
 
 def test_an_interrupted_run_goes_on(tiny_llama, tmp_path, monkeypatch):
     from cecompile import evaluate as evaluated
-    from cecompile.report.journal import Journal
+    from cecompile.results.journal import Journal
 
     def scorer():
         return Scorer.from_pretrained(

@@ -12,9 +12,9 @@ from test_journal import CHATS, ROWS, Runs, stop_after, write_rows
 from cecompile import Scorer, evaluate, read_questions
 from cecompile.cli import cli
 from cecompile.errors import UserError
-from cecompile.report.check import problems
-from cecompile.report.compare import compare_directories
-from cecompile.report.journal import NAME
+from cecompile.results.check import problems
+from cecompile.results.compare import compare_directories
+from cecompile.results.journal import NAME
 from cecompile.runtime import Runtime
 from cecompile.tasks import windows as windows_module
 from cecompile.tasks.question import digest
@@ -118,7 +118,7 @@ def test_a_later_window_that_is_planned_otherwise_is_not_gone_on_with(runs, monk
         assert run("otherwise", "--window", 7).exit_code == 130
     monkeypatch.setattr("cecompile.workload.plan.MIN_SHARED", 1000)  # as another version might pack them
     monkeypatch.setattr("cecompile.journaled._plan_facts", lambda plan: {"plan": str(plan.useful_tokens)})
-    monkeypatch.setattr("cecompile.report.journal.Journal.expect", lambda *_: None)  # the first window's pass
+    monkeypatch.setattr("cecompile.results.journal.Journal.expect", lambda *_: None)  # the first window's pass
     refused = run("otherwise", "--window", 7, "--resume")
     assert refused.exit_code == 2
     assert "cannot be resumed: window 2 is planned otherwise" in refused.output

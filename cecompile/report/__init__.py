@@ -1,1 +1,1 @@
-"""What a run says about itself: the clock, the result files, the table."""
+"""How results are shown: tables in a terminal, a card, a document."""

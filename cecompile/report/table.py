@@ -13,8 +13,8 @@ from rich.text import Text
 
 from cecompile.engine.cache import shown
 from cecompile.errors import printable
-from cecompile.report.clock import PHASES
 from cecompile.report.units import short_name
+from cecompile.results.clock import PHASES
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
-METRICS = ("exact_match", "acc_norm", "acc")  # a result is known by the first that it has
+from cecompile.tasks.judge import METRICS
 
 
 def seconds(value: float) -> str:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cecompile.errors import CheckError, UserError
-from cecompile.report.card import draw_card
-from cecompile.report.check import problems
-from cecompile.report.document import make_document
-from cecompile.report.results import CARD, DOCUMENT, write_whole
-from cecompile.report.source import read_results
+from cecompile.report.document.card import draw_card
+from cecompile.report.document.document import make_document
+from cecompile.results.check import problems
+from cecompile.results.read import read_results
+from cecompile.results.write import CARD, DOCUMENT, write_whole
 
 
 def make_report(

@@ -6,9 +6,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cecompile.report.clock import PHASES, latencies
-from cecompile.report.results import digest_of_results, file_digests
-from cecompile.report.stored import StoredResult, read_result, value_at
+from cecompile.results.clock import PHASES, latencies
+from cecompile.results.read import StoredResult, read_result, value_at
+from cecompile.results.write import digest_of_results, file_digests
 from cecompile.tasks.chat import AnswerSample, answer_metrics
 from cecompile.tasks.judge import Sample, metrics
 

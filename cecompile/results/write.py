@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cecompile.errors import UserError
-from cecompile.report import journal
-from cecompile.report.spool import Spool, line
+from cecompile.results import journal
+from cecompile.results.spool import Spool, line
 from cecompile.workload.plan import Plan, Totals
 
 SCHEMA = 1

@@ -7,14 +7,13 @@ from typing import Any
 from reportlab.platypus import Flowable, PageBreak, Paragraph
 
 from cecompile.report import units
-from cecompile.report.command import command_line
-from cecompile.report.credits import credits
-from cecompile.report.example import make_example
-from cecompile.report.figures import Bar, bars, tree_and_mask
-from cecompile.report.fonts import shown
-from cecompile.report.page import CODE, SUBTITLE, TITLE, WIDTH, Writer, literal, register_fonts, typeset
-from cecompile.report.rules import rule_rows
-from cecompile.report.words import DASH, EXAMPLES, Words
+from cecompile.report.document.credits import credits
+from cecompile.report.document.example import make_example
+from cecompile.report.document.figures import Bar, bars, tree_and_mask
+from cecompile.report.document.fonts import shown
+from cecompile.report.document.page import CODE, SUBTITLE, TITLE, WIDTH, Writer, literal, register_fonts, typeset
+from cecompile.report.document.rules import rule_rows
+from cecompile.report.document.words import DASH, EXAMPLES, Words
 
 Results = dict[str, Any]
 ROW = 19  # points: a line of a table, and room for some of two lines
@@ -264,3 +263,21 @@ def _again(results: Results, w: Writer) -> list[Flowable]:
         w.paragraph("again.report"),
         Paragraph(literal(report), CODE),
     ]
+
+
+def command_line(results: dict[str, Any]) -> tuple[str, bool]:
+    """For a shell: the command that made the result, and whether it was recorded.
+
+    Where it was not, one of the same effect is put together from what the result says.
+    """
+    if results["command"]:
+        return shlex.join(results["command"]), True
+    engine = results["engine"]
+    arguments = ["cecompile", "eval", "--model", results["model"]["name"], "--data", results["data"]["name"]]
+    arguments += ["--task", results["task"], "--limit", str(results["questions"]), "--dtype", results["model"]["dtype"]]
+    arguments += ["--engine", engine["name"]]
+    if engine["attention"] is not None:
+        arguments += ["--attention", engine["attention"]]
+    if results["answers"] is not None:
+        arguments += ["--max-new-tokens", str(results["answers"]["max_new_tokens"])]
+    return shlex.join([*arguments, "--clock", results["headline"]["clock"]]), False

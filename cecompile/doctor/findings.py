@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cecompile.doctor.machine import Device, Facts
 from cecompile.errors import printable
-from cecompile.report.machine import Device, Facts
 
 GIB = 2**30
 LITTLE_MEMORY = 4 * GIB  # free memory below which models of a few billion parameters do not fit

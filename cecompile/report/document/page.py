@@ -15,9 +15,9 @@ from reportlab.pdfbase import pdfmetrics
 from reportlab.pdfbase.ttfonts import TTFont
 from reportlab.platypus import CondPageBreak, Flowable, KeepTogether, Paragraph, SimpleDocTemplate, Spacer, Table
 
-from cecompile.report.figures import FAINT, INK, RULE
-from cecompile.report.fonts import BOLD, FAMILY, FAMILY_BOLD, REGULAR, shown
-from cecompile.report.words import Words
+from cecompile.report.document.figures import FAINT, INK, RULE
+from cecompile.report.document.fonts import BOLD, FAMILY, FAMILY_BOLD, REGULAR, shown
+from cecompile.report.document.words import Words
 
 MARGIN = 20 * mm
 FRAME_PADDING = 6  # reportlab's own, around what the frame holds

@@ -7,8 +7,8 @@ from reportlab.graphics.shapes import Drawing, Line, Rect, String
 from reportlab.lib.colors import Color, HexColor
 from reportlab.pdfbase.pdfmetrics import stringWidth
 
-from cecompile.report.example import Example
-from cecompile.report.fonts import FAMILY
+from cecompile.report.document.example import Example
+from cecompile.report.document.fonts import FAMILY
 
 INK, FAINT, RULE = HexColor("#111827"), HexColor("#6b7280"), HexColor("#d1d5db")
 ACCENT, PALE, GREEN = HexColor("#1d4ed8"), HexColor("#dbeafe"), HexColor("#047857")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from cecompile.errors import CheckError, UserError, printable
-from cecompile.report.check import problems_of
-from cecompile.report.clock import CLOCKS
-from cecompile.report.stored import StoredResult, read_result, value_at
+from cecompile.results.check import problems_of
+from cecompile.results.clock import CLOCKS
+from cecompile.results.read import StoredResult, read_result, value_at
 from cecompile.tasks.chat import AnswerSample
 from cecompile.tasks.judge import MAX_DROP, Sample
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from cecompile.report import units
-from cecompile.report.page import Writer
-from cecompile.report.words import DASH, drops
+from cecompile.report.document.page import Writer
+from cecompile.report.document.words import DASH, drops
 
 SETTING, CREDITS, AGAIN = 5, 6, 7  # sections of the document
 SHORT = 16  # characters of a digest that stand for all

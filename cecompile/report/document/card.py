@@ -11,8 +11,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import FancyBboxPatch
 
 from cecompile.report import units
-from cecompile.report.fonts import BOLD, REGULAR, shown
-from cecompile.report.words import Words, drops
+from cecompile.report.document.fonts import BOLD, REGULAR, shown
+from cecompile.report.document.words import Words, drops
 
 WIDTH, HEIGHT, DPI = 1200, 675, 100  # pixels
 MARGIN = 48

@@ -1,0 +1,1 @@
+"""What a machine offers, and what will go wrong or be slow there."""
