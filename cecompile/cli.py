@@ -191,7 +191,7 @@ def eval_command(
     clock.enter("load_model")
     from rich.console import Console
 
-    from cecompile.engine.cache import remove_workspaces
+    from cecompile.compile_cache.store import remove_workspaces
     from cecompile.evaluation import evaluate
     from cecompile.report.table import print_results, progress_bars
 
@@ -308,8 +308,8 @@ def warm_command(
     from cecompile.report.table import print_cache, print_warmup, progress_bars
 
     if list_ or prune:
-        from cecompile.engine.cache import CompileCache, default_directory
-        from cecompile.engine.warm import is_outdated
+        from cecompile.compile_cache.key import is_outdated
+        from cecompile.compile_cache.store import CompileCache, default_directory
 
         cache = CompileCache(how["cache_dir"] or default_directory())
         if prune:
@@ -431,8 +431,8 @@ def main() -> None:
         status = error.code
     if not isinstance(status, int):
         sys.exit(status)
-    if "cecompile.engine.cache" in sys.modules:
-        sys.modules["cecompile.engine.cache"].remove_workspaces()
+    if "cecompile.compile_cache.store" in sys.modules:
+        sys.modules["cecompile.compile_cache.store"].remove_workspaces()
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from cecompile import demo
+from cecompile.compile_cache.store import CompileCache, NoCacheError, default_directory
 from cecompile.engine import memory
 from cecompile.engine.architecture import refusal
-from cecompile.engine.cache import CompileCache, NoCacheError, default_directory
 from cecompile.engine.layers import on_meta
 from cecompile.engine.model import DTYPES, check_vocabulary, load_config, load_tokenizer, resolve_device
 from cecompile.errors import UserError

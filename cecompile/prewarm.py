@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cecompile.engine.cache import WARM, Entry, Found
+from cecompile.compile_cache.store import WARM, Entry, Found
 from cecompile.errors import CheckError, UserError
 from cecompile.packed import PackedModel
 from cecompile.runtime import Progress

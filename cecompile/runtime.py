@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cecompile.compile_cache.key import compile_facts
+from cecompile.compile_cache.store import WARM, CompileCache, Entry
 from cecompile.engine import ahead, memory
 from cecompile.engine.architecture import takes_ours
 from cecompile.engine.attention import attention_before, take_back
-from cecompile.engine.cache import WARM, CompileCache, Entry
 from cecompile.engine.feed import Feed, Files, worth_keeping
 from cecompile.engine.forward import Engine
 from cecompile.engine.layers import compiled_parts, on_meta
@@ -28,7 +29,6 @@ from cecompile.engine.rope import boundary_of
 from cecompile.engine.span import Share
 from cecompile.engine.stream import Checkpoint
 from cecompile.engine.sweep import SweepEngine
-from cecompile.engine.warm import compile_facts
 from cecompile.errors import CheckError, UserError, printable
 from cecompile.ranks import ALONE, Ranks
 from cecompile.results.clock import Clock

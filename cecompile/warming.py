@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 
-from cecompile.engine.cache import WARM, Entry, Found
+from cecompile.compile_cache.store import WARM, Entry, Found
 from cecompile.engine.decode import Decoder, NotDecodableError
 from cecompile.engine.feed import Feed
 from cecompile.engine.forward import Engine

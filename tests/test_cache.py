@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cecompile.engine.cache import COLD, PARTLY, WARM, CompileCache, Found, remove_workspaces
+from cecompile.compile_cache.store import COLD, PARTLY, WARM, CompileCache, Found, remove_workspaces
 from cecompile.errors import UserError
 from cecompile.workload.plan import Bucket, Geometry
 
@@ -263,7 +263,7 @@ def test_a_link_is_refused(tmp_path):
 WRITER = """
 import os, sys, time
 from pathlib import Path
-from cecompile.engine.cache import CompileCache, Found
+from cecompile.compile_cache.store import CompileCache, Found
 from cecompile.workload.plan import Bucket, Geometry
 place, name = Path(sys.argv[1]), sys.argv[2]
 facts = {"model": "a model", "dtype": "float32", "versions": {"torch": "1"}}

@@ -12,9 +12,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, activations, modeling_utils
 
 from cecompile import Question, Scorer
+from cecompile.compile_cache.store import WARM
 from cecompile.engine import ahead, attention, forward, head
 from cecompile.engine import stream as streaming
-from cecompile.engine.cache import WARM
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.proof import EQUAL

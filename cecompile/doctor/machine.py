@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
-from cecompile.engine.cache import CompileCache, default_directory
+from cecompile.compile_cache.store import CompileCache, default_directory
 from cecompile.errors import UserError
 from cecompile.system import cpu_model, read_meminfo, read_text
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from cecompile.engine.cache import shown
+from cecompile.compile_cache.store import shown
 from cecompile.errors import printable
 from cecompile.report.units import short_name
 from cecompile.results.clock import PHASES

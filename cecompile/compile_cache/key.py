@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-import cecompile
-
 _IDLE = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "_attn_implementation"}
 _SOURCES = ("engine", "workload")
 
@@ -82,7 +80,7 @@ def _compiler() -> str:
 @functools.cache
 def source_digest() -> str:
     """Digest over the modules that make the compiled code and its inputs."""
-    root = Path(cecompile.__file__).parent
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(p for folder in _SOURCES for p in (root / folder).glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())

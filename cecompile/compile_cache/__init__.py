@@ -1,0 +1,1 @@
+"""Compiled code that later processes may run: where it is kept, and under which key."""
