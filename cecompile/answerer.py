@@ -8,10 +8,10 @@ import numpy as np
 from cecompile.engine.attention import stock_attention
 from cecompile.engine.decode import Decoder
 from cecompile.engine.forward import Readouts
-from cecompile.engine.model import load_generation_config
-from cecompile.engine.stock import StockPipeline, stop_tokens
+from cecompile.engine.stock_pipeline import StockPipeline, stop_tokens
 from cecompile.errors import UserError
 from cecompile.journaled import answer_alone, begin, run_passes, write_answers
+from cecompile.model.checkpoint import load_generation_config
 from cecompile.packed import PackedModel, Workload, timed
 from cecompile.results.clock import Clock
 from cecompile.results.journal import Journal

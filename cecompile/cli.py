@@ -12,10 +12,10 @@ from typing import Any
 import click
 
 from cecompile import demo
-from cecompile.engine import prefetch
 from cecompile.engine.profiles import PROFILES
 from cecompile.errors import CheckError, ToldError, UserError
 from cecompile.interrupt import Interrupted, command_to_resume, signals_raise
+from cecompile.model import prefetch
 from cecompile.ranks import ALONE, Ranks, has_part_in, world_size
 from cecompile.report.document.words import LANGUAGES
 from cecompile.results.clock import CLOCKS, Clock, process_start

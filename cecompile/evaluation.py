@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from cecompile.answerer import Answerer
 from cecompile.engine import memory
-from cecompile.engine.layers import on_meta
-from cecompile.engine.proof import changed
-from cecompile.engine.tokenizer import tokenizer_digest
+from cecompile.model.structure import on_meta
+from cecompile.model.tokenizer_digest import tokenizer_digest
+from cecompile.model.unchanged import changed
 from cecompile.results.clock import Clock, latencies, spread
 from cecompile.results.compare import Baseline, compare, refuse_other
 from cecompile.results.journal import Journal

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cecompile.engine.forward import Engine, Readouts
 from cecompile.engine.pipeline import LostError
 from cecompile.engine.reference import score_alone
-from cecompile.engine.stock import StockPipeline
+from cecompile.engine.stock_pipeline import StockPipeline
 from cecompile.engine.sweep import SweepEngine
 from cecompile.errors import CheckError, UserError, first_line
 from cecompile.packed import Workload

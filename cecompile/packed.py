@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from cecompile import demo
 from cecompile.compile_cache.store import CompileCache, NoCacheError, default_directory
 from cecompile.engine import memory
-from cecompile.engine.architecture import refusal
-from cecompile.engine.layers import on_meta
-from cecompile.engine.model import DTYPES, check_vocabulary, load_config, load_tokenizer, resolve_device
 from cecompile.errors import UserError
+from cecompile.model.checkpoint import DTYPES, check_vocabulary, load_config, load_tokenizer, resolve_device
+from cecompile.model.structure import on_meta
+from cecompile.model.support import refusal
 from cecompile.ranks import ALONE, Ranks
 from cecompile.results.clock import Clock
 from cecompile.results.journal import Journal

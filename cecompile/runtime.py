@@ -14,22 +14,20 @@ from transformers import PreTrainedModel
 
 from cecompile.compile_cache.key import compile_facts
 from cecompile.compile_cache.store import WARM, CompileCache, Entry
-from cecompile.engine import ahead, memory
-from cecompile.engine.architecture import takes_ours
+from cecompile.engine import initialise, memory
 from cecompile.engine.attention import attention_before, take_back
 from cecompile.engine.feed import Feed, Files, worth_keeping
-from cecompile.engine.forward import Engine
-from cecompile.engine.layers import compiled_parts, on_meta
-from cecompile.engine.load import Loaded
-from cecompile.engine.model import checkpoint_files, load_checkpoint
+from cecompile.engine.forward import Engine, compiled_parts
 from cecompile.engine.pipeline import Stage, places
 from cecompile.engine.probe import choose_attention
-from cecompile.engine.proof import Content, Proof, made_buffers
-from cecompile.engine.rope import boundary_of
-from cecompile.engine.span import Share
-from cecompile.engine.stream import Checkpoint
 from cecompile.engine.sweep import SweepEngine
 from cecompile.errors import CheckError, UserError, printable
+from cecompile.model.checkpoint import checkpoint_files, load_checkpoint
+from cecompile.model.load import Loaded
+from cecompile.model.safetensors_reader import Checkpoint
+from cecompile.model.structure import Share, on_meta
+from cecompile.model.support import boundary_of, takes_ours
+from cecompile.model.unchanged import Content, Proof, made_buffers
 from cecompile.ranks import ALONE, Ranks
 from cecompile.results.clock import Clock
 from cecompile.sizing import Sizing
@@ -223,7 +221,7 @@ class Runtime:
             return None
         if self._cache is not None:
             self.entry = self._cache.open(self._facts())
-        ahead.begin(self.device)  # in the entry's directory
+        initialise.begin(self.device)  # in the entry's directory
         return self.entry
 
     def look_up(self, plan: Plan) -> None:
@@ -291,7 +289,7 @@ class Runtime:
     def _begin(self, plan: Plan, model: PreTrainedModel) -> tuple[dict[str, Content], Engine | None]:
         """Compiles for the plan while the model's weights are read; beside it, what `Proof` has to know of before."""
         buffers = made_buffers(model)
-        ahead.begin(self.device).join()
+        initialise.begin(self.device).join()
         warmer = Warmer(model, attention_before(model), self.attention, self.sizing.tuning.readout_chunk, self.entry)
         return buffers, warmer.begin(Ready(plan.geometry, plan.buckets, plan.decoding))
 
@@ -427,7 +425,7 @@ class Runtime:
         slots = ready.buckets[0].slots
         warmed = None
         if self.engine == "compiled":
-            ahead.begin(self.device).join()
+            initialise.begin(self.device).join()
         gc.freeze()  # capturing a graph collects garbage first: what is here already need not be looked at each time
         try:
             warmed = warmer.warm(self.engine, ready, Counter("warmup", ready.steps, progress))

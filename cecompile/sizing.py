@@ -8,8 +8,8 @@ import torch
 from cecompile.engine import memory
 from cecompile.engine.pipeline import costs, split
 from cecompile.engine.pipeline import shares as shares_of
-from cecompile.engine.span import Share
 from cecompile.errors import UserError
+from cecompile.model.structure import Share
 from cecompile.ranks import ALONE, Ranks
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import BLOCK, Geometry, choose_geometry

@@ -35,7 +35,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cecompile.engine.forward import Engine
-from cecompile.engine.model import DTYPES, load_tokenizer, resolve_device
+from cecompile.model.checkpoint import DTYPES, load_tokenizer, resolve_device
 from cecompile.scorer import collect
 from cecompile.sizing import TUNING
 from cecompile.tasks.judge import judge, metrics

@@ -34,7 +34,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from cecompile import Answerer, answerer, read_questions
 from cecompile.engine import memory
-from cecompile.engine.model import DTYPES, load_tokenizer, resolve_device
+from cecompile.model.checkpoint import DTYPES, load_tokenizer, resolve_device
 from cecompile.tasks.chat import NEW_TOKENS, ChatQuestion
 from cecompile.workload.graft import graft, prompts_of
 from cecompile.workload.sequences import Ints, Sequences

@@ -26,8 +26,8 @@ from lm_eval.tasks import TaskManager
 from rich.console import Console
 from rich.table import Table
 
-from cecompile.engine.model import DTYPES, load_tokenizer, resolve_device
 from cecompile.lm_eval import CecompileLM
+from cecompile.model.checkpoint import DTYPES, load_tokenizer, resolve_device
 
 TASK = {
     "task": "hellaswag_rows",

@@ -68,7 +68,7 @@ def read_plainly(files: list[Path]) -> float:
 
 def load(model: str, device: str, ahead: bool) -> dict[str, float]:
     """Seconds of imports and of loading, and bytes by which resident memory grew at most while loading."""
-    from cecompile.engine import prefetch
+    from cecompile.model import prefetch
     from cecompile.system import read_status
 
     began = time.perf_counter()
@@ -77,7 +77,7 @@ def load(model: str, device: str, ahead: bool) -> dict[str, float]:
     import torch
 
     from cecompile import evaluation  # noqa: F401  (imports all that a run does)
-    from cecompile.engine.model import load_checkpoint, load_config, resolve_device
+    from cecompile.model.checkpoint import load_checkpoint, load_config, resolve_device
 
     config, where = load_config(model), resolve_device(device)
     torch.zeros(1, device=where)

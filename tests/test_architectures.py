@@ -12,11 +12,11 @@ from transformers import AutoConfig
 
 from cecompile import Answerer, Scorer
 from cecompile.answerer import decode
-from cecompile.engine.architecture import refusal
-from cecompile.engine.layers import on_meta
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import score_one_by_one
 from cecompile.errors import UserError
+from cecompile.model.structure import on_meta
+from cecompile.model.support import refusal
 from cecompile.scorer import collect
 from cecompile.workload.lanes import DecodeShape
 

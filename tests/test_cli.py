@@ -97,7 +97,7 @@ def test_unlabelled_data_gives_predictions_and_no_metrics(tiny_llama, tmp_path):
 def test_same_model_same_fingerprint_other_weights_another(tiny_llama, tmp_path):
     from conftest import save_tiny_llama
 
-    from cecompile.engine.model import fingerprint
+    from cecompile.model.checkpoint import fingerprint
 
     config = json.loads((tiny_llama / "config.json").read_text())
     again = save_tiny_llama(tmp_path / "again", config["vocab_size"])
@@ -108,7 +108,7 @@ def test_same_model_same_fingerprint_other_weights_another(tiny_llama, tmp_path)
 def test_sharded_checkpoints_have_the_same_fingerprint(tiny_llama, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from cecompile.engine.model import fingerprint
+    from cecompile.model.checkpoint import fingerprint
 
     AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer
 from cecompile import Scorer, demo, evaluate, read_questions
 from cecompile.cli import cli
 from cecompile.engine.attention import TreeMasks, dense
-from cecompile.engine.model import load_checkpoint, load_config, load_tokenizer
-from cecompile.engine.proof import EQUAL, Proof, contents, made_buffers
-from cecompile.engine.tokenizer import tokenizer_digest
 from cecompile.errors import CheckError, UserError
+from cecompile.model.checkpoint import load_checkpoint, load_config, load_tokenizer
+from cecompile.model.tokenizer_digest import tokenizer_digest
+from cecompile.model.unchanged import EQUAL, Proof, contents, made_buffers
 from cecompile.results.check import problems
 from cecompile.results.clock import Clock
 from cecompile.results.compare import compare_directories, paired_drop, read_baseline
@@ -292,7 +292,7 @@ def check_contents(dtype: torch.dtype, device: torch.device) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("block", [1 << 20, 520])
 def test_contents_on_cuda_come_in_blocks(block, monkeypatch):
-    monkeypatch.setattr("cecompile.engine.proof.BLOCK", block)
+    monkeypatch.setattr("cecompile.model.unchanged.BLOCK", block)
     for dtype in (torch.float32, torch.bfloat16, torch.bool):
         check_contents(dtype, torch.device("cuda", 0))
 

@@ -5,14 +5,15 @@ import pytest
 import torch
 from test_engine import ARCHITECTURES, random_sequences, score, tiny_model
 
-from cecompile.engine import cuda, forward
-from cecompile.engine.layers import decoder_layers, inputs_are_free
+from cecompile.engine import forward, inductor_cuda
+from cecompile.engine.forward import inputs_are_free
 from cecompile.engine.reference import score_one_by_one
+from cecompile.model.structure import decoder_layers
 
 IN_PLACE = torch.ops.aten.addmm_.default
 
 
-class Counting(cuda.FewerMemoryPasses):
+class Counting(inductor_cuda.FewerMemoryPasses):
     """The pass, and how many in-place products it left in each graph."""
 
     def __init__(self, free: bool) -> None:

@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, activa
 
 from cecompile import Question, Scorer
 from cecompile.compile_cache.store import WARM
-from cecompile.engine import ahead, attention, forward, head
-from cecompile.engine import stream as streaming
+from cecompile.engine import attention, forward, head, initialise
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
-from cecompile.engine.proof import EQUAL
 from cecompile.engine.reference import rounding, score_one_by_one
-from cecompile.engine.rope import boundary_of
 from cecompile.errors import UserError
+from cecompile.model import safetensors_reader as streaming
+from cecompile.model.support import boundary_of
+from cecompile.model.unchanged import EQUAL
 from cecompile.results.clock import Clock
 from cecompile.scorer import collect
 from cecompile.warming import Ready, Warmer
@@ -341,7 +341,7 @@ def test_sources_that_tracing_reads_are_read_ahead():
         torch._dynamo.reset()
         funcname_cache.clearcache()
         if way == "ahead":
-            ahead._read_sources()
+            initialise._read_sources()
         else:
             plan = make_plan(
                 random_sequences(questions=5),

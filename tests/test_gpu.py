@@ -16,12 +16,12 @@ from cecompile.answerer import decode
 from cecompile.engine import forward
 from cecompile.engine.feed import Feed, Files
 from cecompile.engine.forward import Engine
-from cecompile.engine.model import checkpoint_files, load_checkpoint, load_config
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import score_one_by_one
-from cecompile.engine.span import Share
 from cecompile.engine.sweep import SweepEngine
 from cecompile.engine.verify import sweep_disagreement
+from cecompile.model.checkpoint import checkpoint_files, load_checkpoint, load_config
+from cecompile.model.structure import Share
 from cecompile.scorer import collect
 from cecompile.workload.graft import prompts_of
 from cecompile.workload.lanes import DecodeShape

@@ -18,10 +18,10 @@ from test_architectures import skip_what_cannot_run
 from test_engine import ARCHITECTURES, VOCABULARY, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cecompile.engine import prefetch
-from cecompile.engine import stream as streaming
-from cecompile.engine.model import fingerprint, load_checkpoint, load_config, load_model
 from cecompile.errors import UserError
+from cecompile.model import prefetch
+from cecompile.model import safetensors_reader as streaming
+from cecompile.model.checkpoint import fingerprint, load_checkpoint, load_config, load_model
 
 CPU = torch.device("cpu")
 SHARDED = ("mistral", "gemma2", "opt")
@@ -464,7 +464,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
 
 PEAK = r"""
 import re, sys, torch
-from cecompile.engine import load, model
+from cecompile.model import load, checkpoint as model
 path, loads = sys.argv[1], sys.argv[2] == "load"
 config = model.load_config(path)
 network = load._skeleton(path, config, torch.float32)

@@ -18,14 +18,14 @@ from torch import nn
 
 from cecompile import Scorer, warming
 from cecompile.cli import cli
-from cecompile.engine.forward import Engine
-from cecompile.engine.layers import inputs_are_free
-from cecompile.engine.model import load_checkpoint, load_config
+from cecompile.engine.forward import Engine, inputs_are_free
 from cecompile.engine.pipeline import Place, Stage, shares, split
-from cecompile.engine.proof import EQUAL, Proof, changed
-from cecompile.engine.span import Share, Span
+from cecompile.engine.span import Span
 from cecompile.engine.verify import disagreement
 from cecompile.errors import CheckError, UserError
+from cecompile.model.checkpoint import load_checkpoint, load_config
+from cecompile.model.structure import Share
+from cecompile.model.unchanged import EQUAL, Proof, changed
 from cecompile.results.journal import NAME
 from cecompile.sizing import Sizing
 from cecompile.warming import Ready, Warmer

@@ -18,8 +18,8 @@ from test_journal import CHATS, write_rows
 
 from cecompile import Scorer, read_questions
 from cecompile.cli import cli
-from cecompile.engine.model import resolve_device
 from cecompile.errors import ToldError, UserError
+from cecompile.model.checkpoint import resolve_device
 from cecompile.ranks import Ranks, has_part_in, meet
 from cecompile.results.check import problems
 from cecompile.results.journal import NAME, PASSES, Journal, journals_in, read

@@ -245,7 +245,7 @@ def test_fonts_are_embedded(results):
 
 def test_the_font_has_its_licence_and_no_reserved_name():
     assert FAMILY == "Cecompile Sans"
-    folder = ROOT / "cecompile" / "report" / "fonts"
+    folder = ROOT / "cecompile" / "report" / "document" / "fonts"
     licence = (folder / "OFL.txt").read_text()
     assert "SIL OPEN FONT LICENSE Version 1.1" in licence
     assert "Reserved Font Name Pretendard" in licence

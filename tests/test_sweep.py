@@ -18,12 +18,11 @@ from cecompile.engine import memory, verify
 from cecompile.engine.estimate import as_planned_on, estimate, streamed_seconds
 from cecompile.engine.feed import Feed, Files
 from cecompile.engine.forward import Engine
-from cecompile.engine.layers import kinds_of
-from cecompile.engine.model import checkpoint_files, load_checkpoint, load_config
 from cecompile.engine.profiles import PROFILES
-from cecompile.engine.span import Share
 from cecompile.engine.sweep import SweepEngine
 from cecompile.errors import CheckError, UserError
+from cecompile.model.checkpoint import checkpoint_files, load_checkpoint, load_config
+from cecompile.model.structure import Share, kinds_of
 from cecompile.results.compare import compare_directories
 from cecompile.workload.plan import choose_geometry, make_plan
 from cecompile.workload.stage import stage_all

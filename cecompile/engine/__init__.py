@@ -1,1 +1,1 @@
-"""The model: loading it unchanged, attention over trees, and one static pass per bucket."""
+"""The static pass: attention over trees, one compiled forward per bucket, and the checks that it is right."""

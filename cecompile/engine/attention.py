@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from cecompile.engine.architecture import takes_ours
+from cecompile.model.support import takes_ours
 from cecompile.workload.plan import BLOCK
 from cecompile.workload.stage import TILE
 

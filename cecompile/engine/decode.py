@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cecompile.engine.attention import Masks, dense
-from cecompile.engine.capture import capture
+from cecompile.engine.cuda_graph import capture
 from cecompile.engine.head import Readout
-from cecompile.engine.layers import decoder_layers
-from cecompile.engine.rope import Frequencies
+from cecompile.engine.longrope import Frequencies
+from cecompile.model.structure import decoder_layers
 from cecompile.workload.lanes import DecodeShape, Step
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from cecompile.engine.layers import decoder_layers, on_meta
 from cecompile.engine.memory import USABLE, Elsewhere
-from cecompile.engine.prefetch import CACHED
 from cecompile.engine.profiles import PROFILES, Profile
 from cecompile.errors import UserError
+from cecompile.model.prefetch import CACHED
+from cecompile.model.structure import decoder_layers, on_meta
 from cecompile.workload.plan import BLOCK, Bucket, Plan, Totals
 
 VALUE = 2  # bytes of a weight or an activation in bfloat16 or float16

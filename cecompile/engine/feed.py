@@ -7,63 +7,27 @@ written once all that was queued with what it held is done.
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cecompile.engine.layers import decoder_layers
-from cecompile.engine.load import Loaded
-from cecompile.engine.prefetch import CACHED
-from cecompile.engine.stream import StoredTensor
 from cecompile.errors import CheckError, UserError
+from cecompile.model.layer_layout import PLACES, Layout, layer_layout
+from cecompile.model.load import Loaded
+from cecompile.model.prefetch import CACHED
+from cecompile.model.safetensors_reader import StoredTensor
+from cecompile.model.structure import decoder_layers
 from cecompile.system import memory_left
 
-PLACES = 2
 BLOCK = 8 * 2**20  # bytes read at once, and as many of what they become in another dtype
 BUFFERS = 2  # of BLOCK bytes per thread: one is read into while the other is copied from
-ALIGNED = 256  # bytes; where each tensor of a layer begins
 READERS = {"cuda": min(8, os.cpu_count() or 1), "cpu": 1}  # on the CPU the layers compute on all cores meanwhile
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where the tensors of a layer lie in one run of bytes.
-
-    Attributes:
-        shapes: by their names in the layer; `dtype` is that of all.
-        starts: their first bytes.
-        size: of all, in bytes.
-    """
-
-    dtype: torch.dtype
-    shapes: Mapping[str, torch.Size]
-    starts: Mapping[str, int]
-    size: int
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> "Layout":
-        """For the parameters and persistent buffers of a layer, all of one dtype."""
-        held = layer.state_dict()
-        starts, size = {}, 0
-        for name, tensor in held.items():
-            starts[name] = size
-            size += -(-tensor.nbytes // ALIGNED) * ALIGNED
-        return cls(next(iter(held.values())).dtype, {n: t.shape for n, t in held.items()}, starts, size)
-
-    def views(self, content: Tensor) -> dict[str, Tensor]:
-        """`content`, (size,) uint8, as the layer's tensors by name."""
-        out = {}
-        for name, shape in self.shapes.items():
-            at = self.starts[name]
-            out[name] = content[at : at + shape.numel() * self.dtype.itemsize].view(self.dtype).view(shape)
-        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,22 +96,6 @@ def worth_keeping(size: int, device: torch.device) -> bool:
     if is_integrated(device):
         return False
     return size <= CACHED * memory_left()
-
-
-def layer_layout(model: Any) -> Layout:
-    """The layout that all decoder layers of a model have; of one on the meta device too.
-
-    Raises:
-        UserError: they differ, or share tensors.
-    """
-    layers = decoder_layers(model)
-    layout = Layout.of(layers[0])
-    if any(Layout.of(layer) != layout for layer in layers):
-        raise UserError(f"{type(model).__name__}: its layers hold different tensors: cannot be streamed")
-    held = [id(t) for layer in layers for t in layer.state_dict(keep_vars=True).values()]
-    if len(set(held)) < len(held):
-        raise UserError(f"{type(model).__name__}: its layers share tensors: cannot be streamed")
-    return layout
 
 
 class Feed:

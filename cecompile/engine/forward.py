@@ -8,21 +8,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cecompile.engine import cpu, cuda
+from cecompile.engine import inductor_cpu, inductor_cuda
 from cecompile.engine.attention import TreeMasks, install
-from cecompile.engine.capture import capture, settle
+from cecompile.engine.cuda_graph import capture, settle
 from cecompile.engine.decode import Decoder
 from cecompile.engine.head import Readout, readout_of
-from cecompile.engine.layers import body_of, compiled_parts, inputs_are_free
+from cecompile.engine.longrope import Frequencies
 from cecompile.engine.pipeline import Stage
-from cecompile.engine.rope import Frequencies
+from cecompile.model.structure import decoder_layers, norms_beside
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, data_size, empty_pass, views
 from cecompile.workload.tree import TARGETS
+
+Body = Callable[..., Tensor]  # token ids (rows, length) int64, and what else a decoder is called with: hidden states
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Engine:
         readout_chunk: readouts whose logits are held at once; divides every bucket's readouts.
         stage: what the model is of a pipeline, all stages of which run the same passes; None is all of it. One that
             does not end the pipeline reads out zeros.
-        inputs_free: see `layers.inputs_are_free`; None finds out, where it matters.
+        inputs_free: see `inputs_are_free`; None finds out, where it matters.
 
     Attributes:
         inputs_free: as found; None where it does not matter.
@@ -298,4 +300,58 @@ class _CudaSide:
 
 def compile_options(model: PreTrainedModel, inputs_free: bool) -> dict[str, Any]:
     """Inductor options for compiling the model's parts on its device."""
-    return cuda.compile_options(inputs_free) if model.device.type == "cuda" else cpu.compile_options(model)
+    return (
+        inductor_cuda.compile_options(inputs_free)
+        if model.device.type == "cuda"
+        else inductor_cpu.compile_options(model)
+    )
+
+
+def body_of(model: PreTrainedModel) -> Body:
+    """The model's own decoder."""
+    decoder = model.base_model
+
+    def body(token_ids: Tensor, **arguments: Any) -> Tensor:
+        hidden: Tensor = decoder(input_ids=token_ids, use_cache=False, **arguments).last_hidden_state
+        return hidden
+
+    return body
+
+
+def compiled_parts(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers, and norms beside them but for those that are one operator of torch already."""
+    return decoder_layers(model) + [m for m in norms_beside(model) if not type(m).__module__.startswith("torch.")]
+
+
+@torch.inference_mode()
+def inputs_are_free(model: PreTrainedModel, body: Body | None = None) -> bool:
+    """Whether nobody reads the hidden states given to a decoder layer after it, so that it may overwrite them.
+
+    Found out on a few tokens: each layer's input is filled with NaN once the layer is done, and the model's output
+    stays finite all the same.
+
+    Args:
+        body: what runs the model's layers, where that is not its own decoder.
+    """
+    body = body or body_of(model)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    poisoned = 0
+
+    def poison(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal poisoned
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if hidden.untyped_storage().data_ptr() not in weights:
+            hidden.fill_(torch.nan)
+            poisoned += 1
+
+    layers, attention = decoder_layers(model), model.config._attn_implementation
+    hooks = [layer.register_forward_hook(poison, with_kwargs=True) for layer in layers]
+    model.set_attn_implementation("eager")
+    try:
+        input_ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
+        hidden = body(input_ids)
+    finally:
+        model.set_attn_implementation(attention)
+        for hook in hooks:
+            hook.remove()
+    return poisoned == len(layers) and bool(hidden.isfinite().all())

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from cecompile.engine.feed import PLACES, is_integrated, layer_layout
-from cecompile.engine.layers import decoder_layers, kinds_of, on_meta
-from cecompile.engine.span import Share
+from cecompile.engine.feed import is_integrated
 from cecompile.errors import UserError
+from cecompile.model.layer_layout import PLACES, layer_layout
+from cecompile.model.structure import Share, decoder_layers, kinds_of, on_meta
 from cecompile.system import memory_left, read_status
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import Bucket, Geometry

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from cecompile.engine.estimate import experts_used, matrices
 from cecompile.engine.head import head_of
-from cecompile.engine.layers import decoder_layers, on_meta
 from cecompile.engine.memory import is_out_of_memory
-from cecompile.engine.span import Share, Span
+from cecompile.engine.span import Span
 from cecompile.errors import CheckError
+from cecompile.model.structure import Share, decoder_layers, on_meta
 
 Fits = Callable[[int, int, int], bool]  # (stage, first, last): whether these layers fit there
 

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cecompile.engine.architecture import refusal
 from cecompile.engine.attention import TreeMasks, attention_before, install
 from cecompile.engine.reference import rounding, stock_logits
 from cecompile.errors import CheckError, UserError, first_line
+from cecompile.model.support import refusal
 from cecompile.workload.plan import BLOCK, Geometry, make_plan
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import stage_all, views

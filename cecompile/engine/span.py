@@ -10,46 +10,14 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cecompile.engine.layers import decoder_layers, norms_beside
 from cecompile.errors import UserError
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What of a model's weights is held: the decoder layers from `first` to before `last`, of `layers` in all, and
-    all that lies beside the layers; but the input embedding only `with_embedding`, and the head only `with_head`."""
-
-    first: int
-    last: int
-    layers: int
-    with_embedding: bool = True
-    with_head: bool = True
-
-    def absent(self, model: PreTrainedModel) -> set[int]:
-        """The `id`s of the parameters and buffers of a model that are not held."""
-        layers = decoder_layers(model)
-        if len(layers) != self.layers:
-            raise ValueError(f"{self.layers} layers of a model of {len(layers)}")
-        gone = layers[: self.first] + layers[self.last :]
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if not self.with_embedding:
-            gone.append(embedding)
-        if not self.with_head and head is not None:
-            gone.append(head)
-        inside = {module for one in gone for module in one.modules()}
-        kept = {id(t) for m in model.modules() if m not in inside for t in _own(m)}
-        return {id(t) for m in inside for t in _own(m)} - kept
-
-
-def _own(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+from cecompile.model.structure import Share, _own, decoder_layers, norms_beside
 
 
 class Span:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cecompile.engine.attention import TreeMasks, install
-from cecompile.engine.capture import capture
-from cecompile.engine.feed import PLACES, Feed
-from cecompile.engine.forward import Outputs, Readouts, compile_options, read_out
+from cecompile.engine.cuda_graph import capture
+from cecompile.engine.feed import Feed
+from cecompile.engine.forward import Outputs, Readouts, compile_options, compiled_parts, read_out
 from cecompile.engine.head import readout_of
-from cecompile.engine.layers import compiled_parts, decoder_layers, kinds_of
 from cecompile.engine.span import Stations
+from cecompile.model.layer_layout import PLACES
+from cecompile.model.structure import decoder_layers, kinds_of
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, data_size, empty_pass, views
 from cecompile.workload.tree import TARGETS

@@ -46,3 +46,15 @@ def rope_type(config: Any) -> str | None:
     """The kind of scaling of a configuration's rotary embedding."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return rope.get("rope_type", rope.get("type"))
+
+
+def boundary_of(config: Any) -> int | None:
+    """The longest input that the short frequencies are for, in tokens; None for a model with one set of them."""
+    text = config.get_text_config()
+    if rope_type(text) != "longrope":
+        return None
+    parameters = getattr(text, "rope_parameters", None) or {}
+    found = parameters.get("original_max_position_embeddings") or getattr(
+        text, "original_max_position_embeddings", None
+    )
+    return None if found is None else int(found)

@@ -1,7 +1,7 @@
-"""The parts of a model that are compiled, and what may be done to what they are given."""
+"""What a stock model is made of: its decoder layers, the norms beside them, and which of them a process holds."""
 
 import copy
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cecompile.errors import UserError, first_line
 
-Body = Callable[..., Tensor]  # token ids (rows, length) int64, and what else a decoder is called with: hidden states
 KINDS = 4  # of layers, most that are compiled one by one
 _NUMBERS = {"layer_idx", "layer_id", "layer_index"}  # what tells layers of one kind apart
 
@@ -34,61 +33,11 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
-def body_of(model: PreTrainedModel) -> Body:
-    """The model's own decoder."""
-    decoder = model.base_model
-
-    def body(token_ids: Tensor, **arguments: Any) -> Tensor:
-        hidden: Tensor = decoder(input_ids=token_ids, use_cache=False, **arguments).last_hidden_state
-        return hidden
-
-    return body
-
-
-def compiled_parts(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers, and norms beside them but for those that are one operator of torch already."""
-    return decoder_layers(model) + [m for m in norms_beside(model) if not type(m).__module__.startswith("torch.")]
-
-
 def norms_beside(model: PreTrainedModel) -> list[nn.Module]:
     """The norms with weights that are in no decoder layer."""
     inside = {m for layer in decoder_layers(model) for m in layer.modules()}
     beside = [m for m in model.base_model.modules() if m not in inside]
     return [m for m in beside if any(p.dim() == 1 for p in m.parameters(recurse=False))]
-
-
-@torch.inference_mode()
-def inputs_are_free(model: PreTrainedModel, body: Body | None = None) -> bool:
-    """Whether nobody reads the hidden states given to a decoder layer after it, so that it may overwrite them.
-
-    Found out on a few tokens: each layer's input is filled with NaN once the layer is done, and the model's output
-    stays finite all the same.
-
-    Args:
-        body: what runs the model's layers, where that is not its own decoder.
-    """
-    body = body or body_of(model)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    poisoned = 0
-
-    def poison(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        nonlocal poisoned
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        if hidden.untyped_storage().data_ptr() not in weights:
-            hidden.fill_(torch.nan)
-            poisoned += 1
-
-    layers, attention = decoder_layers(model), model.config._attn_implementation
-    hooks = [layer.register_forward_hook(poison, with_kwargs=True) for layer in layers]
-    model.set_attn_implementation("eager")
-    try:
-        input_ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
-        hidden = body(input_ids)
-    finally:
-        model.set_attn_implementation(attention)
-        for hook in hooks:
-            hook.remove()
-    return poisoned == len(layers) and bool(hidden.isfinite().all())
 
 
 def kinds_of(model: PreTrainedModel) -> list[int]:
@@ -124,3 +73,34 @@ def _settings(layer: nn.Module) -> str:
 def _bits(tensor: Tensor) -> int | None:
     """A hash of what it holds; None on the meta device."""
     return None if tensor.is_meta else hash(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What of a model's weights is held: the decoder layers from `first` to before `last`, of `layers` in all, and
+    all that lies beside the layers; but the input embedding only `with_embedding`, and the head only `with_head`."""
+
+    first: int
+    last: int
+    layers: int
+    with_embedding: bool = True
+    with_head: bool = True
+
+    def absent(self, model: PreTrainedModel) -> set[int]:
+        """The `id`s of the parameters and buffers of a model that are not held."""
+        layers = decoder_layers(model)
+        if len(layers) != self.layers:
+            raise ValueError(f"{self.layers} layers of a model of {len(layers)}")
+        gone = layers[: self.first] + layers[self.last :]
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if not self.with_embedding:
+            gone.append(embedding)
+        if not self.with_head and head is not None:
+            gone.append(head)
+        inside = {module for one in gone for module in one.modules()}
+        kept = {id(t) for m in model.modules() if m not in inside for t in _own(m)}
+        return {id(t) for m in inside for t in _own(m)} - kept
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]

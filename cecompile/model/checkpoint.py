@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from cecompile.engine.load import Loaded, Meanwhile, NotPlain, load_plainly
-from cecompile.engine.prefetch import INDEX, SINGLE
-from cecompile.engine.span import Share
-from cecompile.engine.stream import Checkpoint, read_header, stream
 from cecompile.errors import UserError, first_line
+from cecompile.model.load import Loaded, Meanwhile, NotPlain, load_plainly
+from cecompile.model.prefetch import INDEX, SINGLE
+from cecompile.model.safetensors_reader import Checkpoint, read_header, stream
+from cecompile.model.structure import Share
 from cecompile.ranks import ALONE, Ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -13,19 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from cecompile.engine.architecture import rope_type
-
-
-def boundary_of(config: Any) -> int | None:
-    """The longest input that the short frequencies are for, in tokens; None for a model with one set of them."""
-    text = config.get_text_config()
-    if rope_type(text) != "longrope":
-        return None
-    parameters = getattr(text, "rope_parameters", None) or {}
-    found = parameters.get("original_max_position_embeddings") or getattr(
-        text, "original_max_position_embeddings", None
-    )
-    return None if found is None else int(found)
+from cecompile.model.support import boundary_of
 
 
 class Frequencies:

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cecompile.engine import prefetch
 from cecompile.errors import UserError, first_line
+from cecompile.model import prefetch
 
 BLOCK = 8 * 2**20  # bytes of a read
 BLOCKS = 32  # buffers

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cecompile.engine.span import Share
-from cecompile.engine.stream import Checkpoint, StoredTensor, read_header, stream
 from cecompile.errors import UserError, first_line
+from cecompile.model.safetensors_reader import Checkpoint, StoredTensor, read_header, stream
+from cecompile.model.structure import Share
 
 SWITCH = 1e-4  # seconds after which Python code yields to a thread that reads; usually 50 times as many
 HUGE = 4 * 2**20  # bytes of a tensor from which huge pages, of usually 2 MiB, are worth asking for
