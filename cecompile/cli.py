@@ -133,7 +133,7 @@ def _tokens(ctx: click.Context, param: click.Parameter, value: str) -> int | Non
 def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     if value is None:
         return None
-    from cecompile.engine.memory import parse_size
+    from cecompile.device import parse_size
 
     try:
         return parse_size(value)

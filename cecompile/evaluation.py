@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from cecompile import device as device_memory
 from cecompile.answerer import Answerer
-from cecompile.engine import memory
 from cecompile.model.structure import on_meta
 from cecompile.model.tokenizer_digest import tokenizer_digest
 from cecompile.model.unchanged import changed
+from cecompile.procfs import cpu_model
 from cecompile.results.clock import Clock, latencies, spread
 from cecompile.results.compare import Baseline, compare, refuse_other
 from cecompile.results.journal import Journal
@@ -31,7 +32,6 @@ from cecompile.results.write import (
 )
 from cecompile.runtime import Progress, Runtime
 from cecompile.scorer import Scorer
-from cecompile.system import cpu_model
 from cecompile.tasks.chat import AnswerSample, ChatQuestion, answer_metrics, judge_answer
 from cecompile.tasks.judge import Sample, judge, metrics
 from cecompile.tasks.question import Question, digest
@@ -220,7 +220,7 @@ def _times(clock: Clock, inference: Sequence[float], headline: str, resumed: dic
 def _share(runtime: Runtime) -> dict[str, Any]:
     """This rank's part in a run."""
     ranks = runtime.ranks
-    device, peak = _device_name(runtime.device), memory.peak(runtime.device)
+    device, peak = _device_name(runtime.device), device_memory.peak(runtime.device)
     return {"passes": ranks.passes, "tokens": ranks.tokens, "devices": device, "peak": peak}
 
 

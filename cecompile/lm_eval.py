@@ -12,8 +12,8 @@ from typing import Any
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from cecompile.device import parse_size
 from cecompile.engine.attention import stock_attention
-from cecompile.engine.memory import parse_size
 from cecompile.errors import UserError
 from cecompile.scorer import Scorer
 from cecompile.workload.sequences import Sequences

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cecompile import demo
+from cecompile import device as device_memory
 from cecompile.compile_cache.store import CompileCache, NoCacheError, default_directory
 from cecompile.engine import memory
 from cecompile.errors import UserError
@@ -252,7 +253,7 @@ def _runtime(
             f"{name}: {config.model_type} models cannot be run as trees: {reason}; --engine reference runs them"
         )
     if sizing.limit is not None:
-        memory.enforce(device, sizing.limit)
+        device_memory.enforce(device, sizing.limit)
     cache, note = None, None
     if engine == "compiled":
         try:

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from cecompile.errors import CheckError, ToldError, UserError, first_line
-from cecompile.system import process_age
+from cecompile.procfs import process_age
 
 JOIN = timedelta(minutes=5)  # for all ranks to come together
 WAIT = timedelta(minutes=30)  # for the slowest, which may have to compile what others have in their cache

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cecompile import device as device_memory
 from cecompile.compile_cache.key import compile_facts
 from cecompile.compile_cache.store import WARM, CompileCache, Entry
 from cecompile.engine import initialise, memory
@@ -160,7 +161,7 @@ class Runtime:
         plan = replace(plan, decoding=decoding)
         if self._same_shapes and sizing is None and ahead is None:
             self._before = plan = with_room(plan, known)
-        held = memory.used_already(self.device) if self.model is None else 0
+        held = device_memory.used_already(self.device) if self.model is None else 0
         self.predicted_bytes = self.budget(plan).total + held
         return plan
 
@@ -430,7 +431,7 @@ class Runtime:
         try:
             warmed = warmer.warm(self.engine, ready, Counter("warmup", ready.steps, progress))
         except Exception as error:
-            if not memory.is_out_of_memory(error):
+            if not device_memory.is_out_of_memory(error):
                 raise
         finally:
             gc.unfreeze()

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from cecompile import device as device_memory
 from cecompile.engine import memory
 from cecompile.engine.pipeline import costs, split
 from cecompile.engine.pipeline import shares as shares_of
@@ -105,7 +106,7 @@ class Sizing:
         """Weights of `size` bytes are on the device already: they are part of what is needed, and of what there is."""
         self._held = 0
         if self._asked_limit is None:
-            self.limit = memory.available(self._device) + (size if self._device.type == "cpu" else 0)
+            self.limit = device_memory.available(self._device) + (size if self._device.type == "cpu" else 0)
 
     def divide(self, readouts: float, longest: int, engine: str, blocks: bool, fit: bool) -> None:
         """Divides the layers among the stages, so that the slowest is as fast as can be; with `fit`, as memory allows.
@@ -308,10 +309,10 @@ class Sizing:
         if self._elsewhere is not None:
             return self._elsewhere.room
         if self._held is None:  # before anything is loaded: what is loaded later is part of what is needed
-            held = memory.used_already(self._device) if self._asked_limit is not None else 0
+            held = device_memory.used_already(self._device) if self._asked_limit is not None else 0
             self._held = -self._ranks.least(-held)
         if self.limit is None:
-            self.limit = self._ranks.least(memory.available(self._device) // self._sharers)
+            self.limit = self._ranks.least(device_memory.available(self._device) // self._sharers)
         return int(self.limit * memory.USABLE[self._device.type]) - self._held
 
     def _least_decoding(self, answer: int) -> DecodeShape | None:

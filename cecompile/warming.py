@@ -11,10 +11,10 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 
 from cecompile.compile_cache.store import WARM, Entry, Found
+from cecompile.device import is_out_of_memory
 from cecompile.engine.decode import Decoder, NotDecodableError
 from cecompile.engine.feed import Feed
 from cecompile.engine.forward import Engine
-from cecompile.engine.memory import is_out_of_memory
 from cecompile.engine.pipeline import Stage
 from cecompile.engine.sweep import SweepEngine
 from cecompile.engine.verify import decoding_disagreement, disagreement, sweep_disagreement

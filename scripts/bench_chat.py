@@ -33,7 +33,7 @@ from rich.table import Table
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, pipeline
 
 from cecompile import Answerer, answerer, read_questions
-from cecompile.engine import memory
+from cecompile import device as device_memory
 from cecompile.model.checkpoint import DTYPES, load_tokenizer, resolve_device
 from cecompile.tasks.chat import NEW_TOKENS, ChatQuestion
 from cecompile.workload.graft import graft, prompts_of
@@ -74,7 +74,7 @@ def main() -> None:
     options = _arguments()
     device = resolve_device(options.device)
     if options.memory_limit:
-        memory.enforce(device, int(options.memory_limit * 1e9))
+        device_memory.enforce(device, int(options.memory_limit * 1e9))
     model = random_model(SHAPES[options.shape] | {"vocab_size": VOCABULARY}, device, DTYPES[options.dtype])
     tokenizer = load_tokenizer(options.tokenizer)
     tokenizer.add_special_tokens({"extra_special_tokens": SPECIAL})
@@ -196,7 +196,7 @@ def time_ours(model: PreTrainedModel, tokenizer: Any, data: Path, options: argpa
     row |= {"first_run_seconds": warmup, "inference_seconds": first.inference_s[0]}
     row |= {"in_tree": sum(a.decoded_tokens == 0 for a in answers), "note": ours.runtime.note}
     row |= {"useful_tokens": plan.useful_tokens, "slots": plan.slots, "prompt_tokens": plan.unshared_tokens}
-    return row | {"predicted_bytes": ours.runtime.predicted_bytes, "peak_bytes": memory.peak(model.device)}
+    return row | {"predicted_bytes": ours.runtime.predicted_bytes, "peak_bytes": device_memory.peak(model.device)}
 
 
 def force(sequences: Sequences, golds: Sequence[list[int]], argmax: Ints) -> Ints:

@@ -69,7 +69,7 @@ def read_plainly(files: list[Path]) -> float:
 def load(model: str, device: str, ahead: bool) -> dict[str, float]:
     """Seconds of imports and of loading, and bytes by which resident memory grew at most while loading."""
     from cecompile.model import prefetch
-    from cecompile.system import read_status
+    from cecompile.procfs import read_status
 
     began = time.perf_counter()
     if ahead:

@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _arguments() -> Any:
-    from cecompile.engine.memory import parse_size
+    from cecompile.device import parse_size
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory or hub id of the checkpoint")

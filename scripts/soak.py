@@ -223,8 +223,8 @@ def new_scorer() -> Any:
 def api_run(scorer: Any, output: Path) -> tuple[int, bytes]:
     """One evaluation of the demo: this process's memory after it, in bytes, and the samples."""
     from cecompile import evaluate, read_questions
+    from cecompile.procfs import read_status
     from cecompile.results.journal import Journal
-    from cecompile.system import read_status
 
     with Journal(output) as journaled:
         evaluate(scorer, read_questions(demo.HELLASWAG), output=output, journal=journaled)

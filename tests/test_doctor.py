@@ -19,7 +19,7 @@ from cecompile.cli import cli
 from cecompile.doctor import machine
 from cecompile.doctor.findings import GIB, as_json_object, has_kernels, judge, print_doctor
 from cecompile.doctor.machine import Device, Facts, find_driver, find_tools, gather, read_cache, read_jetson
-from cecompile.system import read_meminfo
+from cecompile.procfs import read_meminfo
 
 ORIN_GPU = Device("Orin", (8, 7), 14, True, 30_698 * 2**20, 28 * GIB)
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 132, False, 79 * GIB, 78 * GIB)

@@ -11,7 +11,8 @@ import torch
 from conftest import save_tiny_llama
 
 from cecompile import Question, Scorer, demo, warming
-from cecompile.engine.memory import Budget, is_out_of_memory, parse_size
+from cecompile.device import is_out_of_memory, parse_size
+from cecompile.engine.memory import Budget
 
 
 @pytest.fixture(scope="module")

@@ -268,7 +268,7 @@ def test_ranks_that_do_not_come_are_not_waited_for(monkeypatch):
 def test_ranks_on_one_device_share_its_memory(babbler, monkeypatch):
     from transformers import AutoConfig
 
-    monkeypatch.setattr("cecompile.engine.memory.available", lambda device: 4 << 30)
+    monkeypatch.setattr("cecompile.device.available", lambda device: 4 << 30)
     how = (str(babbler), AutoConfig.from_pretrained(babbler), torch.device("cpu"), "auto", None, None)
     sizing = Sizing(*how, ranks=Two(1 << 30), sharers=2)
     sizing.fitting(sizing.geometry(100, blocks=False), 100, "eager")

@@ -14,6 +14,7 @@ from test_engine import random_sequences, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cecompile import Answerer, Question, Scorer, demo, read_questions
+from cecompile import device as device_memory
 from cecompile.engine import memory, verify
 from cecompile.engine.estimate import as_planned_on, estimate, streamed_seconds
 from cecompile.engine.feed import Feed, Files
@@ -230,7 +231,7 @@ def test_a_model_that_memory_does_not_hold(deep_llama, held, tmp_path):
     questions = read_questions(demo.HELLASWAG, limit=3)
     how = {"device": "cpu", "dtype": "float32", "engine": "eager", "tokens_per_bucket": 128}
     gc.collect()  # what tests before have left would be given back in between
-    here = memory.used_already(CPU)
+    here = device_memory.used_already(CPU)
 
     def limit(room: int) -> int:  # of which a prediction may fill `room` bytes
         return int((here + room) / memory.USABLE["cpu"])

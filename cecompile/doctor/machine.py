@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cecompile.compile_cache.store import CompileCache, default_directory
 from cecompile.errors import UserError
-from cecompile.system import cpu_model, read_meminfo, read_text
+from cecompile.procfs import cpu_model, read_meminfo, read_text
 
 PACKAGES = ("cecompile", "torch", "transformers", "triton", "safetensors", "tokenizers", "numpy")
 VARIABLES = (

@@ -17,13 +17,14 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from cecompile.device import is_integrated
 from cecompile.errors import CheckError, UserError
 from cecompile.model.layer_layout import PLACES, Layout, layer_layout
 from cecompile.model.load import Loaded
 from cecompile.model.prefetch import CACHED
 from cecompile.model.safetensors_reader import StoredTensor
 from cecompile.model.structure import decoder_layers
-from cecompile.system import memory_left
+from cecompile.procfs import memory_left
 
 BLOCK = 8 * 2**20  # bytes read at once, and as many of what they become in another dtype
 BUFFERS = 2  # of BLOCK bytes per thread: one is read into while the other is copied from
@@ -81,11 +82,6 @@ class Files:
 
 def _state(found: os.stat_result) -> tuple[int, int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
-
-
-def is_integrated(device: torch.device) -> bool:
-    """Whether it is a GPU whose memory is the host's."""
-    return device.type == "cuda" and getattr(torch.cuda.get_device_properties(device), "is_integrated", False)
 
 
 def worth_keeping(size: int, device: torch.device) -> bool:

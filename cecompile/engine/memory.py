@@ -6,19 +6,15 @@ Phi-3-medium with 4,096, in bfloat16 with FlexAttention, where the sum is within
 CPU cores of Llamas of 55 to 625 MB with 512 to 8,192 slots, where it is within 10 % of the process's peak.
 """
 
-import re
-import resource
-import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from cecompile.engine.feed import is_integrated
+from cecompile.device import is_the_hosts
 from cecompile.errors import UserError
 from cecompile.model.layer_layout import PLACES, layer_layout
 from cecompile.model.structure import Share, decoder_layers, kinds_of, on_meta
-from cecompile.system import memory_left, read_status
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import Bucket, Geometry
 from cecompile.workload.stage import data_size
@@ -54,7 +50,6 @@ BUCKETS = 2  # largest ones that all buckets' hidden states take: each is at mos
 SPARE, FEEDING = {"cuda": 4, "cpu": 0}, {"cuda": 38 * MiB, "cpu": 0}
 USABLE = {"cuda": 0.985, "cpu": 0.92}  # the share of the memory that a prediction may fill
 RECEIVED, SENT = 1, 3  # buffers for what comes; for what goes, one that is filled and two on their way
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,75 +261,9 @@ def _cache(sizes: Sizes, decoding: DecodeShape, per_token: float) -> int:
     return decoding.slots * sizes.cached * sizes.itemsize + mask + int(tokens * per_token)
 
 
-def available(device: torch.device) -> int:
-    """Bytes that this process may still take, of the device's memory.
-
-    On an integrated GPU and on the CPU that is the system's MemAvailable, or less in a container with a limit:
-    `torch.cuda.mem_get_info` counts page cache as used, which the system gives up when asked.
-    """
-    if not _is_the_hosts(device):
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return memory_left()
-
-
-def _is_the_hosts(device: torch.device) -> bool:
-    """Whether a device's memory is the host's."""
-    return device.type == "cpu" or is_integrated(device)
-
-
 def reading(device: torch.device) -> int:
     """Bytes of the device's memory that are taken while files are read."""
-    return LOADING["cpu"] if _is_the_hosts(device) else 0
-
-
-def used_already(device: torch.device) -> int:
-    """Bytes that this process holds before it loads anything: on the CPU the interpreter and its libraries."""
-    if device.type == "cuda":
-        return 0
-    return read_status().get("VmRSS", 0)
-
-
-def peak(device: torch.device) -> int:
-    """Most bytes in use at once: reserved by torch on a CUDA device, resident in the process on the CPU.
-
-    Linux says the latter as VmHWM; getrusage's figure may be that of the process this one was started from.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    resident = read_status().get("VmHWM")
-    if resident is not None:
-        return resident
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
-def parse_size(text: str) -> int:
-    """Bytes from "30GB", "28GiB", "512M" or a number. Raises ValueError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    if not match or match[2] not in UNITS:
-        raise ValueError(text)
-    return int(float(match[1]) * UNITS[match[2]])
-
-
-def enforce(device: torch.device, limit: int) -> None:
-    """Keeps torch's allocations on a CUDA device within `limit` bytes."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out; on Jetson boards it often comes as another kind of error."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    forms = (
-        "out of memory",
-        "NVML_SUCCESS == r INTERNAL ASSERT",
-        "NvMap",
-        "can't allocate memory",
-        "CUDA_ERROR_OUT_OF",
-    )
-    return isinstance(error, RuntimeError) and any(form in str(error) for form in forms)
+    return LOADING["cpu"] if is_the_hosts(device) else 0
 
 
 def refuse(

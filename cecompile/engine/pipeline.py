@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cecompile.device import is_out_of_memory
 from cecompile.engine.estimate import experts_used, matrices
 from cecompile.engine.head import head_of
-from cecompile.engine.memory import is_out_of_memory
 from cecompile.engine.span import Span
 from cecompile.errors import CheckError
 from cecompile.model.structure import Share, decoder_layers, on_meta

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from cecompile.system import memory_left
+from cecompile.procfs import memory_left
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PIECE = 32 * 2**20  # bytes read at once

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cecompile.system import process_age
+from cecompile.procfs import process_age
 
 PHASES = ("load_model", "preprocess", "warmup", "inference", "score")
 CLOCKS = ("strict", "section3", "inference")

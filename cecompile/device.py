@@ -1,0 +1,82 @@
+"""A device's memory: what there is of it, what is used, how it is limited, and what it looks like when it runs out."""
+
+import re
+import resource
+import sys
+
+import torch
+
+from cecompile.procfs import memory_left, read_status
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def available(device: torch.device) -> int:
+    """Bytes that this process may still take, of the device's memory.
+
+    On an integrated GPU and on the CPU that is the system's MemAvailable, or less in a container with a limit:
+    `torch.cuda.mem_get_info` counts page cache as used, which the system gives up when asked.
+    """
+    if not is_the_hosts(device):
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return memory_left()
+
+
+def is_the_hosts(device: torch.device) -> bool:
+    """Whether a device's memory is the host's."""
+    return device.type == "cpu" or is_integrated(device)
+
+
+def used_already(device: torch.device) -> int:
+    """Bytes that this process holds before it loads anything: on the CPU the interpreter and its libraries."""
+    if device.type == "cuda":
+        return 0
+    return read_status().get("VmRSS", 0)
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes in use at once: reserved by torch on a CUDA device, resident in the process on the CPU.
+
+    Linux says the latter as VmHWM; getrusage's figure may be that of the process this one was started from.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    resident = read_status().get("VmHWM")
+    if resident is not None:
+        return resident
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "30GB", "28GiB", "512M" or a number. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if not match or match[2] not in UNITS:
+        raise ValueError(text)
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def enforce(device: torch.device, limit: int) -> None:
+    """Keeps torch's allocations on a CUDA device within `limit` bytes."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out; on Jetson boards it often comes as another kind of error."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    forms = (
+        "out of memory",
+        "NVML_SUCCESS == r INTERNAL ASSERT",
+        "NvMap",
+        "can't allocate memory",
+        "CUDA_ERROR_OUT_OF",
+    )
+    return isinstance(error, RuntimeError) and any(form in str(error) for form in forms)
+
+
+def is_integrated(device: torch.device) -> bool:
+    """Whether it is a GPU whose memory is the host's."""
+    return device.type == "cuda" and getattr(torch.cuda.get_device_properties(device), "is_integrated", False)
