@@ -12,10 +12,10 @@ from typing import Any
 import click
 
 from cecompile import demo
-from cecompile.engine.profiles import PROFILES
 from cecompile.errors import CheckError, ToldError, UserError
 from cecompile.interrupt import Interrupted, command_to_resume, signals_raise
 from cecompile.model import prefetch
+from cecompile.planning.profiles import PROFILES
 from cecompile.ranks import ALONE, Ranks, has_part_in, world_size
 from cecompile.report.document.words import LANGUAGES
 from cecompile.results.clock import CLOCKS, Clock, process_start
@@ -264,7 +264,7 @@ def plan_command(
     dataset = read_windows(_named(data, task), task, limit, window)
     from rich.console import Console
 
-    from cecompile.engine.estimate import as_planned_on, estimate, weights_fit
+    from cecompile.planning.estimate import as_planned_on, estimate, weights_fit
     from cecompile.report.table import print_plan
     from cecompile.results.write import plan_summary
     from cecompile.windowed import plan_in_windows

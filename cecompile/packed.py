@@ -12,16 +12,16 @@ from transformers import PreTrainedModel
 from cecompile import demo
 from cecompile import device as device_memory
 from cecompile.compile_cache.store import CompileCache, NoCacheError, default_directory
-from cecompile.engine import memory
 from cecompile.errors import UserError
 from cecompile.model.checkpoint import DTYPES, check_vocabulary, load_config, load_tokenizer, resolve_device
 from cecompile.model.structure import on_meta
 from cecompile.model.support import refusal
+from cecompile.planning import memory
+from cecompile.planning.bucket_size import Sizing
 from cecompile.ranks import ALONE, Ranks
 from cecompile.results.clock import Clock
 from cecompile.results.journal import Journal
 from cecompile.runtime import Progress, Runtime
-from cecompile.sizing import Sizing
 from cecompile.warming import Ready, Warmed
 from cecompile.workload.plan import BLOCK, Plan
 from cecompile.workload.sequences import Sequences

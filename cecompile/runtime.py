@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from cecompile import device as device_memory
 from cecompile.compile_cache.key import compile_facts
 from cecompile.compile_cache.store import WARM, CompileCache, Entry
-from cecompile.engine import initialise, memory
+from cecompile.engine import initialise
 from cecompile.engine.attention import attention_before, take_back
 from cecompile.engine.feed import Feed, Files, worth_keeping
 from cecompile.engine.forward import Engine, compiled_parts
@@ -29,14 +29,16 @@ from cecompile.model.safetensors_reader import Checkpoint
 from cecompile.model.structure import Share, on_meta
 from cecompile.model.support import boundary_of, takes_ours
 from cecompile.model.unchanged import Content, Proof, made_buffers
+from cecompile.planning import memory
+from cecompile.planning.bucket_size import Sizing
 from cecompile.ranks import ALONE, Ranks
 from cecompile.results.clock import Clock
-from cecompile.sizing import Sizing
 from cecompile.warming import Ready, Warmed, Warmer
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.order import sort_sequences
-from cecompile.workload.plan import Bucket, Geometry, Plan, Totals, make_plan, with_room
+from cecompile.workload.plan import Bucket, Geometry, Plan, make_plan, with_room
 from cecompile.workload.sequences import Sequences
+from cecompile.workload.totals import Totals
 
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
 

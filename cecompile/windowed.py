@@ -17,7 +17,8 @@ from cecompile.runtime import Progress
 from cecompile.tasks.chat import AnswerSample, right_answers
 from cecompile.tasks.judge import metrics_of, right_choices
 from cecompile.tasks.windows import Windows
-from cecompile.workload.plan import Plan, Totals
+from cecompile.workload.plan import Plan
+from cecompile.workload.totals import Totals
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cecompile.engine.forward import Engine
 from cecompile.model.checkpoint import DTYPES, load_tokenizer, resolve_device
+from cecompile.planning.bucket_size import TUNING
 from cecompile.scorer import collect
-from cecompile.sizing import TUNING
 from cecompile.tasks.judge import judge, metrics
 from cecompile.tasks.question import Question
 from cecompile.tasks.read import read_questions

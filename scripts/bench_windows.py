@@ -28,8 +28,8 @@ from cecompile.results.journal import Journal
 from cecompile.tasks.read import LargeDataset, read_windows
 from cecompile.tasks.windows import WINDOW
 from cecompile.workload.encode import encode, max_input_length
-from cecompile.workload.plan import Totals
 from cecompile.workload.stage import stage_all
+from cecompile.workload.totals import Totals
 
 INSTRUCTION = "Choose the right ending."
 PEOPLE = ("Emil", "Nina", "Piet", "Karl", "Mara", "Finn", "Hugo", "Olga", "Ida", "Ben")

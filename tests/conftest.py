@@ -115,8 +115,8 @@ def babbler(tiny_llama, tmp_path_factory) -> Path:
 def held(tiny_llama) -> int:
     """Megabytes of a process about to load a model on the CPU; some builds of torch take 300 more than others."""
     code = (
-        "import torch, cecompile.cli; from cecompile import Scorer; from cecompile.engine import memory; "
-        f"Scorer.from_pretrained({str(tiny_llama)!r}, device='cpu'); print(memory.used_already(torch.device('cpu')))"
+        "import torch, cecompile.cli; from cecompile import Scorer, device; "
+        f"Scorer.from_pretrained({str(tiny_llama)!r}, device='cpu'); print(device.used_already(torch.device('cpu')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout) // 10**6

@@ -21,7 +21,7 @@ from cecompile.answerer import decode
 from cecompile.cli import cli
 from cecompile.engine import decode as decode_module
 from cecompile.errors import UserError
-from cecompile.sizing import Sizing
+from cecompile.planning.bucket_size import Sizing
 from cecompile.tasks.chat import find_choices, judge_answer
 from cecompile.workload.graft import graft, prompts_of, walk
 from cecompile.workload.lanes import DecodeShape, Lanes

@@ -12,7 +12,7 @@ from conftest import save_tiny_llama
 
 from cecompile import Question, Scorer, demo, warming
 from cecompile.device import is_out_of_memory, parse_size
-from cecompile.engine.memory import Budget
+from cecompile.planning.memory import Budget
 
 
 @pytest.fixture(scope="module")

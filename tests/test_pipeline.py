@@ -19,15 +19,16 @@ from torch import nn
 from cecompile import Scorer, warming
 from cecompile.cli import cli
 from cecompile.engine.forward import Engine, inputs_are_free
-from cecompile.engine.pipeline import Place, Stage, shares, split
+from cecompile.engine.pipeline import Place, Stage
 from cecompile.engine.span import Span
 from cecompile.engine.verify import disagreement
 from cecompile.errors import CheckError, UserError
 from cecompile.model.checkpoint import load_checkpoint, load_config
 from cecompile.model.structure import Share
 from cecompile.model.unchanged import EQUAL, Proof, changed
+from cecompile.planning.bucket_size import Sizing
+from cecompile.planning.stages import shares, split
 from cecompile.results.journal import NAME
-from cecompile.sizing import Sizing
 from cecompile.warming import Ready, Warmer
 from cecompile.workload.plan import Bucket, Geometry
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cecompile.cli import cli
-from cecompile.engine.estimate import (
+from cecompile.planning.estimate import (
     MEASURED,
     ModelSizes,
     inference_seconds,
@@ -20,7 +20,7 @@ from cecompile.engine.estimate import (
     pass_seconds,
     phase_seconds,
 )
-from cecompile.engine.profiles import PROFILES
+from cecompile.planning.profiles import PROFILES
 from cecompile.workload.plan import Bucket, Geometry, Plan
 
 LLAMA = {"model_type": "llama", "vocab_size": 32_000}

@@ -15,15 +15,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cecompile import Answerer, Question, Scorer, demo, read_questions
 from cecompile import device as device_memory
-from cecompile.engine import memory, verify
-from cecompile.engine.estimate import as_planned_on, estimate, streamed_seconds
+from cecompile.engine import verify
 from cecompile.engine.feed import Feed, Files
 from cecompile.engine.forward import Engine
-from cecompile.engine.profiles import PROFILES
 from cecompile.engine.sweep import SweepEngine
 from cecompile.errors import CheckError, UserError
 from cecompile.model.checkpoint import checkpoint_files, load_checkpoint, load_config
 from cecompile.model.structure import Share, kinds_of
+from cecompile.planning import memory
+from cecompile.planning.estimate import as_planned_on, estimate, streamed_seconds
+from cecompile.planning.profiles import PROFILES
 from cecompile.results.compare import compare_directories
 from cecompile.workload.plan import choose_geometry, make_plan
 from cecompile.workload.stage import stage_all
@@ -288,7 +289,7 @@ def test_an_interrupted_run_goes_on(tiny_llama, tmp_path, monkeypatch):
         )
 
     whole = evaluated(scorer(), QUESTIONS)
-    monkeypatch.setattr("cecompile.sizing.Sizing.passes_at_once", lambda *_: 2)
+    monkeypatch.setattr("cecompile.planning.bucket_size.Sizing.passes_at_once", lambda *_: 2)
     count = 0
 
     def stops(phase: str, done: int, total: int) -> None:

@@ -7,7 +7,7 @@ from a counter that other replicas take from too; so what those schedules are ma
 `torch.distributed.isend` and `irecv`, and the pipeline drains once, at the end of a run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,68 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cecompile.device import is_out_of_memory
-from cecompile.engine.estimate import experts_used, matrices
 from cecompile.engine.head import head_of
 from cecompile.engine.span import Span
 from cecompile.errors import CheckError
-from cecompile.model.structure import Share, decoder_layers, on_meta
-
-Fits = Callable[[int, int, int], bool]  # (stage, first, last): whether these layers fit there
+from cecompile.model.structure import Share
 
 
 class LostError(CheckError):
     """A stage beside this one is gone."""
-
-
-def split(layers: Sequence[float], stages: int, last: float = 0.0, fits: Fits = lambda *_: True) -> list[int] | None:
-    """Divides layers among stages so that the slowest is as fast as can be.
-
-    Args:
-        layers: what each costs.
-        stages: how many.
-        last: what the last stage's head costs beside its layers.
-        fits: what may be.
-
-    Returns:
-        Where each stage ends: `stages` increasing numbers, the last that of all layers. None where nothing fits.
-    """
-    count = len(layers)
-    sums = [0.0]
-    for cost in layers:
-        sums.append(sums[-1] + cost)
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by layers given out: the slowest stage, and the ends
-    for stage in range(stages):
-        extra = last if stage == stages - 1 else 0.0
-        nearer: dict[int, tuple[float, list[int]]] = {}
-        for first, (slowest, ends) in best.items():
-            for end in range(first + 1, count + 1):
-                found = max(slowest, sums[end] - sums[first] + extra)
-                if (end not in nearer or found < nearer[end][0]) and fits(stage, first, end):
-                    nearer[end] = found, [*ends, end]
-        best = nearer
-    return best[count][1] if count in best else None
-
-
-def costs(config: Any) -> tuple[list[float], float]:
-    """What a token costs in each layer of a model, and a readout in its head: weights that it is multiplied with.
-
-    Raises:
-        UserError: transformers cannot build a causal model from the configuration.
-    """
-    model = on_meta(config)
-    used = experts_used(config.get_text_config())
-    layers = [float(sum(matrices(layer, used).values())) for layer in decoder_layers(model)]
-    return layers, float(model.get_output_embeddings().weight.numel())
-
-
-def shares(ends: Sequence[int]) -> list[Share]:
-    """What each stage holds of a model whose layers are divided at `ends`."""
-    firsts = [0, *ends[:-1]]
-    final = len(ends) - 1
-    return [
-        Share(first, end, ends[-1], with_embedding=i == 0, with_head=i == final)
-        for i, (first, end) in enumerate(zip(firsts, ends, strict=True))
-    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from typing import Any
 from cecompile.errors import UserError
 from cecompile.results import journal
 from cecompile.results.spool import Spool, line
-from cecompile.workload.plan import Plan, Totals
+from cecompile.workload.plan import Plan
+from cecompile.workload.totals import Totals
 
 SCHEMA = 1
 RESULTS, SAMPLES, PREDICTIONS = "results.json", "samples.jsonl", "predictions.jsonl"

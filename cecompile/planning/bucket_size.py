@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 from cecompile import device as device_memory
-from cecompile.engine import memory
-from cecompile.engine.pipeline import costs, split
-from cecompile.engine.pipeline import shares as shares_of
 from cecompile.errors import UserError
 from cecompile.model.structure import Share
+from cecompile.planning import memory
+from cecompile.planning import sizes as sizes_module
+from cecompile.planning.stages import costs, split
+from cecompile.planning.stages import shares as shares_of
 from cecompile.ranks import ALONE, Ranks
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import BLOCK, Geometry, choose_geometry
@@ -92,15 +93,15 @@ class Sizing:
         self.stages = stages
         self.shares: tuple[Share, ...] = ()
         self._ceiling: int | None = None  # slots, once memory has run out on more
-        self._sizes: dict[Share | None, memory.Sizes] = {}
+        self._sizes: dict[Share | None, sizes_module.Sizes] = {}
         self.tuning = TUNING[self._kind]
         if elsewhere is not None:
             self.tuning = replace(self.tuning, tokens_per_bucket=elsewhere.tokens_per_bucket)
         self.limit: int | None = limit
         self._held: int | None = None  # bytes in use before anything is loaded, where they count
-        self.streamed: memory.Streamed | None = None
+        self.streamed: sizes_module.Streamed | None = None
         if stream:
-            self.streamed = memory.streamed_sizes(config, self.model_sizes().itemsize)
+            self.streamed = sizes_module.streamed_sizes(config, self.model_sizes().itemsize)
 
     def count_as_loaded(self, size: int) -> None:
         """Weights of `size` bytes are on the device already: they are part of what is needed, and of what there is."""
@@ -125,7 +126,7 @@ class Sizing:
         layers, readout = costs(self._config)
         if self.stages > len(layers):
             raise UserError(f"--pipeline {self.stages}: {self._name} has {len(layers)} layers")
-        stage_sizes = memory.StageSizes(self._config, self._dtype, self.stages)
+        stage_sizes = sizes_module.StageSizes(self._config, self._dtype, self.stages)
         last, slots = readouts * readout, self._asked or self.tuning.tokens_per_bucket
         room = self._room() if fit else None
         while True:
@@ -262,10 +263,10 @@ class Sizing:
         most = max(1, 1 + (self._room() - one.total) // (two.hidden - one.hidden))
         return -(-passes // -(-passes // most))
 
-    def model_sizes(self, share: Share | None = None) -> memory.Sizes:
+    def model_sizes(self, share: Share | None = None) -> sizes_module.Sizes:
         """What of the model, or of a share of it, decides memory and cost."""
         if share not in self._sizes:
-            self._sizes[share] = memory.model_sizes(self._config, self._dtype, share)
+            self._sizes[share] = sizes_module.model_sizes(self._config, self._dtype, share)
         return self._sizes[share]
 
     def of_size(self, tokens_per_bucket: int) -> "Sizing":

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from cecompile.engine.memory import USABLE, Elsewhere
-from cecompile.engine.profiles import PROFILES, Profile
 from cecompile.errors import UserError
 from cecompile.model.prefetch import CACHED
 from cecompile.model.structure import decoder_layers, on_meta
-from cecompile.workload.plan import BLOCK, Bucket, Plan, Totals
+from cecompile.planning.memory import USABLE, Elsewhere
+from cecompile.planning.profiles import PROFILES, Profile
+from cecompile.planning.sizes import experts_used, matrices
+from cecompile.workload.plan import BLOCK, Bucket, Plan
+from cecompile.workload.totals import Totals
 
 VALUE = 2  # bytes of a weight or an activation in bfloat16 or float16
 # Hidden-sized activations that a compiled layer moves beside its linear layers' own: two residual additions, each fused
@@ -123,20 +124,6 @@ def model_sizes(config: Any) -> ModelSizes:
         parameters=sum(p.numel() for p in model.parameters()),
         checkpoint_value=(config.dtype or torch.bfloat16).itemsize,
     )
-
-
-def matrices(layer: nn.Module, used: float = 1.0) -> dict[str, int]:
-    """Parameters of a layer's linear layers (GPT-2's Conv1D and stacked experts too), by name; of experts the share
-    that is `used`."""
-    sizes = {name: p.numel() for name, p in layer.named_parameters() if p.dim() > 1}
-    return {name: round(n * used) if "experts" in name.split(".") else n for name, n in sizes.items()}
-
-
-def experts_used(config: Any) -> float:
-    """The share of the experts that a token is given to; 1 without experts."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next((n for name in names if (n := getattr(config, name, None))), None)
-    return getattr(config, "num_experts_per_tok", experts) / experts if experts else 1.0
 
 
 def keys_per_query(plan: Plan | Totals, sequences: int) -> int:

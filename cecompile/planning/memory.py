@@ -1,4 +1,4 @@
-"""The memory budget: what a run needs, part by part, what there is, and what an out-of-memory error looks like.
+"""The memory budget: what a run needs, part by part, and the error for one that cannot fit.
 
 The parts are counted from the model's configuration, before anything is loaded. How far activations exceed the count,
 and what comes on top, was fitted to measured peaks: on an H100 of Llama 1.1B and 6.7B with 8,192 slots and of
@@ -6,15 +6,14 @@ Phi-3-medium with 4,096, in bfloat16 with FlexAttention, where the sum is within
 CPU cores of Llamas of 55 to 625 MB with 512 to 8,192 slots, where it is within 10 % of the process's peak.
 """
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
 
 from cecompile.device import is_the_hosts
 from cecompile.errors import UserError
-from cecompile.model.layer_layout import PLACES, layer_layout
-from cecompile.model.structure import Share, decoder_layers, kinds_of, on_meta
+from cecompile.model.layer_layout import PLACES
+from cecompile.planning.sizes import Sizes, Streamed
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import Bucket, Geometry
 from cecompile.workload.stage import data_size
@@ -49,32 +48,6 @@ BUCKETS = 2  # largest ones that all buckets' hidden states take: each is at mos
 # 8,192 slots) and 13.5 GB (8,192), where the sum is within 10 % of what torch reserved.
 SPARE, FEEDING = {"cuda": 4, "cpu": 0}, {"cuda": 38 * MiB, "cpu": 0}
 USABLE = {"cuda": 0.985, "cpu": 0.92}  # the share of the memory that a prediction may fill
-RECEIVED, SENT = 1, 3  # buffers for what comes; for what goes, one that is filled and two on their way
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What of a model decides its memory.
-
-    Attributes:
-        parameters: number of weights, each tied one once.
-        width, inner, vocabulary: of hidden states, of the MLP's hidden states, of the logits; 0 without a head.
-        cached: values of keys and values per token, over all layers.
-        groups: queries' heads per keys' head.
-        key_cost: arithmetic of a token looking at one more key, in that of its decoder layers' weights.
-        itemsize: bytes of a weight and of an activation.
-        states: buffers of hidden states that come from or go to other parts of the model.
-    """
-
-    parameters: int
-    width: int
-    inner: int
-    vocabulary: int
-    cached: int
-    groups: int
-    key_cost: float
-    itemsize: int
-    states: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +85,6 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class Streamed:
-    """What of a model takes memory whose layers are streamed.
-
-    Attributes:
-        layers: how many there are.
-        layer_bytes: of each, as it lies on the device.
-        passes: under way at once.
-    """
-
-    layers: int
-    layer_bytes: int
-    passes: int = 1
-
-
-@dataclass(frozen=True, slots=True)
 class Elsewhere:
     """A device that is planned for and is not here, on which models run in 16 bits.
 
@@ -141,77 +99,6 @@ class Elsewhere:
     kind: str
     room: int
     tokens_per_bucket: int
-
-
-def streamed_sizes(config: Any, itemsize: int) -> Streamed:
-    """Counts a model's layers, in values of `itemsize` bytes. Raises UserError: they cannot be streamed."""
-    model = on_meta(config)
-    layout = layer_layout(model)
-    kinds_of(model)
-    return Streamed(len(decoder_layers(model)), layout.size // layout.dtype.itemsize * itemsize)
-
-
-def model_sizes(config: Any, dtype: str, share: Share | None = None) -> Sizes:
-    """Counts a model's parameters without making them.
-
-    Args:
-        config: of a causal model.
-        dtype: "auto" (the configuration's), "float32", "bfloat16" or "float16".
-        share: what of the model is held; None is all.
-    """
-    model = on_meta(config)
-    text = config.get_text_config()
-    width = text.hidden_size
-    named = (getattr(text, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
-    heads = text.num_attention_heads
-    kept = getattr(text, "num_key_value_heads", None) or heads
-    resolved = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-    absent = set() if share is None else share.absent(model)
-    parameters = sum(p.numel() for p in model.parameters() if id(p) not in absent)
-    inside = sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters())
-    queries = text.num_hidden_layers * heads * (getattr(text, "head_dim", None) or width // heads)
-    return Sizes(
-        parameters=parameters,
-        width=width,
-        inner=next((n for n in named if n), 4 * width),
-        vocabulary=text.vocab_size if share is None or share.with_head else 0,
-        cached=text.num_hidden_layers * kept * _head_sizes(text),
-        groups=heads // kept,
-        key_cost=2 * queries / max(1, inside),
-        itemsize=torch.empty(0, dtype=resolved).element_size(),
-        states=0 if share is None else RECEIVED * (share.first > 0) + SENT * (share.last < share.layers),
-    )
-
-
-class StageSizes:
-    """The `Sizes` of any stage of a pipeline, counted once.
-
-    Args:
-        config, dtype: see `model_sizes`.
-        stages: how many, at least two.
-    """
-
-    def __init__(self, config: Any, dtype: str, stages: int) -> None:
-        layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(on_meta(config))]
-        count = len(layers)
-        kinds = [Share(0, 1, count, with_head=False), Share(count - 1, count, count, with_embedding=False)]
-        if stages > 2:
-            kinds[1:1] = (stages - 2) * [Share(1, 2, count, with_embedding=False, with_head=False)]
-        sizes = {share: model_sizes(config, dtype, share) for share in dict.fromkeys(kinds)}
-        self._layers = layers
-        self._without = [replace(sizes[k], parameters=sizes[k].parameters - layers[k.first]) for k in kinds]
-
-    def of(self, stage: int, first: int, last: int) -> Sizes:
-        """A stage's, with the layers from `first` to before `last`."""
-        one = self._without[stage]
-        return replace(one, parameters=one.parameters + sum(self._layers[first:last]))
-
-
-def _head_sizes(text: Any) -> int:
-    """Values of one head's key and value together."""
-    if getattr(text, "kv_lora_rank", None):
-        return int(text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
-    return 2 * int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def budget(
