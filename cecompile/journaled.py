@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from cecompile.engine.forward import Engine, Readouts
-from cecompile.engine.pipeline import LostError
 from cecompile.engine.reference import score_alone
 from cecompile.engine.stock_pipeline import StockPipeline
-from cecompile.engine.sweep import SweepEngine
 from cecompile.errors import CheckError, UserError, first_line
 from cecompile.packed import Workload
+from cecompile.partitioned.pipeline import LostError
+from cecompile.partitioned.streaming import SweepEngine
 from cecompile.ranks import Ranks
 from cecompile.results.journal import ANSWERS, PASSES, Journal
 from cecompile.runtime import Counter, Progress, Runtime

@@ -17,11 +17,8 @@ from cecompile.compile_cache.key import compile_facts
 from cecompile.compile_cache.store import WARM, CompileCache, Entry
 from cecompile.engine import initialise
 from cecompile.engine.attention import attention_before, take_back
-from cecompile.engine.feed import Feed, Files, worth_keeping
 from cecompile.engine.forward import Engine, compiled_parts
-from cecompile.engine.pipeline import Stage, places
 from cecompile.engine.probe import choose_attention
-from cecompile.engine.sweep import SweepEngine
 from cecompile.errors import CheckError, UserError, printable
 from cecompile.model.checkpoint import checkpoint_files, load_checkpoint
 from cecompile.model.load import Loaded
@@ -29,6 +26,9 @@ from cecompile.model.safetensors_reader import Checkpoint
 from cecompile.model.structure import Share, on_meta
 from cecompile.model.support import boundary_of, takes_ours
 from cecompile.model.unchanged import Content, Proof, made_buffers
+from cecompile.partitioned.layer_feed import Feed, Files, worth_keeping
+from cecompile.partitioned.pipeline import Stage, places
+from cecompile.partitioned.streaming import SweepEngine
 from cecompile.planning import memory
 from cecompile.planning.bucket_size import Sizing
 from cecompile.ranks import ALONE, Ranks

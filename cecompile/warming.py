@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from cecompile.compile_cache.store import WARM, Entry, Found
 from cecompile.device import is_out_of_memory
 from cecompile.engine.decode import Decoder, NotDecodableError
-from cecompile.engine.feed import Feed
 from cecompile.engine.forward import Engine
-from cecompile.engine.pipeline import Stage
-from cecompile.engine.sweep import SweepEngine
-from cecompile.engine.verify import decoding_disagreement, disagreement, sweep_disagreement
+from cecompile.engine.verify import decoding_disagreement, disagreement
 from cecompile.errors import CheckError, UserError, first_line, printable
+from cecompile.partitioned.layer_feed import Feed
+from cecompile.partitioned.pipeline import Stage
+from cecompile.partitioned.streaming import SweepEngine
+from cecompile.partitioned.verify import pipeline_disagreement, sweep_disagreement
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import Bucket, Geometry, Plan
 from cecompile.workload.sequences import Sequences
@@ -236,6 +237,8 @@ class Warmer:
             against_stock = (self._model, self._stock, ready.sequences, ready.staged)
             if isinstance(warmed.engine, SweepEngine):
                 off = sweep_disagreement(warmed.engine, *against_stock)
+            elif self._stage is not None:
+                off = pipeline_disagreement(warmed.engine, self._stage, *against_stock)
             else:
                 off = disagreement(warmed.engine, *against_stock)
             if warmed.decoder is not None:

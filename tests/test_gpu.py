@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from cecompile import Answerer, Question, Scorer, demo, read_questions, runtime
 from cecompile.answerer import decode
 from cecompile.engine import forward
-from cecompile.engine.feed import Feed, Files
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import score_one_by_one
-from cecompile.engine.sweep import SweepEngine
-from cecompile.engine.verify import sweep_disagreement
 from cecompile.model.checkpoint import checkpoint_files, load_checkpoint, load_config
 from cecompile.model.structure import Share
+from cecompile.partitioned.layer_feed import Feed, Files
+from cecompile.partitioned.streaming import SweepEngine
+from cecompile.partitioned.verify import sweep_disagreement
 from cecompile.scorer import collect
 from cecompile.workload.graft import prompts_of
 from cecompile.workload.lanes import DecodeShape

@@ -19,13 +19,13 @@ from torch import nn
 from cecompile import Scorer, warming
 from cecompile.cli import cli
 from cecompile.engine.forward import Engine, inputs_are_free
-from cecompile.engine.pipeline import Place, Stage
-from cecompile.engine.span import Span
-from cecompile.engine.verify import disagreement
 from cecompile.errors import CheckError, UserError
 from cecompile.model.checkpoint import load_checkpoint, load_config
 from cecompile.model.structure import Share
 from cecompile.model.unchanged import EQUAL, Proof, changed
+from cecompile.partitioned.pipeline import Place, Stage
+from cecompile.partitioned.span import Span
+from cecompile.partitioned.verify import pipeline_disagreement
 from cecompile.planning.bucket_size import Sizing
 from cecompile.planning.stages import shares, split
 from cecompile.results.journal import NAME
@@ -256,10 +256,10 @@ def test_a_stage_is_held_against_the_stock_model():
     engine = Engine(model, plain.buckets, attention="sdpa", compiled=False, readout_chunk=64, stage=stage)
     for ours, theirs in zip(engine.run(staged), plain.run(staged), strict=True):
         np.testing.assert_array_equal(ours.logprob, theirs.logprob)
-    assert 0 < disagreement(engine, model, stock, sequences, staged) <= 1
+    assert 0 < pipeline_disagreement(engine, stage, model, stock, sequences, staged) <= 1
     for one in staged:
         one.data[:512] = 7  # other tokens than were asked for
-    assert disagreement(engine, model, stock, sequences, staged) > 1
+    assert pipeline_disagreement(engine, stage, model, stock, sequences, staged) > 1
 
 
 def test_a_stage_whose_memory_does_not_suffice_for_the_check_says_so(monkeypatch):
@@ -272,7 +272,7 @@ def test_a_stage_whose_memory_does_not_suffice_for_the_check_says_so(monkeypatch
 
     stage.reserve(512)
     monkeypatch.setattr(stage, "_head", out_of_memory)
-    assert disagreement(engine, model, model.config._attn_implementation, sequences, staged) is None
+    assert pipeline_disagreement(engine, stage, model, model.config._attn_implementation, sequences, staged) is None
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import torch
 from test_architectures import EXACT, skip_what_cannot_run
 from test_engine import tiny_model
 
-from cecompile.engine.span import Span
 from cecompile.model.checkpoint import load_config
 from cecompile.model.load import load_plainly
 from cecompile.model.safetensors_reader import digest_of
 from cecompile.model.structure import Share
+from cecompile.partitioned.span import Span
 from cecompile.planning.sizes import model_sizes
 
 CPU = torch.device("cpu")

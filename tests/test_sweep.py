@@ -15,13 +15,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cecompile import Answerer, Question, Scorer, demo, read_questions
 from cecompile import device as device_memory
-from cecompile.engine import verify
-from cecompile.engine.feed import Feed, Files
+from cecompile.engine import verify as engine_verify
 from cecompile.engine.forward import Engine
-from cecompile.engine.sweep import SweepEngine
 from cecompile.errors import CheckError, UserError
 from cecompile.model.checkpoint import checkpoint_files, load_checkpoint, load_config
 from cecompile.model.structure import Share, kinds_of
+from cecompile.partitioned import verify
+from cecompile.partitioned.layer_feed import Feed, Files
+from cecompile.partitioned.streaming import SweepEngine
 from cecompile.planning import memory
 from cecompile.planning.estimate import as_planned_on, estimate, streamed_seconds
 from cecompile.planning.profiles import PROFILES
@@ -99,7 +100,7 @@ def test_layers_of_two_kinds(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_layers_are_converted_as_they_are_read(dtype, tmp_path, monkeypatch):
-    from cecompile.engine import feed as feeding
+    from cecompile.partitioned import layer_feed as feeding
 
     monkeypatch.setattr(feeding, "BLOCK", 4096)
     stored = torch.float32 if dtype == "bfloat16" else torch.bfloat16
@@ -129,7 +130,7 @@ def test_held_against_the_stock_model_in_a_sweep(kind, tmp_path):
     model, feed, _ = fed(directory)
     sweeping = SweepEngine(model, plan.buckets, feed, passes=len(staged), **how)
     off = verify.sweep_disagreement(sweeping, model, stock, sequences, staged)
-    assert off == pytest.approx(verify.disagreement(engine, whole, stock, sequences, staged))
+    assert off == pytest.approx(engine_verify.disagreement(engine, whole, stock, sequences, staged))
     assert off <= 1
     sweeping._kinds = [*sweeping._kinds[1:], sweeping._kinds[0]] if kind == "gemma2" else sweeping._kinds
     for module in sweeping.modules:

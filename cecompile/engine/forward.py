@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from cecompile.engine.cuda_graph import capture, settle
 from cecompile.engine.decode import Decoder
 from cecompile.engine.head import Readout, readout_of
 from cecompile.engine.longrope import Frequencies
-from cecompile.engine.pipeline import Stage
 from cecompile.model.structure import decoder_layers, norms_beside
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import Bucket
@@ -33,6 +32,31 @@ class Readouts:
 
     logprob: NDArray[np.float32]
     argmax: NDArray[np.int32]
+
+
+class Part(Protocol):
+    """A part of a model, as an engine runs it: hidden states come from the part before, and go to the one after.
+
+    Attributes:
+        ends: whether this is the last.
+    """
+
+    ends: bool
+
+    def reserve(self, slots: int) -> None:
+        """Makes the buffers for passes of up to so many tokens."""
+
+    def receive(self, shape: Sequence[int]) -> None:
+        """Takes what comes, of (rows, length) tokens."""
+
+    def send(self, shape: Sequence[int]) -> None:
+        """Hands on what was made last, of (rows, length) tokens."""
+
+    def trial(self, token_ids: Tensor) -> Tensor:
+        """The part's hidden states, (rows, length, width), from hidden states that are all 0."""
+
+    def __call__(self, token_ids: Tensor, **arguments: Any) -> Tensor:
+        """The part's hidden states, (rows, length, width), from those that have come."""
 
 
 class Engine:
@@ -62,7 +86,7 @@ class Engine:
         compiled: bool,
         readout_chunk: int,
         captured: bool | None = None,
-        stage: Stage | None = None,
+        stage: Part | None = None,
         inputs_free: bool | None = None,
     ) -> None:
         parts = compiled_parts(model)

@@ -12,21 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from cecompile.engine.attention import stock_attention
 from cecompile.engine.decode import Decoder
-from cecompile.engine.feed import Feed
 from cecompile.engine.forward import Engine, Readouts
-from cecompile.engine.pipeline import Stage
 from cecompile.engine.probe import ROUNDINGS, TOLERANCE
 from cecompile.engine.reference import rounding, stock_logits
-from cecompile.engine.span import Stations
-from cecompile.engine.sweep import SweepEngine
 from cecompile.workload.lanes import Step
-from cecompile.workload.sequences import Ints, Sequences
+from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import StagedPass
 
 # cuDNN's plans each length anew, which takes longer than to run it once
@@ -40,7 +36,7 @@ Got = Mapping[int, NDArray[np.float32]]  # log-probabilities of a sequence's las
 @torch.inference_mode()
 def disagreement(
     engine: Engine, model: PreTrainedModel, stock: str, sequences: Sequences, staged: Sequence[StagedPass]
-) -> float | None:
+) -> float:
     """How far a warm engine is from the stock model, over what is tolerated: fine up to 1.
 
     Measured is the root mean square of the log-probabilities' differences, in standard deviations of the logits.
@@ -53,57 +49,12 @@ def disagreement(
         stock: the stock model's attention implementation.
         sequences: all sequences.
         staged: their passes, of which the first of each bucket is run.
-
-    All stages of a pipeline call this for the same; those before the last find nothing: 0. None from a stage whose
-    memory does not suffice for it.
     """
-    first = {one.bucket: one for one in reversed(staged)}.values()
-    picked = [_picked(one, out, sequences) for one, out in zip(first, engine.run(first), strict=True)]
-    with _stock(model, stock):
-        if engine.stage is not None:
-            return _difference_of_stages(engine.stage, model, sequences, picked)
+    picked = picked_of(engine.run, sequences, staged)
+    with as_stock(model, stock):
         expected = functools.partial(stock_logits, model, sequences)
         few = list(picked[0])[:ROUNDED]
-        return _off(model.dtype, sequences, picked, expected, lambda: rounding(model, sequences, few))
-
-
-@torch.inference_mode()
-def sweep_disagreement(
-    engine: SweepEngine, model: PreTrainedModel, stock: str, sequences: Sequences, staged: Sequence[StagedPass]
-) -> float:
-    """`disagreement` of an engine whose layers are streamed: the stock layers, too, run in one sweep over all."""
-    first = {one.bucket: one for one in reversed(staged)}.values()
-    picked = [_picked(one, out, sequences) for one, out in zip(first, engine.run(first), strict=True)]
-    run = functools.partial(stock_sweep, model, engine.stations, engine.feed)
-    which = sorted({i for ours in picked for i in ours})
-    with _stock(model, stock):
-        last = [int(sequences.predicted[i]) for i in which]
-        expected = dict(zip(which, run([sequences.inputs(i) for i in which], last), strict=True))
-        few = list(picked[0])[:ROUNDED]
-        return _off(model.dtype, sequences, picked, expected.__getitem__, lambda: rounding(model, sequences, few, run))
-
-
-def stock_sweep(
-    model: PreTrainedModel, stations: Stations, feed: Feed, inputs: Sequence[Ints], last: Sequence[int]
-) -> list[Tensor]:
-    """What the stock model computes for some inputs at their `last` tokens: logits (last, vocabulary), float32.
-
-    Each layer is the model's own, where it stands, with the weights that the feed brings.
-    """
-    tokens = [torch.from_numpy(one.astype(np.int64)).to(model.device)[None] for one in inputs]
-    feed.rewind()
-    with stations.open():
-        hidden = [stations.begin(one) for one in tokens]
-        for place, layer in enumerate(stations.layers):
-            held = dict(layer.named_buffers()) | feed.layout.views(feed.places[feed.take()])
-            held = {name: tensor.to(model.device) for name, tensor in held.items()}
-
-            def through(*args: Any, layer: nn.Module = layer, held: dict[str, Tensor] = held, **named: Any) -> Any:
-                return torch.func.functional_call(layer, held, args, named)
-
-            hidden = [stations.step(place, through, one, h) for one, h in zip(tokens, hidden, strict=True)]
-            feed.give_back()
-        return [stations.logits(one, h)[0, -n:].float() for one, h, n in zip(tokens, hidden, last, strict=True)]
+        return distance(model.dtype, sequences, picked, expected, lambda: rounding(model, sequences, few))
 
 
 @torch.inference_mode()
@@ -120,20 +71,25 @@ def decoding_disagreement(decoder: Decoder, model: PreTrainedModel, stock: str, 
             decoder.run(Step(inputs[part], slots[part], np.zeros_like(slots[part]), none, none))
         zero = np.zeros(1, dtype=np.int32)
         got[i], _ = decoder.run(Step(inputs[-1:], slots[-1:], zero, zero, target))
-    with _stock(model, stock):
+    with as_stock(model, stock):
         expected = functools.partial(stock_logits, model, sequences)
-        return _off(model.dtype, sequences, [got], expected, lambda: rounding(model, sequences, got))
+        return distance(model.dtype, sequences, [got], expected, lambda: rounding(model, sequences, got))
 
 
 @contextmanager
-def _stock(model: PreTrainedModel, stock: str) -> Iterator[None]:
+def as_stock(model: PreTrainedModel, stock: str) -> Iterator[None]:
+    """While this lasts, the model is the stock model, whose attention implementation is `stock`."""
     with stock_attention(model, stock), sdpa_kernel(_PLANNED_FOR_NO_LENGTH):
         yield
 
 
-def _picked(one: StagedPass, out: Readouts, sequences: Sequences) -> dict[int, NDArray[np.float32]]:
-    """The log-probabilities of a few of a pass's sequences."""
-    return {i: out.logprob[one.choice == i] for i in _spread(np.unique(one.choice), sequences)}
+def picked_of(
+    run: Callable[[Iterable[StagedPass]], list[Readouts]], sequences: Sequences, staged: Sequence[StagedPass]
+) -> list[Got]:
+    """Runs the first pass of each bucket: of a few sequences of each, the log-probabilities."""
+    first = {one.bucket: one for one in reversed(staged)}.values()
+    ran = zip(first, run(first), strict=True)
+    return [{i: out.logprob[one.choice == i] for i in _spread(np.unique(one.choice), sequences)} for one, out in ran]
 
 
 def _spread(among: NDArray[Any], sequences: Sequences) -> list[int]:
@@ -144,26 +100,7 @@ def _spread(among: NDArray[Any], sequences: Sequences) -> list[int]:
     return chosen
 
 
-def _difference_of_stages(
-    stage: Stage, model: PreTrainedModel, sequences: Sequences, picked: Sequence[Got]
-) -> float | None:
-    """`disagreement` through the stages of a pipeline. All compute all, as only the last knows what of it is needed."""
-
-    def run(inputs: Sequence[Ints], last: Sequence[int]) -> list[Tensor]:
-        tokens = (torch.from_numpy(one.astype(np.int64)).to(model.device)[None] for one in inputs)
-        return [stage.alone(one)[0, -n:].float() for one, n in zip(tokens, last, strict=True)]
-
-    stage.suffices = True
-    which = [i for got in picked for i in got]
-    logits = run([sequences.inputs(i) for i in which], [int(sequences.predicted[i]) for i in which])
-    expected = dict(zip(which, logits, strict=True))
-    rounded = rounding(model, sequences, list(picked[0])[:ROUNDED], run)
-    if not stage.suffices:
-        return None
-    return _off(model.dtype, sequences, picked, expected.__getitem__, lambda: rounded) if stage.ends else 0.0
-
-
-def _off(
+def distance(
     dtype: torch.dtype, sequences: Sequences, picked: Iterable[Got], expected: Callable[[int], Tensor],
     rounded: Callable[[], float],
 ) -> float:  # fmt: skip

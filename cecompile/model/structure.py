@@ -98,9 +98,10 @@ class Share:
         if not self.with_head and head is not None:
             gone.append(head)
         inside = {module for one in gone for module in one.modules()}
-        kept = {id(t) for m in model.modules() if m not in inside for t in _own(m)}
-        return {id(t) for m in inside for t in _own(m)} - kept
+        kept = {id(t) for m in model.modules() if m not in inside for t in own_tensors(m)}
+        return {id(t) for m in inside for t in own_tensors(m)} - kept
 
 
-def _own(module: nn.Module) -> list[Tensor]:
+def own_tensors(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a module that are in none of its modules."""
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]

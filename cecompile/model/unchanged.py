@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from cecompile.engine.attention import NAMES
-from cecompile.engine.span import Span
 from cecompile.errors import CheckError, UserError
 from cecompile.model.load import Loaded
 from cecompile.model.safetensors_reader import digest_of, host_buffers
 from cecompile.model.structure import Share, on_meta
 from cecompile.model.support import rope_type
+from cecompile.partitioned.span import Span
 
 THREADS = min(8, os.cpu_count() or 1)  # nothing else runs then
 BLOCK = 4 * 2**20  # bytes copied out at once; each thread has two such buffers

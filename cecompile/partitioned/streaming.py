@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 
 from cecompile.engine.attention import TreeMasks, install
 from cecompile.engine.cuda_graph import capture
-from cecompile.engine.feed import Feed
 from cecompile.engine.forward import Outputs, Readouts, compile_options, compiled_parts, read_out
 from cecompile.engine.head import readout_of
-from cecompile.engine.span import Stations
 from cecompile.model.layer_layout import PLACES
 from cecompile.model.structure import decoder_layers, kinds_of
+from cecompile.partitioned.layer_feed import Feed
+from cecompile.partitioned.stations import Stations
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, data_size, empty_pass, views
 from cecompile.workload.tree import TARGETS

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from cecompile.device import is_out_of_memory
 from cecompile.engine.head import head_of
-from cecompile.engine.span import Span
 from cecompile.errors import CheckError
 from cecompile.model.structure import Share
+from cecompile.partitioned.span import Span
 
 
 class LostError(CheckError):

@@ -1,0 +1,1 @@
+"""A model of which not all layers are in one place: the stages of a pipeline, and layers streamed from disk."""

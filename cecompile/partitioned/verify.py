@@ -1,0 +1,87 @@
+"""The check of `engine.verify` for a model whose layers are not all in one place."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cecompile.engine.forward import Engine
+from cecompile.engine.reference import rounding
+from cecompile.engine.verify import ROUNDED, as_stock, distance, picked_of
+from cecompile.partitioned.layer_feed import Feed
+from cecompile.partitioned.pipeline import Stage
+from cecompile.partitioned.stations import Stations
+from cecompile.partitioned.streaming import SweepEngine
+from cecompile.workload.sequences import Ints, Sequences
+from cecompile.workload.stage import StagedPass
+
+
+@torch.inference_mode()
+def sweep_disagreement(
+    engine: SweepEngine, model: PreTrainedModel, stock: str, sequences: Sequences, staged: Sequence[StagedPass]
+) -> float:
+    """`disagreement` of an engine whose layers are streamed: the stock layers, too, run in one sweep over all."""
+    picked = picked_of(engine.run, sequences, staged)
+    run = functools.partial(stock_sweep, model, engine.stations, engine.feed)
+    which = sorted({i for ours in picked for i in ours})
+    with as_stock(model, stock):
+        last = [int(sequences.predicted[i]) for i in which]
+        expected = dict(zip(which, run([sequences.inputs(i) for i in which], last), strict=True))
+        few = list(picked[0])[:ROUNDED]
+        return distance(
+            model.dtype, sequences, picked, expected.__getitem__, lambda: rounding(model, sequences, few, run)
+        )
+
+
+def stock_sweep(
+    model: PreTrainedModel, stations: Stations, feed: Feed, inputs: Sequence[Ints], last: Sequence[int]
+) -> list[Tensor]:
+    """What the stock model computes for some inputs at their `last` tokens: logits (last, vocabulary), float32.
+
+    Each layer is the model's own, where it stands, with the weights that the feed brings.
+    """
+    tokens = [torch.from_numpy(one.astype(np.int64)).to(model.device)[None] for one in inputs]
+    feed.rewind()
+    with stations.open():
+        hidden = [stations.begin(one) for one in tokens]
+        for place, layer in enumerate(stations.layers):
+            held = dict(layer.named_buffers()) | feed.layout.views(feed.places[feed.take()])
+            held = {name: tensor.to(model.device) for name, tensor in held.items()}
+
+            def through(*args: Any, layer: nn.Module = layer, held: dict[str, Tensor] = held, **named: Any) -> Any:
+                return torch.func.functional_call(layer, held, args, named)
+
+            hidden = [stations.step(place, through, one, h) for one, h in zip(tokens, hidden, strict=True)]
+            feed.give_back()
+        return [stations.logits(one, h)[0, -n:].float() for one, h, n in zip(tokens, hidden, last, strict=True)]
+
+
+@torch.inference_mode()
+def pipeline_disagreement(
+    engine: Engine, stage: Stage, model: PreTrainedModel, stock: str, sequences: Sequences,
+    staged: Sequence[StagedPass],
+) -> float | None:  # fmt: skip
+    """`disagreement` of the engine of a stage, through all stages of the pipeline, each of which calls this.
+
+    All compute all, as only the last knows what of it is needed. Those before the last find nothing: 0. None from a
+    stage whose memory does not suffice for it.
+    """
+    picked = picked_of(engine.run, sequences, staged)
+
+    def run(inputs: Sequence[Ints], last: Sequence[int]) -> list[Tensor]:
+        tokens = (torch.from_numpy(one.astype(np.int64)).to(model.device)[None] for one in inputs)
+        return [stage.alone(one)[0, -n:].float() for one, n in zip(tokens, last, strict=True)]
+
+    with as_stock(model, stock):
+        stage.suffices = True
+        which = [i for got in picked for i in got]
+        logits = run([sequences.inputs(i) for i in which], [int(sequences.predicted[i]) for i in which])
+        expected = dict(zip(which, logits, strict=True))
+        rounded = rounding(model, sequences, list(picked[0])[:ROUNDED], run)
+        if not stage.suffices:
+            return None
+        return distance(model.dtype, sequences, picked, expected.__getitem__, lambda: rounded) if stage.ends else 0.0
