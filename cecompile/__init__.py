@@ -7,9 +7,9 @@ latencies and everything that results.json holds. `Answerer` has `answer` instea
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cecompile.answerer import Answer, Answerer, Answers
-    from cecompile.evaluation import Evaluation, evaluate
-    from cecompile.scorer import Scorer, Scores
+    from cecompile.run.answerer import Answer, Answerer, Answers
+    from cecompile.run.evaluation import Evaluation, evaluate
+    from cecompile.run.scorer import Scorer, Scores
     from cecompile.tasks.chat import ChatQuestion
     from cecompile.tasks.question import Question
     from cecompile.tasks.read import read_questions
@@ -28,15 +28,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Answer": "cecompile.answerer",
-    "Answerer": "cecompile.answerer",
-    "Answers": "cecompile.answerer",
+    "Answer": "cecompile.run.answerer",
+    "Answerer": "cecompile.run.answerer",
+    "Answers": "cecompile.run.answerer",
     "ChatQuestion": "cecompile.tasks.chat",
-    "Evaluation": "cecompile.evaluation",
-    "evaluate": "cecompile.evaluation",
+    "Evaluation": "cecompile.run.evaluation",
+    "evaluate": "cecompile.run.evaluation",
     "Question": "cecompile.tasks.question",
-    "Scorer": "cecompile.scorer",
-    "Scores": "cecompile.scorer",
+    "Scorer": "cecompile.run.scorer",
+    "Scores": "cecompile.run.scorer",
     "read_questions": "cecompile.tasks.read",
 }
 

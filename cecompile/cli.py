@@ -192,8 +192,8 @@ def eval_command(
     from rich.console import Console
 
     from cecompile.compile_cache.store import remove_workspaces
-    from cecompile.evaluation import evaluate
     from cecompile.report.table import print_results, progress_bars
+    from cecompile.run.evaluation import evaluate
 
     def report(results: dict[str, Any]) -> None:
         if ranks.rank == 0:
@@ -267,7 +267,7 @@ def plan_command(
     from cecompile.planning.estimate import as_planned_on, estimate, weights_fit
     from cecompile.report.table import print_plan
     from cecompile.results.write import plan_summary
-    from cecompile.windowed import plan_in_windows
+    from cecompile.run.windows import plan_in_windows
 
     if how["engine"] == "reference":
         raise UserError("--engine reference: runs without a plan")
@@ -321,7 +321,7 @@ def warm_command(
     if max_depth is not None and (data is not None or tune):
         raise UserError("--max-depth: stands for data not yet seen; it goes with neither --data nor --tune")
     _prefetch(how)
-    from cecompile.prewarm import warm
+    from cecompile.run.warm_cache import warm
     from cecompile.tasks.read import read_windows
 
     dataset = None if max_depth is not None else read_windows(_named(data, task), task, limit, window)
@@ -394,8 +394,8 @@ def _prefetch(how: dict[str, Any]) -> None:
 
 def _model(how: dict[str, Any], task: str, ranks: Ranks = ALONE) -> Any:
     """A scorer, or an answerer for chat questions."""
-    from cecompile.answerer import Answerer
-    from cecompile.scorer import Scorer
+    from cecompile.run.answerer import Answerer
+    from cecompile.run.scorer import Scorer
 
     kind, own = (Answerer, {"new_tokens": how["max_new_tokens"]}) if task == "chat" else (Scorer, {})
     return kind.from_pretrained(

@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from cecompile.device import parse_size
 from cecompile.engine.attention import stock_attention
 from cecompile.errors import UserError
-from cecompile.scorer import Scorer
+from cecompile.run.scorer import Scorer
 from cecompile.workload.sequences import Sequences
 
 Pair = tuple[Any, list[int], list[int]]  # what was asked for, the context's tokens, the continuation's

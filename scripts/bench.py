@@ -35,9 +35,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cecompile.engine.forward import Engine
-from cecompile.model.checkpoint import DTYPES, load_tokenizer, resolve_device
+from cecompile.model.checkpoint import DTYPES, load_tokenizer
 from cecompile.planning.bucket_size import TUNING
-from cecompile.scorer import collect
+from cecompile.run.language_model import resolve_device
+from cecompile.run.scorer import collect
 from cecompile.tasks.judge import judge, metrics
 from cecompile.tasks.question import Question
 from cecompile.tasks.read import read_questions

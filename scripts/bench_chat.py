@@ -32,9 +32,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, pipeline
 
-from cecompile import Answerer, answerer, read_questions
+from cecompile import Answerer, read_questions
 from cecompile import device as device_memory
-from cecompile.model.checkpoint import DTYPES, load_tokenizer, resolve_device
+from cecompile.model.checkpoint import DTYPES, load_tokenizer
+from cecompile.run import answerer
+from cecompile.run.language_model import resolve_device
 from cecompile.tasks.chat import NEW_TOKENS, ChatQuestion
 from cecompile.workload.graft import graft, prompts_of
 from cecompile.workload.sequences import Ints, Sequences

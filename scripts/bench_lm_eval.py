@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cecompile.lm_eval import CecompileLM
-from cecompile.model.checkpoint import DTYPES, load_tokenizer, resolve_device
+from cecompile.model.checkpoint import DTYPES, load_tokenizer
+from cecompile.run.language_model import resolve_device
 
 TASK = {
     "task": "hellaswag_rows",

@@ -76,8 +76,9 @@ def load(model: str, device: str, ahead: bool) -> dict[str, float]:
         prefetch.begin(model)
     import torch
 
-    from cecompile import evaluation  # noqa: F401  (imports all that a run does)
-    from cecompile.model.checkpoint import load_checkpoint, load_config, resolve_device
+    from cecompile.model.checkpoint import load_checkpoint, load_config
+    from cecompile.run import evaluation  # noqa: F401  (imports all that a run does)
+    from cecompile.run.language_model import resolve_device
 
     config, where = load_config(model), resolve_device(device)
     torch.zeros(1, device=where)

@@ -23,8 +23,9 @@ from bench import LLAMA, SHAPES
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from cecompile.model.checkpoint import load_tokenizer, resolve_device
+from cecompile.model.checkpoint import load_tokenizer
 from cecompile.model.structure import decoder_layers, on_meta
+from cecompile.run.language_model import resolve_device
 
 LARGE = {"hidden_size": 6656, "intermediate_size": 17_920, "num_hidden_layers": 60, "num_attention_heads": 52}
 MADE = {name: SHAPES[name] for name in ("tiny", "llama-1b", "llama-7b", "phi3-medium")} | {"llama-30b": LLAMA | LARGE}

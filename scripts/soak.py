@@ -106,10 +106,10 @@ def rows(count: int) -> list[dict[str, object]]:
 
 def import_all() -> None:
     """Everything that a run imports."""
-    import cecompile.answerer
     import cecompile.cli
-    import cecompile.evaluation
-    import cecompile.report.table  # noqa: F401
+    import cecompile.report.table
+    import cecompile.run.answerer
+    import cecompile.run.evaluation  # noqa: F401
 
 
 class Run:

@@ -11,13 +11,13 @@ from test_engine import ARCHITECTURES, COMMON, prepared, random_sequences, tiny_
 from transformers import AutoConfig
 
 from cecompile import Answerer, Scorer
-from cecompile.answerer import decode
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import score_one_by_one
 from cecompile.errors import UserError
 from cecompile.model.structure import on_meta
 from cecompile.model.support import refusal
-from cecompile.scorer import collect
+from cecompile.run.answerer import decode
+from cecompile.run.scorer import collect
 from cecompile.workload.lanes import DecodeShape
 
 GROUPED = {"num_key_value_heads": 2}

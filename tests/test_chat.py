@@ -17,11 +17,11 @@ from test_engine import ARCHITECTURES, VOCABULARY, prepared, random_sequences, t
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM, pipeline
 
 from cecompile import Answerer, ChatQuestion, demo, read_questions
-from cecompile.answerer import decode
 from cecompile.cli import cli
 from cecompile.engine import decode as decode_module
 from cecompile.errors import UserError
 from cecompile.planning.bucket_size import Sizing
+from cecompile.run.answerer import decode
 from cecompile.tasks.chat import find_choices, judge_answer
 from cecompile.workload.graft import graft, prompts_of, walk
 from cecompile.workload.lanes import DecodeShape, Lanes

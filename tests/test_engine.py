@@ -22,11 +22,11 @@ from cecompile.model import safetensors_reader as streaming
 from cecompile.model.support import boundary_of
 from cecompile.model.unchanged import EQUAL
 from cecompile.results.clock import Clock
-from cecompile.scorer import collect
-from cecompile.warming import Ready, Warmer
+from cecompile.run.engine_builder import Warmer
+from cecompile.run.scorer import collect
 from cecompile.workload.plan import BLOCK, Bucket, Geometry, choose_geometry, make_plan
 from cecompile.workload.sequences import Sequences
-from cecompile.workload.stage import stage_all
+from cecompile.workload.stage import Ready, stage_all
 
 VOCABULARY = 96
 COMMON = {

@@ -256,7 +256,7 @@ def test_the_disk_is_full_from_the_start(trees):
 
 @pytest.mark.parametrize("kind", ["write_samples", "write_results"])
 def test_the_disk_is_full_at_the_end(kind, trees, monkeypatch):
-    from cecompile import evaluation
+    from cecompile.run import evaluation
 
     write = getattr(evaluation, kind)
 
@@ -365,7 +365,7 @@ def test_clocks_that_are_set_back(trees, monkeypatch):
 
 def test_an_output_directory_that_disappears(trees, monkeypatch):
     """Results are written all the same; only the journal is gone."""
-    from cecompile import evaluation
+    from cecompile.run import evaluation
 
     write = evaluation.write_samples
     monkeypatch.setattr(evaluation, "write_samples", lambda to, samples: (shutil.rmtree(to), write(to, samples))[1])

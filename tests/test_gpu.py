@@ -11,8 +11,7 @@ from test_chat import MADE_UP, generated
 from test_engine import VOCABULARY, prepared, random_sequences, score, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from cecompile import Answerer, Question, Scorer, demo, read_questions, runtime
-from cecompile.answerer import decode
+from cecompile import Answerer, Question, Scorer, demo, read_questions
 from cecompile.engine import forward
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
@@ -22,7 +21,9 @@ from cecompile.model.structure import Share
 from cecompile.partitioned.layer_feed import Feed, Files
 from cecompile.partitioned.streaming import SweepEngine
 from cecompile.partitioned.verify import sweep_disagreement
-from cecompile.scorer import collect
+from cecompile.run import runtime
+from cecompile.run.answerer import decode
+from cecompile.run.scorer import collect
 from cecompile.workload.graft import prompts_of
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.plan import choose_geometry, make_plan

@@ -389,7 +389,7 @@ def test_a_model_loaded_elsewhere_is_not_journaled(babbler, tmp_path):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_while_loading_there_is_nothing_to_resume(number, status, uninterrupted, monkeypatch):
-    from cecompile.runtime import Runtime
+    from cecompile.run.runtime import Runtime
 
     run = uninterrupted("trees")
     load = Runtime.load

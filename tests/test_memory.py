@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import save_tiny_llama
 
-from cecompile import Question, Scorer, demo, warming
+from cecompile import Question, Scorer, demo
 from cecompile.device import is_out_of_memory, parse_size
 from cecompile.planning.memory import Budget
+from cecompile.run import engine_builder
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_without_memory_for_the_stock_model_beside_it_a_run_goes_on_unchecked(ti
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(warming, "disagreement", out_of_memory)
+    monkeypatch.setattr(engine_builder, "disagreement", out_of_memory)
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu", engine="eager")
     scores = scorer.score([Question("0", "The question is", ("easy", "not so easy"), 0)])
     assert len(scores.loglikelihoods[0]) == 2

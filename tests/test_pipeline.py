@@ -16,21 +16,24 @@ from test_journal import CHATS, write_rows
 from test_ranks import ROWS, alone, finished, lines, results, same, stop_after, torchrun
 from torch import nn
 
-from cecompile import Scorer, warming
+from cecompile import Scorer
 from cecompile.cli import cli
 from cecompile.engine.forward import Engine, inputs_are_free
 from cecompile.errors import CheckError, UserError
 from cecompile.model.checkpoint import load_checkpoint, load_config
 from cecompile.model.structure import Share
-from cecompile.model.unchanged import EQUAL, Proof, changed
+from cecompile.model.unchanged import EQUAL, Proof
 from cecompile.partitioned.pipeline import Place, Stage
 from cecompile.partitioned.span import Span
 from cecompile.partitioned.verify import pipeline_disagreement
 from cecompile.planning.bucket_size import Sizing
 from cecompile.planning.stages import shares, split
 from cecompile.results.journal import NAME
-from cecompile.warming import Ready, Warmer
+from cecompile.run import engine_builder
+from cecompile.run.engine_builder import Warmer
+from cecompile.run.provenance import changed
 from cecompile.workload.plan import Bucket, Geometry
+from cecompile.workload.stage import Ready
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = 5
@@ -288,7 +291,7 @@ def test_what_fails_in_another_stage_fails_in_all(theirs, outcome, monkeypatch):
     stock = model.config._attn_implementation
     warmer = Warmer(model, stock, "sdpa", 64, None, stage, gather)
     ready = Ready(Geometry(1, 128, 64, False), (Bucket(1, 128, 64),))
-    monkeypatch.setattr(warming.Engine, "warm_up", lambda *_: None)
+    monkeypatch.setattr(engine_builder.Engine, "warm_up", lambda *_: None)
     if outcome is None:
         with pytest.raises(torch.OutOfMemoryError, match="full"):
             warmer.warm("compiled", ready, lambda _: None)

@@ -19,12 +19,12 @@ from test_journal import CHATS, write_rows
 from cecompile import Scorer, read_questions
 from cecompile.cli import cli
 from cecompile.errors import ToldError, UserError
-from cecompile.model.checkpoint import resolve_device
 from cecompile.planning.bucket_size import Sizing
 from cecompile.ranks import Ranks, has_part_in, meet
 from cecompile.results.check import problems
 from cecompile.results.journal import NAME, PASSES, Journal, journals_in, read
 from cecompile.results.read import read_results
+from cecompile.run.language_model import resolve_device
 
 ROWS = [
     {"query": f"Question {i} is", "choices": ["short", f"rather longer {i} " * 3, "x"], "gold": i % 3}

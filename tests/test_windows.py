@@ -15,12 +15,12 @@ from cecompile.errors import UserError
 from cecompile.results.check import problems
 from cecompile.results.compare import compare_directories
 from cecompile.results.journal import NAME
-from cecompile.runtime import Runtime
+from cecompile.run.runtime import Runtime
+from cecompile.run.windows import plan_in_windows
 from cecompile.tasks import windows as windows_module
 from cecompile.tasks.question import digest
 from cecompile.tasks.read import Dataset, LargeDataset, read_windows
 from cecompile.tasks.windows import split
-from cecompile.windowed import plan_in_windows
 
 EAGER = ["--engine", "eager", "--tokens-per-bucket", "256"]
 HOW = {
@@ -117,7 +117,7 @@ def test_a_later_window_that_is_planned_otherwise_is_not_gone_on_with(runs, monk
         stop_after(patch, 6)
         assert run("otherwise", "--window", 7).exit_code == 130
     monkeypatch.setattr("cecompile.workload.plan.MIN_SHARED", 1000)  # as another version might pack them
-    monkeypatch.setattr("cecompile.journaled._plan_facts", lambda plan: {"plan": str(plan.useful_tokens)})
+    monkeypatch.setattr("cecompile.run.resume._plan_facts", lambda plan: {"plan": str(plan.useful_tokens)})
     monkeypatch.setattr("cecompile.results.journal.Journal.expect", lambda *_: None)  # the first window's pass
     refused = run("otherwise", "--window", 7, "--resume")
     assert refused.exit_code == 2

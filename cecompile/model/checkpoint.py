@@ -17,42 +17,8 @@ from cecompile.model.load import Loaded, Meanwhile, NotPlain, load_plainly
 from cecompile.model.prefetch import INDEX, SINGLE
 from cecompile.model.safetensors_reader import Checkpoint, read_header, stream
 from cecompile.model.structure import Share
-from cecompile.ranks import ALONE, Ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """The device of that name, made torch's current one; "auto" is a CUDA device, else the CPU.
-
-    A CUDA device without a number is the first, and where several ranks share a machine, each one's own.
-
-    Raises:
-        UserError: no such device, or fewer than ranks.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and ranks.size > 1:
-        count = torch.cuda.device_count()
-        if 0 < count < ranks.local_size:
-            raise UserError(
-                f"--device {name}: {ranks.local_size} ranks on this machine, {count} CUDA devices; "
-                "--device cuda:0 puts all ranks on one"
-            )
-        name = f"cuda:{ranks.local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: not a device; auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: not supported; auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if not torch.cuda.is_available() or (device.index or 0) >= count:
-            raise UserError(f"--device {name}: this machine's torch {torch.__version__} sees {count} CUDA devices")
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
-    return device
 
 
 def load_config(model: str) -> Any:

@@ -7,8 +7,7 @@ changed, rounded, pruned or exchanged by anything on the way from the file to th
 
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -16,16 +15,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from cecompile.engine.attention import NAMES
-from cecompile.errors import CheckError, UserError
+from cecompile.errors import CheckError
 from cecompile.model.load import Loaded
 from cecompile.model.safetensors_reader import digest_of, host_buffers
-from cecompile.model.structure import Share, on_meta
 from cecompile.model.support import rope_type
-from cecompile.partitioned.span import Span
 
 THREADS = min(8, os.cpu_count() or 1)  # nothing else runs then
 BLOCK = 4 * 2**20  # bytes copied out at once; each thread has two such buffers
@@ -208,50 +204,3 @@ def _fixed(config: Any) -> dict[str, Any]:
     """A configuration, but for how text is generated, which pipelines set."""
     generation = GenerationConfig().to_dict()
     return {key: value for key, value in config.to_dict().items() if key not in generation}
-
-
-def changed(model: PreTrainedModel, share: Share | None = None, in_place: Sequence[nn.Module] = ()) -> dict[str, Any]:
-    """results.json's `model.changed`: what of a live model is not the stock model's, found by walking both.
-
-    Args:
-        model: after the run.
-        share: what there is of the model, in a `Span`; it is held against the same of a fresh one. None is all.
-        in_place: copies of the model's layers that ran in their place; they count among the compiled.
-
-    Returns:
-        attention: the name under which the model's attention is registered, None if that is its own. compiled: how
-        many modules of each class are compiled. replaced_modules: those that are of another class than in a fresh
-        model of the same configuration, are not in it, are missing, or have a `forward` of their own or hooks that it
-        has not; None where there is no fresh model to hold against.
-    """
-    compiled = Counter(type(m).__name__ for m in (*model.modules(), *in_place) if m._compiled_call_impl is not None)
-    attention = model.config._attn_implementation
-    return {
-        "attention": attention if attention in NAMES.values() else None,
-        "compiled": dict(sorted(compiled.items())),
-        "replaced_modules": _replaced(model, share),
-    }
-
-
-def _replaced(model: PreTrainedModel, share: Share | None) -> list[str] | None:
-    try:
-        stock = on_meta(model.config)
-        if share is not None:
-            stock.tie_weights()  # older versions do not on the meta device
-            Span.of(stock, share)
-        fresh = _kinds(stock)
-    except UserError:
-        return None
-    live = _kinds(model)
-    return [
-        name or type(model).__name__ for name in dict.fromkeys((*fresh, *live)) if fresh.get(name) != live.get(name)
-    ]
-
-
-def _kinds(model: nn.Module) -> dict[str, Sequence[Any]]:
-    """By name: each module's class, and how often what it does was changed."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks")
-    return {
-        name: (type(module), "forward" in vars(module), *(len(getattr(module, kind)) for kind in hooks))
-        for name, module in model.named_modules(remove_duplicate=False)
-    }

@@ -1,13 +1,14 @@
 """Staging: a pass as one flat array of int32, ready to be copied into a bucket's static buffer in one go."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
-from cecompile.workload.plan import Bucket, Pass, Plan
-from cecompile.workload.sequences import Ints
+from cecompile.workload.lanes import DecodeShape
+from cecompile.workload.plan import Bucket, Geometry, Pass, Plan
+from cecompile.workload.sequences import Ints, Sequences
 from cecompile.workload.tree import TARGETS
 
 TILE = 64  # tokens a side of a block-sparse mask's tiles: small, because question trees are
@@ -128,3 +129,34 @@ def _index_tiles(part: dict[str, Ints]) -> None:
     for name, chosen in (("partial", some & ~full), ("full", full), ("any", some)):
         part[f"{name}_count"][:] = chosen.sum(axis=2)
         part[f"{name}_index"][:] = np.argsort(~chosen, axis=2, kind="stable")
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What there is to warm up for.
+
+    Attributes:
+        geometry, buckets, decoding: the plan's.
+        sequences, staged: what will run, of which a few sequences are checked; None where that is not known yet.
+    """
+
+    geometry: Geometry
+    buckets: tuple[Bucket, ...]
+    decoding: DecodeShape | None = None
+    sequences: Sequences | None = None
+    staged: Sequence[StagedPass] = ()
+
+    @classmethod
+    def for_plan(cls, plan: Plan, sequences: Sequences) -> "Ready":
+        """All that running these sequences takes."""
+        return cls(plan.geometry, plan.buckets, plan.decoding, sequences, list(stage_all(plan)))
+
+    @property
+    def compiled(self) -> tuple[Bucket | DecodeShape, ...]:
+        """Everything that is compiled."""
+        return self.buckets if self.decoding is None else (*self.buckets, self.decoding)
+
+    @property
+    def steps(self) -> int:
+        """How many fixed shapes that is."""
+        return len(self.buckets) + (0 if self.decoding is None else len(self.decoding.step_tokens))

@@ -10,12 +10,14 @@ from cecompile.engine.decode import Decoder
 from cecompile.engine.forward import Readouts
 from cecompile.engine.stock_pipeline import StockPipeline, stop_tokens
 from cecompile.errors import UserError
-from cecompile.journaled import answer_alone, begin, run_passes, write_answers
 from cecompile.model.checkpoint import load_generation_config
-from cecompile.packed import PackedModel, Workload, timed
 from cecompile.results.clock import Clock
 from cecompile.results.journal import Journal
-from cecompile.runtime import Progress, Runtime
+from cecompile.run.language_model import PackedModel, Workload, timed
+from cecompile.run.passes import answer_alone, run_passes, write_answers
+from cecompile.run.progress import Progress
+from cecompile.run.resume import begin
+from cecompile.run.runtime import Runtime
 from cecompile.tasks.chat import NEW_TOKENS, ChatQuestion
 from cecompile.workload.encode import max_input_length
 from cecompile.workload.graft import Walk, graft, prompts_of, walk

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cecompile.packed import PackedModel
 from cecompile.results.clock import Clock
 from cecompile.results.journal import Journal
 from cecompile.results.spool import Spool
-from cecompile.runtime import Progress
+from cecompile.run.language_model import PackedModel
+from cecompile.run.progress import Progress
 from cecompile.tasks.chat import AnswerSample, right_answers
 from cecompile.tasks.judge import metrics_of, right_choices
 from cecompile.tasks.windows import Windows

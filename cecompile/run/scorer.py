@@ -8,11 +8,12 @@ from numpy.typing import NDArray
 
 from cecompile.engine.attention import stock_attention
 from cecompile.engine.forward import Readouts
-from cecompile.journaled import Named, begin, run_passes, score_sequences_alone
-from cecompile.packed import PackedModel, Workload, timed
 from cecompile.results.clock import Clock
 from cecompile.results.journal import Journal
-from cecompile.runtime import Progress
+from cecompile.run.language_model import PackedModel, Workload, timed
+from cecompile.run.passes import Named, run_passes, score_sequences_alone
+from cecompile.run.progress import Progress
+from cecompile.run.resume import begin
 from cecompile.tasks.question import Question
 from cecompile.workload.encode import encode, max_input_length
 from cecompile.workload.sequences import Sequences

@@ -6,12 +6,13 @@ from typing import Any
 
 from cecompile.compile_cache.store import WARM, Entry, Found
 from cecompile.errors import CheckError, UserError
-from cecompile.packed import PackedModel
-from cecompile.runtime import Progress
+from cecompile.run.engine_builder import useful_tokens_per_second
+from cecompile.run.language_model import PackedModel
+from cecompile.run.progress import Progress
 from cecompile.tasks.windows import Windows
-from cecompile.warming import Ready, useful_tokens_per_second
 from cecompile.workload.plan import Plan, every_bucket
 from cecompile.workload.sequences import Sequences
+from cecompile.workload.stage import Ready
 
 GAIN = 1.03  # how much faster than the usual bucket size another must be to be taken
 

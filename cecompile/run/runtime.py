@@ -3,7 +3,7 @@
 import functools
 import gc
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -33,14 +33,14 @@ from cecompile.planning import memory
 from cecompile.planning.bucket_size import Sizing
 from cecompile.ranks import ALONE, Ranks
 from cecompile.results.clock import Clock
-from cecompile.warming import Ready, Warmed, Warmer
+from cecompile.run.engine_builder import Warmed, Warmer
+from cecompile.run.progress import Counter, Progress
 from cecompile.workload.lanes import DecodeShape
 from cecompile.workload.order import sort_sequences
 from cecompile.workload.plan import Bucket, Geometry, Plan, make_plan, with_room
 from cecompile.workload.sequences import Sequences
+from cecompile.workload.stage import Ready
 from cecompile.workload.totals import Totals
-
-Progress = Callable[[str, int, int], None]  # (phase, done, total)
 
 
 class Runtime:
@@ -493,20 +493,3 @@ def _largest(plan: Plan | Totals | Ready) -> Geometry:
     """The geometry of a plan's largest bucket."""
     largest = plan.buckets[0]
     return Geometry(largest.rows, largest.length, plan.geometry.readout_chunk, plan.geometry.blocks)
-
-
-class Counter:
-    """Turns "one more is done" into progress; `done` of them are from the start."""
-
-    def __init__(self, phase: str, total: int, progress: Progress, done: int = 0) -> None:
-        self._phase, self._total, self._progress = phase, total, progress
-        self._done = done
-        progress(phase, done, total)
-
-    def __call__(self, *_: Any) -> None:
-        self.reach(self._done + 1)
-
-    def reach(self, done: int) -> None:
-        """So many are done."""
-        self._done = done
-        self._progress(self._phase, self._done, self._total)

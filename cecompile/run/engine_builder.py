@@ -21,9 +21,8 @@ from cecompile.partitioned.pipeline import Stage
 from cecompile.partitioned.streaming import SweepEngine
 from cecompile.partitioned.verify import pipeline_disagreement, sweep_disagreement
 from cecompile.workload.lanes import DecodeShape
-from cecompile.workload.plan import Bucket, Geometry, Plan
-from cecompile.workload.sequences import Sequences
-from cecompile.workload.stage import StagedPass, stage_all
+from cecompile.workload.plan import Bucket
+from cecompile.workload.stage import Ready, StagedPass
 
 Done = Callable[[Any], None]
 
@@ -34,37 +33,6 @@ class StageError(Exception):
 
 # no C++ compiler, no Triton, or a layer that does not compile
 NOT_COMPILED = (TorchDynamoException, FailOnRecompileLimitHit, StageError)
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """What there is to warm up for.
-
-    Attributes:
-        geometry, buckets, decoding: the plan's.
-        sequences, staged: what will run, of which a few sequences are checked; None where that is not known yet.
-    """
-
-    geometry: Geometry
-    buckets: tuple[Bucket, ...]
-    decoding: DecodeShape | None = None
-    sequences: Sequences | None = None
-    staged: Sequence[StagedPass] = ()
-
-    @classmethod
-    def for_plan(cls, plan: Plan, sequences: Sequences) -> "Ready":
-        """All that running these sequences takes."""
-        return cls(plan.geometry, plan.buckets, plan.decoding, sequences, list(stage_all(plan)))
-
-    @property
-    def compiled(self) -> tuple[Bucket | DecodeShape, ...]:
-        """Everything that is compiled."""
-        return self.buckets if self.decoding is None else (*self.buckets, self.decoding)
-
-    @property
-    def steps(self) -> int:
-        """How many fixed shapes that is."""
-        return len(self.buckets) + (0 if self.decoding is None else len(self.decoding.step_tokens))
 
 
 @dataclass(slots=True)

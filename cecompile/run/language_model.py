@@ -13,7 +13,7 @@ from cecompile import demo
 from cecompile import device as device_memory
 from cecompile.compile_cache.store import CompileCache, NoCacheError, default_directory
 from cecompile.errors import UserError
-from cecompile.model.checkpoint import DTYPES, check_vocabulary, load_config, load_tokenizer, resolve_device
+from cecompile.model.checkpoint import DTYPES, check_vocabulary, load_config, load_tokenizer
 from cecompile.model.structure import on_meta
 from cecompile.model.support import refusal
 from cecompile.planning import memory
@@ -21,11 +21,12 @@ from cecompile.planning.bucket_size import Sizing
 from cecompile.ranks import ALONE, Ranks
 from cecompile.results.clock import Clock
 from cecompile.results.journal import Journal
-from cecompile.runtime import Progress, Runtime
-from cecompile.warming import Ready, Warmed
+from cecompile.run.engine_builder import Warmed
+from cecompile.run.progress import Progress
+from cecompile.run.runtime import Runtime
 from cecompile.workload.plan import BLOCK, Plan
 from cecompile.workload.sequences import Sequences
-from cecompile.workload.stage import StagedPass
+from cecompile.workload.stage import Ready, StagedPass
 
 ENGINES = ("compiled", "eager", "reference")
 ATTENTIONS = ("auto", "flex", "sdpa")
@@ -266,3 +267,36 @@ def _runtime(
     if note:
         runtime.remark(note)
     return runtime
+
+
+def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device of that name, made torch's current one; "auto" is a CUDA device, else the CPU.
+
+    A CUDA device without a number is the first, and where several ranks share a machine, each one's own.
+
+    Raises:
+        UserError: no such device, or fewer than ranks.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and ranks.size > 1:
+        count = torch.cuda.device_count()
+        if 0 < count < ranks.local_size:
+            raise UserError(
+                f"--device {name}: {ranks.local_size} ranks on this machine, {count} CUDA devices; "
+                "--device cuda:0 puts all ranks on one"
+            )
+        name = f"cuda:{ranks.local_rank}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: not a device; auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: not supported; auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available() or (device.index or 0) >= count:
+            raise UserError(f"--device {name}: this machine's torch {torch.__version__} sees {count} CUDA devices")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device

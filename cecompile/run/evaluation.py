@@ -1,22 +1,14 @@
 """An evaluation: scores or answers, judged, with everything that results.json says about the run."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
-from cecompile import device as device_memory
-from cecompile.answerer import Answerer
 from cecompile.model.structure import on_meta
 from cecompile.model.tokenizer_digest import tokenizer_digest
-from cecompile.model.unchanged import changed
-from cecompile.procfs import cpu_model
-from cecompile.results.clock import Clock, latencies, spread
+from cecompile.results.clock import Clock, spread
 from cecompile.results.compare import Baseline, compare, refuse_other
 from cecompile.results.journal import Journal
 from cecompile.results.spool import Spool
@@ -30,13 +22,15 @@ from cecompile.results.write import (
     write_results,
     write_samples,
 )
-from cecompile.runtime import Progress, Runtime
-from cecompile.scorer import Scorer
+from cecompile.run import provenance
+from cecompile.run.answerer import Answerer
+from cecompile.run.progress import Progress
+from cecompile.run.scorer import Scorer
+from cecompile.run.windows import Judged, run_in_windows
 from cecompile.tasks.chat import AnswerSample, ChatQuestion, answer_metrics, judge_answer
 from cecompile.tasks.judge import Sample, judge, metrics
 from cecompile.tasks.question import Question, digest
 from cecompile.tasks.windows import Windows
-from cecompile.windowed import Judged, run_in_windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +89,7 @@ def evaluate(
     runtime, data_facts = model.runtime, {"name": data, "digest": data_digest}
     if baseline is not None:
         _expect(baseline, model, {"task": task, "questions": len(questions), "data": data_facts})
-    known = {"task": task, "data digest": data_digest, **_version_facts(runtime)}
+    known = {"task": task, "data digest": data_digest, **provenance.version_facts(runtime)}
     runtime.ranks.all_same(known)
     if journal is not None:
         journal.expect(known)
@@ -107,8 +101,8 @@ def evaluate(
     else:
         judged = run(model, questions, clock, progress, repeat, journal)  # type: ignore[arg-type]
     resumed = None if journal is None else journal.resumed
-    plan, model_facts = judged.plan, _model(model)
-    shares = runtime.ranks.gather(_share(runtime))
+    plan, model_facts = judged.plan, provenance.model(model)
+    shares = runtime.ranks.gather(provenance.share(runtime))
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -116,7 +110,7 @@ def evaluate(
         "task": task,
         "questions": len(questions),
         **judged.facts,
-        **_times(clock, judged.inference_s, headline, resumed),
+        **provenance.times(clock, judged.inference_s, headline, resumed),
         "resumed": resumed,
         "warmed": clock.since_start(judged.warm_moments),
         "inference_s": spread(judged.inference_s),
@@ -125,8 +119,8 @@ def evaluate(
             "attention": None if runtime.engine == "reference" else runtime.attention,
             "note": runtime.note,
         },
-        "ranks": None if runtime.ranks.size == 1 else {"size": len(shares)} | _columns(shares, "peak"),
-        "pipeline": _pipeline(runtime),
+        "ranks": None if runtime.ranks.size == 1 else {"size": len(shares)} | provenance.columns(shares, "peak"),
+        "pipeline": provenance.pipeline(runtime),
         "plan": None if plan is None else plan_summary(plan),
         "streaming": runtime.streaming,
         "model": model_facts,
@@ -139,7 +133,7 @@ def evaluate(
             "peak_bytes": max(share["peak"] for share in shares),
         },
         "data": data_facts,
-        "environment": environment(_device_name(runtime.device)),
+        "environment": environment(provenance.device_name(runtime.device)),
     }
     if baseline is not None:
         name = "this run" if output is None else str(output)
@@ -153,7 +147,7 @@ def evaluate(
             write_predictions(output, (sample.text for sample in judged.samples))
     results["samples_digest"] = None if output is None else file_digests(output)
     report(results)
-    results.update(_times(clock, judged.inference_s, headline, resumed))
+    results.update(provenance.times(clock, judged.inference_s, headline, resumed))
     results["digest"] = digest_of_results(results)
     if output is not None:
         write_results(output, results)
@@ -205,89 +199,11 @@ def _answered(
     return Judged(samples, facts, answers.workload.plan, answers.inference_s, answerer.runtime.warm_moments)
 
 
-def _times(clock: Clock, inference: Sequence[float], headline: str, resumed: dict[str, Any] | None) -> dict[str, Any]:
-    """What the results say of the clock, up to now. A run of which a part was done before has no headline."""
-    phases = clock.phases()
-    seconds = latencies(phases, inference)
-    return {
-        "latency_s": seconds,
-        "headline": {"clock": headline, "seconds": None if resumed else seconds[headline]},
-        "phases_s": phases,
-        "timeline": clock.timeline(),
-    }
-
-
-def _share(runtime: Runtime) -> dict[str, Any]:
-    """This rank's part in a run."""
-    ranks = runtime.ranks
-    device, peak = _device_name(runtime.device), device_memory.peak(runtime.device)
-    return {"passes": ranks.passes, "tokens": ranks.tokens, "devices": device, "peak": peak}
-
-
-def _pipeline(runtime: Runtime) -> dict[str, Any] | None:
-    """results.json's `pipeline`: how many stages, and the layers of each, from the first to before the last."""
-    shares = runtime.sizing.shares
-    return {"stages": len(shares), "layers": [[s.first, s.last] for s in shares]} if shares else None
-
-
-def _changed(runtime: Runtime) -> dict[str, Any]:
-    """results.json's `model.changed`; of a pipeline, of one replica's stages together, and replaced modules of all."""
-    assert runtime.model is not None
-    mine = changed(runtime.model, runtime.share, runtime.modules)
-    if runtime.share is None:
-        return mine
-    parts = runtime.ranks.gather(mine)
-    compiled: Counter[str] = Counter()
-    for part in parts[: runtime.ranks.stages]:
-        compiled.update(part["compiled"])
-    replaced = dict.fromkeys(name for part in parts for name in part["replaced_modules"] or ())
-    return mine | {"compiled": dict(sorted(compiled.items())), "replaced_modules": list(replaced)}
-
-
-def _columns(rows: Sequence[dict[str, Any]], *without: str) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in rows[0] if name not in without}
-
-
-def _version_facts(runtime: Runtime) -> dict[str, Any]:
-    """The versions that a result depends on, by name."""
-    about = environment(_device_name(runtime.device))
-    return {"python": about["python"], "system": about["system"], **about["versions"]}
-
-
-def _model(scored: Scorer | Answerer) -> dict[str, Any]:
-    """results.json's `model`. Raises CheckError: see `Runtime.verify`."""
-    runtime, model = scored.runtime, scored.runtime.model
-    assert model is not None  # it has just scored
-    verified, device_fingerprint = runtime.verify()
-    return {
-        "name": runtime.name,
-        **_kind(model if runtime.share is None else on_meta(runtime.config)),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "stored_dtypes": None if runtime.checkpoint is None else runtime.checkpoint.stored_dtypes(),
-        "fingerprint": runtime.fingerprint,
-        "device_fingerprint": device_fingerprint,
-        "verified": verified,
-        "changed": _changed(runtime),
-        "tokenizer_digest": tokenizer_digest(scored.tokenizer),
-    }
-
-
-def _kind(model: PreTrainedModel) -> dict[str, Any]:
-    return {"architecture": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
-
-
 def _expect(baseline: Baseline, model: Scorer | Answerer, known: dict[str, Any]) -> None:
     """Refuses a baseline of something else, as far as it shows before anything is loaded; the weights do later."""
     runtime, stored = model.runtime, baseline.stored
-    known["model"] = {"tokenizer_digest": tokenizer_digest(model.tokenizer), **_kind(on_meta(runtime.config))}
+    known["model"] = {"tokenizer_digest": tokenizer_digest(model.tokenizer), **provenance.kind(on_meta(runtime.config))}
     if isinstance(model, Answerer):
         known["answers"] = {"max_new_tokens": model.new_tokens}
     refuse_other(stored, runtime.name, known, whole=False)
     runtime.expected_fingerprint = stored.results["model"]["fingerprint"]
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = cpu_model()
-    return f"CPU ({name})" if name else "CPU"

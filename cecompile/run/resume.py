@@ -1,0 +1,74 @@
+"""What a run must match to be resumed, and ranks to share one."""
+
+import hashlib
+from typing import Any
+
+import torch
+
+from cecompile.errors import UserError
+from cecompile.results.journal import Journal
+from cecompile.run.language_model import Workload
+from cecompile.run.runtime import Runtime
+from cecompile.workload.plan import Plan
+from cecompile.workload.sequences import Sequences
+
+
+def begin(runtime: Runtime, workload: Workload, journal: Journal | None, new_tokens: int = 0) -> None:
+    """Makes sure that all ranks are about to do the same, and begins the journal.
+
+    Raises:
+        UserError: a rank differs; or see `Journal.begin`; or the model was not loaded from a checkpoint, so that none
+            can be told to be the same.
+    """
+    if journal is None and runtime.ranks.size == 1:
+        return
+    if runtime.fingerprint is None:
+        raise UserError(f"{runtime.name}: loaded elsewhere, has no fingerprint: its runs cannot be journaled")
+    facts = _run_facts(runtime, workload, new_tokens)
+    devices = runtime.ranks.gather(facts.pop("device"))
+    runtime.ranks.all_same(facts)
+    if journal is not None:
+        journal.begin(facts | {"device": ", ".join(sorted(set(devices)))})
+    runtime.ranks.barrier()
+
+
+def _run_facts(runtime: Runtime, workload: Workload, new_tokens: int) -> dict[str, Any]:
+    """What the readouts of a model that has been warmed up for a workload depend on, beside the data and versions."""
+    model, on_cpu = runtime.model, runtime.device.type == "cpu"
+    assert model is not None
+    return (
+        {
+            "model fingerprint": runtime.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "engine": runtime.engine,
+            "attention": None if runtime.engine == "reference" else runtime.attention,
+            "device": runtime.device.type if on_cpu else torch.cuda.get_device_name(runtime.device),
+            "threads (OMP_NUM_THREADS)": torch.get_num_threads() if on_cpu else None,
+            "longest answer": new_tokens,
+            "tokens": _digest_of_sequences(workload.sequences),
+        }
+        | _streamed_facts(runtime)
+        | ({} if workload.plan is None else _plan_facts(workload.plan))
+    )
+
+
+def _streamed_facts(runtime: Runtime) -> dict[str, Any]:
+    return {} if runtime.feed is None else {"weights": "streamed"}
+
+
+def _digest_of_sequences(sequences: Sequences) -> str:
+    sha = hashlib.sha256()
+    for part in (sequences.token_ids, sequences.starts, sequences.predicted, sequences.questions):
+        sha.update(part.tobytes())
+    return sha.hexdigest()
+
+
+def _plan_facts(plan: Plan) -> dict[str, Any]:
+    sha = hashlib.sha256(repr((plan.geometry, plan.buckets, plan.decoding)).encode())
+    for one in plan.passes:
+        sha.update(repr((one.bucket, len(one.rows))).encode())
+        for row in one.rows:
+            for part in (row.depth, row.end, row.position, row.choice, row.entry):
+                sha.update(part.tobytes())
+    shapes = [f"{plan.runs(i)} runs of {b.rows} x {b.length} tokens" for i, b in enumerate(plan.buckets)]
+    return {"plan": ", ".join(shapes), "plan digest": sha.hexdigest()}
