@@ -38,7 +38,7 @@ from cecompile.model.checkpoint import DTYPES, load_tokenizer
 from cecompile.run import answerer
 from cecompile.run.language_model import resolve_device
 from cecompile.tasks.chat import NEW_TOKENS, ChatQuestion
-from cecompile.workload.graft import graft, prompts_of
+from cecompile.workload.chat_tree import graft, prompts_of
 from cecompile.workload.sequences import Ints, Sequences
 
 INSTRUCTION = (

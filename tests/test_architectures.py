@@ -18,7 +18,7 @@ from cecompile.model.structure import on_meta
 from cecompile.model.support import refusal
 from cecompile.run.answerer import decode
 from cecompile.run.scorer import collect
-from cecompile.workload.lanes import DecodeShape
+from cecompile.workload.decode_schedule import DecodeShape
 
 GROUPED = {"num_key_value_heads": 2}
 SIZED = GROUPED | {"head_dim": 8}

@@ -23,8 +23,8 @@ from cecompile.errors import UserError
 from cecompile.planning.bucket_size import Sizing
 from cecompile.run.answerer import decode
 from cecompile.tasks.chat import find_choices, judge_answer
-from cecompile.workload.graft import graft, prompts_of, walk
-from cecompile.workload.lanes import DecodeShape, Lanes
+from cecompile.workload.chat_tree import graft, prompts_of, walk
+from cecompile.workload.decode_schedule import DecodeShape, Lanes
 
 CONTEST = Path(__file__).parents[1] / "scripts" / "contest_2024.py"
 TEMPLATE = (

@@ -24,8 +24,8 @@ from cecompile.partitioned.verify import sweep_disagreement
 from cecompile.run import runtime
 from cecompile.run.answerer import decode
 from cecompile.run.scorer import collect
-from cecompile.workload.graft import prompts_of
-from cecompile.workload.lanes import DecodeShape
+from cecompile.workload.chat_tree import prompts_of
+from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import choose_geometry, make_plan
 from cecompile.workload.stage import stage_all
 

@@ -23,7 +23,7 @@ from cecompile.engine.cuda_graph import capture
 from cecompile.engine.head import Readout
 from cecompile.engine.longrope import Frequencies
 from cecompile.model.structure import decoder_layers
-from cecompile.workload.lanes import DecodeShape, Step
+from cecompile.workload.decode_schedule import DecodeShape, Step
 
 
 class NotDecodableError(Exception):

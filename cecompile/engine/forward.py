@@ -18,7 +18,7 @@ from cecompile.engine.decode import Decoder
 from cecompile.engine.head import Readout, readout_of
 from cecompile.engine.longrope import Frequencies
 from cecompile.model.structure import decoder_layers, norms_beside
-from cecompile.workload.lanes import DecodeShape
+from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, data_size, empty_pass, views
 from cecompile.workload.tree import TARGETS

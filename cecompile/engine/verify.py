@@ -21,7 +21,7 @@ from cecompile.engine.decode import Decoder
 from cecompile.engine.forward import Engine, Readouts
 from cecompile.engine.probe import ROUNDINGS, TOLERANCE
 from cecompile.engine.reference import rounding, stock_logits
-from cecompile.workload.lanes import Step
+from cecompile.workload.decode_schedule import Step
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import StagedPass
 

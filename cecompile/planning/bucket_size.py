@@ -13,7 +13,7 @@ from cecompile.planning import sizes as sizes_module
 from cecompile.planning.stages import costs, split
 from cecompile.planning.stages import shares as shares_of
 from cecompile.ranks import ALONE, Ranks
-from cecompile.workload.lanes import DecodeShape
+from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import BLOCK, Geometry, choose_geometry
 
 

@@ -14,7 +14,7 @@ from cecompile.device import is_the_hosts
 from cecompile.errors import UserError
 from cecompile.model.layer_layout import PLACES
 from cecompile.planning.sizes import Sizes, Streamed
-from cecompile.workload.lanes import DecodeShape
+from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import Bucket, Geometry
 from cecompile.workload.stage import data_size
 

@@ -19,9 +19,9 @@ from cecompile.run.progress import Progress
 from cecompile.run.resume import begin
 from cecompile.run.runtime import Runtime
 from cecompile.tasks.chat import NEW_TOKENS, ChatQuestion
+from cecompile.workload.chat_tree import Walk, graft, prompts_of, walk
+from cecompile.workload.decode_schedule import Lanes
 from cecompile.workload.encode import max_input_length
-from cecompile.workload.graft import Walk, graft, prompts_of, walk
-from cecompile.workload.lanes import Lanes
 from cecompile.workload.sequences import Ints
 from cecompile.workload.stage import StagedPass
 

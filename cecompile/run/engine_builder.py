@@ -20,7 +20,7 @@ from cecompile.partitioned.layer_feed import Feed
 from cecompile.partitioned.pipeline import Stage
 from cecompile.partitioned.streaming import SweepEngine
 from cecompile.partitioned.verify import pipeline_disagreement, sweep_disagreement
-from cecompile.workload.lanes import DecodeShape
+from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import Ready, StagedPass
 

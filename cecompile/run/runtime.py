@@ -35,7 +35,7 @@ from cecompile.ranks import ALONE, Ranks
 from cecompile.results.clock import Clock
 from cecompile.run.engine_builder import Warmed, Warmer
 from cecompile.run.progress import Counter, Progress
-from cecompile.workload.lanes import DecodeShape
+from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.order import sort_sequences
 from cecompile.workload.plan import Bucket, Geometry, Plan, make_plan, with_room
 from cecompile.workload.sequences import Sequences

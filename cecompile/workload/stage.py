@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cecompile.workload.lanes import DecodeShape
+from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import Bucket, Geometry, Pass, Plan
 from cecompile.workload.sequences import Ints, Sequences
 from cecompile.workload.tree import TARGETS

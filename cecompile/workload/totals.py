@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cecompile.workload.lanes import DecodeShape
+from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import Bucket, Geometry, Plan
 
 
