@@ -12,8 +12,13 @@ from typing import Any
 
 import torch
 
+PACKAGE = Path(__file__).parents[1]
 _IDLE = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "_attn_implementation"}
-_SOURCES = ("engine", "workload")
+# What changes compiled code, or what it is called with. What only plans, loads, stores or shows does not belong here:
+# who updates it keeps a warm cache.
+SOURCES = (
+    "engine", "workload", "partitioned", "model/structure.py", "model/support.py", "model/layer_layout.py",
+)  # fmt: skip
 
 
 def compile_facts(config: Any, dtype: str, device: torch.device, attention: str, readout_chunk: int) -> dict[str, Any]:
@@ -78,13 +83,18 @@ def _compiler() -> str:
 
 
 @functools.cache
-def source_digest() -> str:
+def source_digest(package: Path = PACKAGE) -> str:
     """Digest over the modules that make the compiled code and its inputs."""
-    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted(p for folder in _SOURCES for p in (root / folder).glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
+    for path in hashed_files(package):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def hashed_files(package: Path) -> list[Path]:
+    """The files of SOURCES, those of folders with all below them."""
+    places = [package / name for name in SOURCES]
+    return sorted(file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place]))
 
 
 def is_outdated(facts: dict[str, Any]) -> bool:
