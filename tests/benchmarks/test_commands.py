@@ -1,0 +1,60 @@
+"""How long commands take, as ratios; see test_speed.py."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alternate import assert_at_most, timed
+from conftest import HANG
+
+CECOMPILE = [sys.executable, "-m", "cecompile"]
+
+
+def run(command: list[str], status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def results(directory: Path) -> dict:
+    return json.loads((directory / "results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--help"], 0), (["eval", "--help"], 0), (["eval", "--engine", "what"], 2), (["what"], 2)],
+)
+def test_help_and_usage_errors_answer_at_once(arguments, status, ratios):
+    """In little more time than Python takes to import the parser of options and NumPy."""
+    bare = [sys.executable, "-c", "import click, numpy"]
+    assert_at_most(9.9, timed(lambda: run([*CECOMPILE, *arguments], status)), timed(lambda: run(bare)), ratios)
+
+
+def test_phases_sum_to_the_wall_time_of_the_process(tiny_llama, tmp_path, ratios):
+    """All but the writing of results.json and the end of the process is on the clock."""
+    command = [*CECOMPILE, "eval", "--model", str(tiny_llama), "--device", "cpu", "--engine", "eager"]
+    command += ["--limit", "20", "--overwrite", "--output", str(tmp_path)]
+
+    def booked() -> float:
+        return sum(results(tmp_path)["phases_s"].values())
+
+    assert_at_most(1.0, timed(lambda: run(command)), booked, ratios)
+
+
+def test_a_warm_cache_is_at_most_a_third_of_the_warm_up(tiny_llama, tmp_path, ratios):
+    command = [*CECOMPILE, "eval", "--model", str(tiny_llama), "--device", "cpu", "--limit", "8"]
+    numbers = itertools.count()
+
+    def warm_up(cache: Path, state: str) -> float:
+        output = tmp_path / f"out {next(numbers)}"
+        run([*command, "--cache-dir", str(cache), "--output", str(output)])
+        assert results(output)["cache"]["state"] == state
+        return results(output)["phases_s"]["warmup"]
+
+    warm_up(tmp_path / "warm", "cold")
+    warm, cold = (lambda: warm_up(tmp_path / "warm", "warm")), (lambda: warm_up(tmp_path / str(next(numbers)), "cold"))
+    assert_at_most(1 / 3, warm, cold, ratios)
