@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable
 
+import pytest
+
 LEAST, MOST = 5, 60  # rounds
 SETTLED = 4  # rounds in which the ratio has to stay the same,
 CHANGE = 0.02  # within this fraction
@@ -23,12 +25,15 @@ def timed(run: Callable[[], object]) -> Callable[[], float]:
 def ratio(first: Callable[[], float], second: Callable[[], float]) -> float:
     """The least that `first` returns, divided by the least that `second` returns.
 
-    Calls both by turns, until the ratio no longer changes.
+    Calls `second` and `first` by turns, until the ratio no longer changes.
     """
-    least, found, began = [float("inf")] * 2, [], time.perf_counter()
+    least_first = least_second = float("inf")
+    found: list[float] = []
+    began = time.perf_counter()
     while len(found) < MOST:
-        least = [min(known, seconds()) for known, seconds in zip(least, (first, second), strict=True)]
-        found.append(least[0] / least[1])
+        least_second = min(least_second, second())
+        least_first = min(least_first, first())
+        found.append(least_first / least_second)
         latest = found[-SETTLED:]
         settled = max(latest) <= (1 + CHANGE) * min(latest)
         if len(found) >= LEAST and settled and time.perf_counter() - began >= AT_LEAST:
@@ -37,11 +42,15 @@ def ratio(first: Callable[[], float], second: Callable[[], float]) -> float:
 
 
 def assert_at_most(limit: float, first: Callable[[], float], second: Callable[[], float], ratios: bool) -> None:
-    """With `ratios`, asserts that `first` takes at most `limit` times as long as `second`; else calls each once."""
+    """With `ratios`, asserts that `first` takes at most `limit` times as long as `second`; else calls each once.
+
+    In both cases `second` is called before `first`.
+    """
     if not ratios:
-        first()
         second()
+        first()
         return
     found = ratio(first, second)
     print(f"ratio {found:.3f}, at most {limit}")  # shown with `pytest -rP`
-    assert found <= limit
+    if found > limit:
+        pytest.fail(f"{found:.3f} times as long, {limit:.3f} at most")

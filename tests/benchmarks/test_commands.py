@@ -1,6 +1,5 @@
 """How long commands take, as ratios; see test_speed.py."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -39,22 +38,27 @@ def test_phases_sum_to_the_wall_time_of_the_process(tiny_llama, tmp_path, ratios
     command = [*CECOMPILE, "eval", "--model", str(tiny_llama), "--device", "cpu", "--engine", "eager"]
     command += ["--limit", "20", "--overwrite", "--output", str(tmp_path)]
 
+    walls = []
+
     def booked() -> float:
+        walls.append(timed(lambda: run(command))())
         return sum(results(tmp_path)["phases_s"].values())
 
-    assert_at_most(1.0, timed(lambda: run(command)), booked, ratios)
+    assert_at_most(1.0, lambda: walls[-1], booked, ratios)
 
 
 def test_a_warm_cache_is_at_most_a_third_of_the_warm_up(tiny_llama, tmp_path, ratios):
     command = [*CECOMPILE, "eval", "--model", str(tiny_llama), "--device", "cpu", "--limit", "8"]
-    numbers = itertools.count()
+    caches: list[Path] = []
 
     def warm_up(cache: Path, state: str) -> float:
-        output = tmp_path / f"out {next(numbers)}"
-        run([*command, "--cache-dir", str(cache), "--output", str(output)])
+        output = tmp_path / "out"
+        run([*command, "--cache-dir", str(cache), "--overwrite", "--output", str(output)])
         assert results(output)["cache"]["state"] == state
         return results(output)["phases_s"]["warmup"]
 
-    warm_up(tmp_path / "warm", "cold")
-    warm, cold = (lambda: warm_up(tmp_path / "warm", "warm")), (lambda: warm_up(tmp_path / str(next(numbers)), "cold"))
-    assert_at_most(1 / 3, warm, cold, ratios)
+    def cold() -> float:
+        caches.append(tmp_path / f"cache {len(caches)}")
+        return warm_up(caches[-1], "cold")
+
+    assert_at_most(1 / 3, lambda: warm_up(caches[0], "warm"), cold, ratios)
