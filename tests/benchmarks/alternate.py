@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 
-LEAST, MOST = 5, 60  # rounds
-SETTLED = 4  # rounds in which the ratio has to stay the same,
+LEAST, MOST = 3, 60  # rounds
+SETTLED = 3  # rounds in which the ratio has to stay the same,
 CHANGE = 0.02  # within this fraction
-AT_LEAST = 1.0  # seconds in which to measure
+AT_LEAST = 3.0  # seconds in which to measure
 
 
 def timed(run: Callable[[], object]) -> Callable[[], float]:

@@ -30,11 +30,11 @@ def results(directory: Path) -> dict:
 def test_help_and_usage_errors_answer_at_once(arguments, status, ratios):
     """In little more time than Python takes to import the parser of options and NumPy."""
     bare = [sys.executable, "-c", "import click, numpy"]
-    assert_at_most(9.9, timed(lambda: run([*CECOMPILE, *arguments], status)), timed(lambda: run(bare)), ratios)
+    assert_at_most(2.0, timed(lambda: run([*CECOMPILE, *arguments], status)), timed(lambda: run(bare)), ratios)
 
 
 def test_phases_sum_to_the_wall_time_of_the_process(tiny_llama, tmp_path, ratios):
-    """All but the writing of results.json and the end of the process is on the clock."""
+    """But for 1 % or 50 ms: results.json is written, and the process ends, when its clock was read for the last time."""
     command = [*CECOMPILE, "eval", "--model", str(tiny_llama), "--device", "cpu", "--engine", "eager"]
     command += ["--limit", "20", "--overwrite", "--output", str(tmp_path)]
 
@@ -44,7 +44,7 @@ def test_phases_sum_to_the_wall_time_of_the_process(tiny_llama, tmp_path, ratios
         walls.append(timed(lambda: run(command))())
         return sum(results(tmp_path)["phases_s"].values())
 
-    assert_at_most(1.0, lambda: walls[-1], booked, ratios)
+    assert_at_most(1.0, lambda: walls[-1] - max(0.05, 0.01 * walls[-1]), booked, ratios)
 
 
 def test_a_warm_cache_is_at_most_a_third_of_the_warm_up(tiny_llama, tmp_path, ratios):
@@ -58,7 +58,7 @@ def test_a_warm_cache_is_at_most_a_third_of_the_warm_up(tiny_llama, tmp_path, ra
         return results(output)["phases_s"]["warmup"]
 
     def cold() -> float:
-        caches.append(tmp_path / f"cache {len(caches)}")
+        caches.append(tmp_path / f"cache-{len(caches)}")
         return warm_up(caches[-1], "cold")
 
     assert_at_most(1 / 3, lambda: warm_up(caches[0], "warm"), cold, ratios)
