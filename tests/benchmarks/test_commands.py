@@ -34,7 +34,7 @@ def test_help_and_usage_errors_answer_at_once(arguments, status, ratios):
 
 
 def test_phases_sum_to_the_wall_time_of_the_process(tiny_llama, tmp_path, ratios):
-    """But for 1 % or 50 ms: results.json is written, and the process ends, when its clock was read for the last time."""
+    """Within 1 % or 50 ms: a process writes results.json and ends after it has read its clock for the last time."""
     command = [*CECOMPILE, "eval", "--model", str(tiny_llama), "--device", "cpu", "--engine", "eager"]
     command += ["--limit", "20", "--overwrite", "--output", str(tmp_path)]
 
