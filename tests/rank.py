@@ -1,6 +1,7 @@
 """What torchrun starts in the tests of ranks: the command line, or several evaluations in one process.
 
-With DIE_AFTER=N rank 1 is killed once it has journaled N records, the first time it is started.
+With DIE_AFTER=N rank 1 is killed once it has journaled N records and rank 0 one, the first time they are started.
+Rank 0 then waits for the signal that torchrun sends to whoever is left.
 """
 
 import json
@@ -11,19 +12,32 @@ import time
 from pathlib import Path
 
 from cecompile.cli import main
-from cecompile.report.journal import Journal
+from cecompile.report.journal import NAME, Journal, read
 
 
 def die_after(records: int) -> None:
-    add, first = Journal.add, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    from cecompile import ranks
 
-    def add_and_die(self, *record):
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
+    add, dies = Journal.add, os.environ["RANK"] == "1"
+
+    def add_and_stop(self, *record):
         add(self, *record)
-        if os.environ["RANK"] == "1" and first and self._added == records:
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.02)  # so that no rank does all before another has begun
+        if dies and self._added < records:
+            return
+        while not dies or not others_have_begun(self):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    Journal.add = add_and_die
+    Journal.add = add_and_stop
+    ranks.AGENT = 600.0  # seconds for the signal, where rank 0 misses rank 1 before it comes
+
+
+def others_have_begun(journal: Journal) -> bool:
+    """Whether rank 0 has journaled a record; the first stage of a pipeline journals none."""
+    path = journal.path.with_name(NAME)
+    return journal._ranks.stages > 1 or (path.exists() and len(list(read(path.read_bytes()))) > 1)
 
 
 def agree() -> None:
@@ -59,7 +73,6 @@ def share(directory: Path) -> None:
     """Every evaluation that runs.json lists, by this rank among others; one that has a journal is gone on with."""
     from cecompile import Answerer, Scorer, evaluate
     from cecompile.ranks import Ranks
-    from cecompile.report.journal import NAME
     from cecompile.tasks.read import read_dataset
 
     ranks = Ranks.from_environment()

@@ -157,7 +157,8 @@ _active: Masks | None = None
 
 
 def _mask(*, dtype: torch.dtype, local_size: int | None = None, **_: Any) -> Tensor | BlockMask:
-    assert _active is not None, "tree attention outside Masks.active()"
+    if _active is None:
+        raise RuntimeError("tree attention outside Masks.active()")
     return _active.get(local_size, dtype)
 
 

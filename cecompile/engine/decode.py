@@ -46,7 +46,8 @@ class Decoder:
     def __init__(
         self, model: PreTrainedModel, readout: Readout, shape: DecodeShape, pool: Any, rope: Frequencies
     ) -> None:  # fmt: skip
-        assert max(shape.step_tokens) < shape.slots
+        if max(shape.step_tokens) >= shape.slots:
+            raise ValueError(f"a cache of {shape.slots} slots does not hold a step of {max(shape.step_tokens)} tokens")
         self.shape = shape
         self._model = model
         self._body = model.base_model
