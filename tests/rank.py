@@ -93,12 +93,47 @@ def share(directory: Path) -> None:
             )
 
 
-if __name__ == "__main__":
+def run(*arguments: str) -> None:
+    """What a rank does: "share" and a directory, "agree", or the command line with these arguments."""
     if "DIE_AFTER" in os.environ:
         die_after(int(os.environ["DIE_AFTER"]))
-    if sys.argv[1] == "share":
-        share(Path(sys.argv[2]))
-    elif sys.argv[1] == "agree":
+    if arguments[0] == "share":
+        share(Path(arguments[1]))
+    elif arguments[0] == "agree":
         agree()
     else:
+        sys.argv = ["cecompile", *arguments]
         main()
+
+
+def forked(*arguments: str) -> None:
+    """`run` as the agent wants a function: one that returns where a program ends well."""
+    end, os._exit = os._exit, sys.exit
+    try:
+        run(*arguments)
+    except SystemExit as status:
+        if status.code:
+            end(status.code)
+    finally:
+        os._exit = end
+
+
+def agent(ranks: int, restarts: int, arguments: list[str]) -> None:
+    """What torchrun does with --standalone, but for its ranks, which are forked."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        max_restarts=restarts,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"tests-{os.getpid()}",
+        start_method="fork",
+    )
+    elastic_launch(config, forked)(*arguments)
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])

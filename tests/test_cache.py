@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HANG
+from support.forked import run_command
 
 from cecompile.engine.cache import COLD, PARTLY, WARM, CompileCache, Found, remove_workspaces
 from cecompile.errors import UserError
@@ -21,13 +22,7 @@ GEOMETRY = Geometry(2, 512, 256, False)
 
 
 def run(*arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cecompile", *arguments, "--cache-dir", str(cache)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
+    return run_command([*arguments, "--cache-dir", str(cache)], os.environ | environment)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import HANG, wait_until
+from rank import agent
+from support import forked
 from test_journal import CHATS, write_rows
 
 from cecompile import Scorer, read_questions
@@ -62,9 +64,7 @@ def environment(**more: object) -> dict[str, str]:
 
 
 def torchrun(ranks: int, arguments: list[str], restarts: int = 0, **variables: object) -> subprocess.CompletedProcess:
-    agent = ["torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "--max-restarts", restarts, RANK]
-    command = [sys.executable, "-m", *map(str, agent), *arguments]
-    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=HANG)
+    return forked.run(agent, (ranks, restarts, arguments), environment(**variables))
 
 
 def lines(done: subprocess.CompletedProcess) -> list[str]:
@@ -196,8 +196,11 @@ def test_without_an_agent_ranks_agree_and_a_lost_one_is_noticed():
 
 
 def test_results_that_are_there_are_refused_once(base, tmp_path):
+    """By torchrun itself."""
     (tmp_path / "results.json").write_text("{}")
-    done = torchrun(2, [*base, "--output", str(tmp_path)])
+    ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(RANK)]
+    command = [sys.executable, "-m", *ranks, *base, "--output", str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=HANG)
     assert lines(done) == [f"cecompile: {tmp_path}: holds results already; --overwrite replaces them"]
     assert "exitcode  : 2" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
