@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import tempfile
 
 import pytest
 
@@ -110,6 +111,20 @@ def test_task_option_settles_what_is_ambiguous(tmp_path):
     path.write_text(json.dumps(row))
     assert read_dataset(path, "hellaswag").questions[0].choices == ("x", "y")
     assert read_dataset(path, "choices").questions[0].choices == ("a", "b")
+
+
+def test_without_a_place_for_a_cache_tables_are_read(tmp_path, monkeypatch):
+    """As without a home directory; what is made in its stead is removed."""
+    from datasets import config
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "rows.csv").write_text("query,choices,gold\nq,\"['a', 'b']\",1\n")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    [question] = read_questions(tmp_path / "rows.csv")
+    assert (question.context, question.choices, question.label) == ("q", ("a", "b"), 1)
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_hub_data_set(tmp_path, monkeypatch):
