@@ -127,10 +127,15 @@ def test_without_a_place_for_a_cache_tables_are_read(tmp_path, monkeypatch):
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_hub_data_set(tmp_path, monkeypatch):
-    """A hub id goes to `datasets`, which also loads directories of that shape."""
-    from datasets import Dataset
+@pytest.mark.parametrize("writable", [True, False])
+def test_hub_data_set(writable, tmp_path, monkeypatch):
+    """A hub id goes to `datasets`, which also loads directories of that shape; its cache need not be writable."""
+    from datasets import Dataset, config
 
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "cache" if writable else tmp_path / "file" / "cache"
+    for name in ("HF_DATASETS_CACHE", "HF_CACHE_HOME"):
+        monkeypatch.setattr(config, name, place)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     Dataset.from_list([{"query": "q", "choices": ["a", "b"], "gold": 1}]).to_parquet(
         tmp_path / "owner" / "name" / "validation.parquet"

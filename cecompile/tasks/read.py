@@ -245,7 +245,7 @@ def _hub_rows(data: str, name: str, config: str | None, split: str | None) -> It
     with _place_for_tables() as place:
         try:
             if split is None:
-                found = get_dataset_split_names(name, config)
+                found = get_dataset_split_names(name, config, cache_dir=place)
                 split = next((s for s in SPLITS if s in found), found[0])
             table = load_dataset(name, config, split=split, cache_dir=place)
         except Exception as error:  # the hub client raises many kinds: offline, not found, gated, malformed
