@@ -118,12 +118,12 @@ def planning_takes(limit: float, questions, scorer, benchmark, ratios: bool) -> 
 
 def test_the_demo_is_encoded_and_planned_in_the_time_of_a_tokenizer(benchmark, ratios):
     scorer = Scorer.from_pretrained(device="cpu")
-    planning_takes(2.0, read_questions(demo.HELLASWAG), scorer, benchmark, ratios)
+    planning_takes(1.5, read_questions(demo.HELLASWAG), scorer, benchmark, ratios)
 
 
 def test_all_of_hellaswag_is_encoded_and_planned_in_the_time_of_a_tokenizer(llama_tokenizer_dir, benchmark, ratios):
     scorer = Scorer.from_pretrained(llama_tokenizer_dir, device="cpu")
-    planning_takes(2.0, read_questions(shared_file("hellaswag_val.jsonl")), scorer, benchmark, ratios)
+    planning_takes(1.5, read_questions(shared_file("hellaswag_val.jsonl")), scorer, benchmark, ratios)
 
 
 def test_compiling_pays(model, plan, ratios):
