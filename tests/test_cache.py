@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import HANG
 from support.forked import run_command
 
+import cecompile
 from cecompile.engine.cache import COLD, PARTLY, WARM, CompileCache, Found, remove_workspaces
 from cecompile.errors import UserError
 from cecompile.workload.plan import Bucket, Geometry
@@ -202,6 +204,29 @@ def test_a_warm_cache_compiles_nothing_and_gives_the_same(built, tiny_llama, que
     first, second = (json.loads((d / "results.json").read_text()) for d in (cold, tmp_path / "out"))
     assert (first["cache"]["state"], second["cache"]["state"]) == (COLD, WARM)
     assert (tmp_path / "out" / "samples.jsonl").read_bytes() == (cold / "samples.jsonl").read_bytes()
+
+
+def test_paths_with_spaces_and_letters_compile(built, tiny_llama, questions, tmp_path):
+    """Below such a directory are torch, and the cache."""
+    place = tmp_path / "공 백 'x'"
+    place.mkdir()
+    (place / "installed").symlink_to(Path(torch.__file__).parents[1])
+    arguments = (
+        "--model",
+        str(tiny_llama),
+        "--data",
+        str(questions),
+        "--device",
+        "cpu",
+        "--output",
+        str(place / "out"),
+    )
+    path = os.pathsep.join([str(Path(cecompile.__file__).parents[1]), str(place / "installed")])
+    done = run("eval", *arguments, cache=place / "cache", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    engine = json.loads((place / "out" / "results.json").read_text())["engine"]
+    assert (engine["name"], engine["note"]) == ("compiled", None)
+    assert (place / "out" / "samples.jsonl").read_bytes() == (built[1] / "samples.jsonl").read_bytes()
 
 
 def test_require_warm_refuses_to_compile(tiny_llama, questions, tmp_path):

@@ -138,12 +138,13 @@ def test_waiting_for_the_disk_is_bounded(seconds, times, tmp_path, monkeypatch):
     """A record is added every so many seconds by the clock."""
     synced, now = [], [0.0]
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(file))
-    with monkeypatch.context() as patch, Journal(tmp_path) as journal:
+    with monkeypatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: now[0])
-        journal.begin(FACTS)
-        for i in range(500):
-            now[0] += seconds
-            journal.add(PASSES, i, b"x" * 100)
+        with Journal(tmp_path) as journal:
+            journal.begin(FACTS)
+            for i in range(500):
+                now[0] += seconds
+                journal.add(PASSES, i, b"x" * 100)
     assert len(synced) == times  # the last one as it is closed
 
 

@@ -25,6 +25,9 @@ def begin(device: torch.device) -> threading.Thread:
     if device.type == "cpu":  # here: two threads that import at once may each see half of a module
         for name in ("torch._inductor.cpp_builder", "torch.utils.cpp_extension"):
             importlib.import_module(name)
+        from cecompile.engine.cpp_paths import quote_paths
+
+        quote_paths()
     thread = threading.Thread(target=_do, args=(device,), name="ahead", daemon=True)
     thread.start()
     return thread

@@ -5,8 +5,11 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,31 +205,50 @@ def _parse(content: bytes, where: str) -> Any:
         raise UserError(f"{where}: not valid JSON: {error}") from None
 
 
+@contextmanager
+def _place_for_tables() -> Iterator[str | None]:
+    """Gives the directory where `datasets` converts files: None for the library's cache, else a temporary one.
+
+    The latter is used where the user's cache cannot be written, as without a home directory.
+    """
+    from datasets import config
+
+    place = Path(config.HF_DATASETS_CACHE).absolute()
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    if os.access(there, os.W_OK | os.X_OK):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="cecompile-tables-") as folder:
+        yield folder
+
+
 def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     with _open(path):
         pass
-    try:
-        options = {"keep_default_na": False} if kind == "csv" else {}  # an empty text is a text, and so is "None"
-        table = load_dataset(kind, data_files=str(path), split="train", **options)
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        cause = error.__cause__ or error
-        raise UserError(f"{path}: not readable as {kind}: {cause}") from None
-    for number, row in enumerate(table, 1):
-        yield f"{path}: row {number}", row
+    with _place_for_tables() as place:
+        try:
+            options = {"keep_default_na": False} if kind == "csv" else {}  # an empty text is a text, and so is "None"
+            table = load_dataset(kind, data_files=str(path), split="train", cache_dir=place, **options)
+        except (DatasetGenerationError, ValueError, OSError) as error:
+            cause = error.__cause__ or error
+            raise UserError(f"{path}: not readable as {kind}: {cause}") from None
+        for number, row in enumerate(table, 1):
+            yield f"{path}: row {number}", row
 
 
 def _hub_rows(data: str, name: str, config: str | None, split: str | None) -> Iterator[tuple[str, Any]]:
     from datasets import get_dataset_split_names, load_dataset
 
-    try:
-        if split is None:
-            found = get_dataset_split_names(name, config)
-            split = next((s for s in SPLITS if s in found), found[0])
-        table = load_dataset(name, config, split=split)
-    except Exception as error:  # the hub client raises many kinds: offline, not found, gated, malformed
-        raise UserError(f"{data}: neither a file nor a dataset that loads: {error}") from None
-    for number, row in enumerate(table, 1):
-        yield f"{data}: row {number}", row
+    with _place_for_tables() as place:
+        try:
+            if split is None:
+                found = get_dataset_split_names(name, config, cache_dir=place)
+                split = next((s for s in SPLITS if s in found), found[0])
+            table = load_dataset(name, config, split=split, cache_dir=place)
+        except Exception as error:  # the hub client raises many kinds: offline, not found, gated, malformed
+            raise UserError(f"{data}: neither a file nor a dataset that loads: {error}") from None
+        for number, row in enumerate(table, 1):
+            yield f"{data}: row {number}", row
