@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from cecompile.engine.cache import WARM, Entry, Found
 from cecompile.engine.decode import Decoder, NotDecodableError
 from cecompile.engine.feed import Feed
-from cecompile.engine.forward import Engine
+from cecompile.engine.forward import Engine, MissingOptionError
 from cecompile.engine.memory import is_out_of_memory
 from cecompile.engine.pipeline import Stage
 from cecompile.engine.sweep import SweepEngine
@@ -31,8 +31,8 @@ class StageError(Exception):
     """Another stage of a pipeline cannot compile its layers; says why."""
 
 
-# no C++ compiler, no Triton, or a layer that does not compile
-NOT_COMPILED = (TorchDynamoException, FailOnRecompileLimitHit, StageError)
+# no C++ compiler, no Triton, an option that torch does not know, or a layer that does not compile
+NOT_COMPILED = (TorchDynamoException, FailOnRecompileLimitHit, MissingOptionError, StageError)
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,11 @@ if [ "$versions" = newest ] || [ ! -e "$stamp" ] || [ "$root/pyproject.toml" -nt
     echo "Setting up $venv (once, some minutes) ..." >&2
     constraints="$root/scripts/constraints.txt"
     if [ -e "$venv/kept-torch.txt" ]; then
-        { grep -vE '^(torch|numpy|triton)==' "$constraints"; cat "$venv/kept-torch.txt"; } >"$venv/constraints.txt"
+        {
+            grep -vE '^(torch|numpy|triton)==' "$constraints"
+            cat "$venv/kept-torch.txt"
+            "$python" "$root/scripts/keep_installed.py" | grep '^pyarrow' || true # where the NumPy is an old one
+        } >"$venv/constraints.txt"
         constraints="$venv/constraints.txt"
     fi
     pip=("$python" -m pip install --quiet --disable-pip-version-check)

@@ -331,7 +331,7 @@ def test_what_is_in_the_cache_is_compiled_while_weights_are_read(tiny_llama, tmp
 
 def test_what_cannot_be_compiled_while_weights_are_read_is_left_for_later():
     """Flex, for a model that does not ask for attention by name."""
-    model = tiny_model("gptj", n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=4)
+    model = tiny_model("falcon", alibi=False, new_decoder_architecture=False)
     ready = Ready(Geometry(1, BLOCK, 64, True), (Bucket(1, BLOCK, 64),))
     warmer = Warmer(model, "eager", "flex", 64, None)
     with pytest.raises(NotImplementedError):

@@ -25,6 +25,10 @@ from cecompile.workload.stage import StagedPass, data_size, empty_pass, views
 from cecompile.workload.tree import TARGETS
 
 
+class MissingOptionError(Exception):
+    """Compiling takes an option that this version of torch does not know; the text says which."""
+
+
 @dataclass(frozen=True, slots=True)
 class Readouts:
     """What a pass read out: per prediction its token's log-probability, and the token greedy decoding would take."""
@@ -297,5 +301,13 @@ class _CudaSide:
 
 
 def compile_options(model: PreTrainedModel, inputs_free: bool) -> dict[str, Any]:
-    """Inductor options for compiling the model's parts on its device."""
-    return cuda.compile_options(inputs_free) if model.device.type == "cuda" else cpu.compile_options(model)
+    """Inductor options for compiling the model's parts on its device.
+
+    Raises:
+        MissingOptionError: this torch does not know one of them.
+    """
+    options = cuda.compile_options(inputs_free) if model.device.type == "cuda" else cpu.compile_options(model)
+    missing = sorted(options.keys() - set(torch._inductor.list_options()))
+    if missing:
+        raise MissingOptionError(f"torch {torch.__version__} has no Inductor option {', '.join(missing)}")
+    return options

@@ -73,7 +73,7 @@ def inputs_are_free(model: PreTrainedModel, body: Body | None = None) -> bool:
 
     def poison(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         nonlocal poisoned
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        hidden: Tensor = (*args, *kwargs.values())[0]  # by whatever name
         if hidden.untyped_storage().data_ptr() not in weights:
             hidden.fill_(torch.nan)
             poisoned += 1

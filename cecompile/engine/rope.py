@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cecompile.engine.architecture import rope_type
+from cecompile.errors import UserError
 
 
 def boundary_of(config: Any) -> int | None:
@@ -28,6 +29,9 @@ def boundary_of(config: Any) -> int | None:
     return None if found is None else int(found)
 
 
+_USED = ("inv_freq", "original_inv_freq", "config")  # of a rotary embedding
+
+
 class Frequencies:
     """The frequencies that a model's passes use; of a model without longrope, nothing.
 
@@ -39,6 +43,8 @@ class Frequencies:
         self.boundary = boundary_of(model.config)
         self._long = False
         self._sets = [] if self.boundary is None else [_Set(m, self.boundary) for m in _embeddings(model)]
+        if self.boundary is not None and not self._sets:
+            raise UserError(f"{type(model).__name__}: longrope: no frequencies found; --engine reference runs without")
 
     def choose(self, deepest: int) -> None:
         """For passes from now on, of which the longest path has `deepest` + 1 tokens."""
@@ -78,4 +84,8 @@ class _Set:
 
 
 def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
-    return [m for m in model.modules() if getattr(m, "rope_type", None) == "longrope" and hasattr(m, "inv_freq")]
+    return [
+        m
+        for m in model.modules()
+        if getattr(m, "rope_type", None) == "longrope" and all(hasattr(m, name) for name in _USED)
+    ]
