@@ -6,13 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
 
 from cecompile import demo
-from cecompile.errors import CheckError, ToldError, UserError
+from cecompile.errors import CheckError, ToldError, UserError, first_line
 from cecompile.interrupt import Interrupted, command_to_resume, signals_raise
 from cecompile.model import prefetch
 from cecompile.planning.profiles import PROFILES
@@ -43,10 +44,22 @@ class OneLineErrors(click.Group):
             if not isinstance(error, ToldError) and ctx.meta.get("ranks", ALONE).says(line):
                 click.echo(f"cecompile: {_speaker(ctx)}{line}", err=True)
             ctx.exit(2 if isinstance(error, UserError) else 1)
+        except ImportError as error:
+            click.echo(f"cecompile: {_speaker(ctx)}{first_line(error)}; installed: {_versions()}", err=True)
+            ctx.exit(2)
         except Interrupted as error:
             nothing = "; nothing to resume" if ctx.invoked_subcommand == "eval" else ""
             click.echo(f"cecompile: {_speaker(ctx)}{error}{_resuming(ctx) or nothing}", err=True)
             ctx.exit(error.status)
+
+
+def _versions() -> str:
+    """The libraries whose names change between versions, as installed."""
+    installed = []
+    for name in ("torch", "transformers", "datasets", "lm_eval"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed.append(f"{name} {metadata.version(name)}")
+    return ", ".join(installed)
 
 
 def _speaker(ctx: click.Context) -> str:

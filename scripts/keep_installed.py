@@ -10,9 +10,12 @@ KEPT = re.compile(r"(torch|torchvision|torchaudio|pytorch-triton|triton|numpy|nv
 
 
 def constraints() -> list[str]:
-    """One line `name==version` for each of them, sorted."""
+    """One line for each of them, `name==version`, and one for what goes with an old NumPy alone; sorted."""
     found = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(): d.version for d in metadata.distributions()}
-    return sorted(f"{name}=={version}" for name, version in found.items() if KEPT.fullmatch(name))
+    kept = [f"{name}=={version}" for name, version in found.items() if KEPT.fullmatch(name)]
+    if found.get("numpy", "").startswith("1."):
+        kept.append("pyarrow<26")  # which needs NumPy 2, and does not say so to pip
+    return sorted(kept)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Tiny models with random weights, tokenizers trained on the spot, and the real inputs where they are at hand."""
 
 import atexit
-import contextlib
-import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,34 +19,47 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the others use the other cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from cecompile import demo
 
 atexit.register(shutil.rmtree, os.environ["CECOMPILE_CACHE"], ignore_errors=True)
+HANG = 600  # seconds after which a process is taken to hang: a limit that ends a test, and is no part of any
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    """Where tests run on several processes, one marked `alone` waits for the others' and they for it.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
-    It then has all cores, as it has where it is run by itself.
-    """
-    with contextlib.ExitStack() as stack:
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            alone = item.get_closest_marker("alone") is not None
-            folder = item.config.cache.mkdir("turns")
-            gate, hall = (stack.enter_context((folder / name).open("w")) for name in ("gate", "hall"))
-            stack.callback(fcntl.flock, hall, fcntl.LOCK_UN)
-            fcntl.flock(gate, fcntl.LOCK_EX)  # who waits for the hall keeps the next from slipping in
-            fcntl.flock(hall, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-            fcntl.flock(gate, fcntl.LOCK_UN)
-            if alone:
-                import torch
 
-                stack.callback(torch.set_num_threads, torch.get_num_threads())
-                torch.set_num_threads(len(os.sched_getaffinity(0)))
-        return (yield)
+def pytest_addoption(parser):
+    parser.addoption("--ratios", action="store_true", help="tests/benchmarks: measure and assert ratios of times")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """Benchmarks run once and measure nothing, unless an option of pytest-benchmark asks for their times."""
+    asks = ("enable", "autosave", "save", "compare", "compare_fail", "json", "histogram", "cprofile")
+    if not any(config.getoption(f"benchmark_{name}", None) for name in asks):
+        config.option.benchmark_disable = True
+
+
+@pytest.fixture(scope="session")
+def ratios(pytestconfig) -> bool:
+    """True where ratios of times are to be asserted."""
+    return pytestconfig.getoption("--ratios")
+
+
+def wait_until(happened: Callable[[], object], *processes: subprocess.Popen) -> None:
+    """Waits for an event that `processes` bring about; fails if one of them ends before."""
+    limit = time.monotonic() + HANG
+    while True:
+        ended = [process.args for process in processes if process.poll() is not None]
+        if happened():
+            return
+        assert not ended, "ended before the event"
+        assert time.monotonic() < limit, "nothing happened"
+        time.sleep(0.005)
 
 
 def shared_file(name: str) -> Path:

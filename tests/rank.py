@@ -1,6 +1,7 @@
 """What torchrun starts in the tests of ranks: the command line, or several evaluations in one process.
 
-With DIE_AFTER=N rank 1 is killed once it has journaled N records, the first time it is started.
+With DIE_AFTER=N rank 1 is killed once it has journaled N records and rank 0 one, the first time they are started.
+Rank 0 then waits for the signal that torchrun sends to whoever is left.
 """
 
 import json
@@ -11,19 +12,32 @@ import time
 from pathlib import Path
 
 from cecompile.cli import main
-from cecompile.results.journal import Journal
+from cecompile.results.journal import NAME, Journal, read
 
 
 def die_after(records: int) -> None:
-    add, first = Journal.add, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    from cecompile import ranks
 
-    def add_and_die(self, *record):
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
+    add, dies = Journal.add, os.environ["RANK"] == "1"
+
+    def add_and_stop(self, *record):
         add(self, *record)
-        if os.environ["RANK"] == "1" and first and self._added == records:
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.02)  # so that no rank does all before another has begun
+        if dies and self._added < records:
+            return
+        while not dies or not others_have_begun(self):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    Journal.add = add_and_die
+    Journal.add = add_and_stop
+    ranks.AGENT = 600.0  # seconds for the signal, where rank 0 misses rank 1 before it comes
+
+
+def others_have_begun(journal: Journal) -> bool:
+    """Whether rank 0 has journaled a record; the first stage of a pipeline journals none."""
+    path = journal.path.with_name(NAME)
+    return journal._ranks.stages > 1 or (path.exists() and len(list(read(path.read_bytes()))) > 1)
 
 
 def agree() -> None:
@@ -59,7 +73,6 @@ def share(directory: Path) -> None:
     """Every evaluation that runs.json lists, by this rank among others; one that has a journal is gone on with."""
     from cecompile import Answerer, Scorer, evaluate
     from cecompile.ranks import Ranks
-    from cecompile.results.journal import NAME
     from cecompile.tasks.read import read_dataset
 
     ranks = Ranks.from_environment()
@@ -80,12 +93,47 @@ def share(directory: Path) -> None:
             )
 
 
-if __name__ == "__main__":
+def run(*arguments: str) -> None:
+    """What a rank does: "share" and a directory, "agree", or the command line with these arguments."""
     if "DIE_AFTER" in os.environ:
         die_after(int(os.environ["DIE_AFTER"]))
-    if sys.argv[1] == "share":
-        share(Path(sys.argv[2]))
-    elif sys.argv[1] == "agree":
+    if arguments[0] == "share":
+        share(Path(arguments[1]))
+    elif arguments[0] == "agree":
         agree()
     else:
+        sys.argv = ["cecompile", *arguments]
         main()
+
+
+def forked(*arguments: str) -> None:
+    """`run` as the agent wants a function: one that returns where a program ends well."""
+    end, os._exit = os._exit, sys.exit
+    try:
+        run(*arguments)
+    except SystemExit as status:
+        if status.code:
+            end(status.code)
+    finally:
+        os._exit = end
+
+
+def agent(ranks: int, restarts: int, arguments: list[str]) -> None:
+    """What torchrun does with --standalone, but for its ranks, which are forked."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        max_restarts=restarts,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"tests-{os.getpid()}",
+        start_method="fork",
+    )
+    elastic_launch(config, forked)(*arguments)
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])

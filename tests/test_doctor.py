@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import HANG
 from rich.console import Console
 
 from cecompile.cli import cli
@@ -24,6 +25,12 @@ from cecompile.procfs import read_meminfo
 ORIN_GPU = Device("Orin", (8, 7), 14, True, 30_698 * 2**20, 28 * GIB)
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 132, False, 79 * GIB, 78 * GIB)
 STOCK_BUILD = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A tool that is slow on a busy machine is no missing one."""
+    monkeypatch.setattr(machine, "PATIENCE", HANG)
 
 
 def write(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import HANG, wait_until
 from torch._dynamo import funcname_cache
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, activations, modeling_utils
@@ -291,12 +292,25 @@ def test_what_is_in_the_cache_is_compiled_while_weights_are_read(tiny_llama, tmp
     counts, read = torch._dynamo.utils.counters["stats"], streaming._read
     before = counts["unique_graphs"]
 
+    is_read, perf_counter, settle = threading.Event(), time.perf_counter, Engine.settle
+
     def read_late(*arguments) -> None:
-        while counts["unique_graphs"] == before and threading.main_thread().is_alive():
-            time.sleep(0.01)
+        wait_until(lambda: counts["unique_graphs"] > before)
         read(*arguments)
 
+    def moment() -> float:
+        now = perf_counter()
+        if threading.current_thread().name.startswith("load"):  # which asks once all is read
+            is_read.set()
+        return now
+
+    def settle_at_length(engine) -> None:
+        settle(engine)
+        is_read.wait(HANG)
+
     monkeypatch.setattr(streaming, "_read", read_late)
+    monkeypatch.setattr(time, "perf_counter", moment)
+    monkeypatch.setattr(Engine, "settle", settle_at_length)
     scorer, clock = Scorer.from_pretrained(tiny_llama, device="cpu", cache_dir=tmp_path), Clock()
     clock.enter("preprocess")
     plan = scorer.prepare(questions, fit=True).plan
@@ -317,7 +331,7 @@ def test_what_is_in_the_cache_is_compiled_while_weights_are_read(tiny_llama, tmp
 
 def test_what_cannot_be_compiled_while_weights_are_read_is_left_for_later():
     """Flex, for a model that does not ask for attention by name."""
-    model = tiny_model("gptj", n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=4)
+    model = tiny_model("falcon", alibi=False, new_decoder_architecture=False)
     ready = Ready(Geometry(1, BLOCK, 64, True), (Bucket(1, BLOCK, 64),))
     warmer = Warmer(model, "eager", "flex", 64, None)
     with pytest.raises(NotImplementedError):

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from conftest import HANG
 from dockerfile_parse import DockerfileParser
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +113,7 @@ class Replay:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=HANG,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 

@@ -96,7 +96,7 @@ resource.setrlimit(resource.RLIMIT_AS, (taken + 700_000_000, resource.RLIM_INFIN
 scores = scorer.score(questions)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 plenty = Scorer.from_pretrained(sys.argv[1], device="cpu", engine="eager").score(questions[:40])
-assert max(abs(a - b) for x, y in zip(scores.loglikelihoods, plenty.loglikelihoods) for a, b in zip(x, y)) < 1e-3
+print(max(abs(a - b) for x, y in zip(scores.loglikelihoods, plenty.loglikelihoods) for a, b in zip(x, y)))
 print(scorer.runtime.note)
 print(scores.workload.plan.buckets[0].slots)
 """
@@ -108,7 +108,8 @@ def test_buckets_get_smaller_when_memory_runs_out_all_the_same(wide_llama):
     command = [sys.executable, "-c", RUNS_OUT, str(wide_llama)]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
-    note, slots = done.stdout.splitlines()[-2:]
+    difference, note, slots = done.stdout.splitlines()[-3:]
+    assert float(difference) < 1e-3
     assert note.startswith("buckets made smaller: memory ran out with ")
     assert int(slots) < 8192
 

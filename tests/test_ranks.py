@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import HANG, wait_until
+from rank import agent
+from support import forked
 from test_journal import CHATS, write_rows
 
 from cecompile import Scorer, read_questions
@@ -62,9 +64,7 @@ def environment(**more: object) -> dict[str, str]:
 
 
 def torchrun(ranks: int, arguments: list[str], restarts: int = 0, **variables: object) -> subprocess.CompletedProcess:
-    agent = ["torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "--max-restarts", restarts, RANK]
-    command = [sys.executable, "-m", *map(str, agent), *arguments]
-    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=300)
+    return forked.run(agent, (ranks, restarts, arguments), environment(**variables))
 
 
 def lines(done: subprocess.CompletedProcess) -> list[str]:
@@ -186,8 +186,8 @@ def test_without_an_agent_ranks_agree_and_a_lost_one_is_noticed():
     group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, str(RANK), "agree"]
     first, second = (subprocess.Popen(command, env=environment(RANK=rank, **group), **pipes) for rank in range(2))
-    assert second.wait(120) == -signal.SIGKILL
-    out, said = first.communicate(timeout=30)
+    assert second.wait(HANG) == -signal.SIGKILL
+    out, said = first.communicate(timeout=HANG)
     assert json.loads(out) == {
         "everywhere": True, "gather": True, "collect": True, "least": 4, "any": [True, False], "says": 1, "first": 7,
         "taken": ["a", "b", "c", "d", "e", "f"], "again": 9,
@@ -196,8 +196,11 @@ def test_without_an_agent_ranks_agree_and_a_lost_one_is_noticed():
 
 
 def test_results_that_are_there_are_refused_once(base, tmp_path):
+    """By torchrun itself."""
     (tmp_path / "results.json").write_text("{}")
-    done = torchrun(2, [*base, "--output", str(tmp_path)])
+    ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(RANK)]
+    command = [sys.executable, "-m", *ranks, *base, "--output", str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=HANG)
     assert lines(done) == [f"cecompile: {tmp_path}: holds results already; --overwrite replaces them"]
     assert "exitcode  : 2" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
@@ -251,10 +254,12 @@ def test_ranks_meet_whoever_was_there_before():
     store.set("is/1", "killed before anybody else came")
     for before in range(3):
         with ThreadPoolExecutor() as threads:
+            key = "all" if before else "is/0"  # set once rank 0 has found the others of last time, or is there
+            then = store.get(key) if before else None
             met = [threads.submit(meet, store, 0, 3)]
-            time.sleep(0.05)  # rank 0 has found the others of last time
+            wait_until(lambda key=key, then=then: store.check([key]) and store.get(key) != then)
             met += [threads.submit(meet, store, rank, 3) for rank in (1, 2)]
-            assert {one.result(10) for one in met} == {(met[0].result()[0], before)}
+            assert {one.result(HANG) for one in met} == {(met[0].result()[0], before)}
 
 
 def test_ranks_that_do_not_come_are_not_waited_for(monkeypatch):

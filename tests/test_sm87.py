@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import HANG
 from torch.torch_version import TorchVersion
 
 from cecompile.engine import attention
@@ -53,7 +54,7 @@ def test_a_kernel_that_takes_too_much_is_named(monkeypatch, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=HANG,
     )
     assert done.returncode == 1, done.stderr
     [problem] = [line for line in done.stderr.splitlines() if line.startswith("tiny, flex: ")]

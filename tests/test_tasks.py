@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import tempfile
 
 import pytest
 
@@ -112,10 +113,29 @@ def test_task_option_settles_what_is_ambiguous(tmp_path):
     assert read_dataset(path, "choices").questions[0].choices == ("a", "b")
 
 
-def test_hub_data_set(tmp_path, monkeypatch):
-    """A hub id goes to `datasets`, which also loads directories of that shape."""
-    from datasets import Dataset
+def test_without_a_place_for_a_cache_tables_are_read(tmp_path, monkeypatch):
+    """As without a home directory; what is made in its stead is removed."""
+    from datasets import config
 
+    (tmp_path / "file").write_text("")
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "rows.csv").write_text("query,choices,gold\nq,\"['a', 'b']\",1\n")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    [question] = read_questions(tmp_path / "rows.csv")
+    assert (question.context, question.choices, question.label) == ("q", ("a", "b"), 1)
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_hub_data_set(writable, tmp_path, monkeypatch):
+    """A hub id goes to `datasets`, which also loads directories of that shape; its cache need not be writable."""
+    from datasets import Dataset, config
+
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "cache" if writable else tmp_path / "file" / "cache"
+    for name in ("HF_DATASETS_CACHE", "HF_CACHE_HOME"):
+        monkeypatch.setattr(config, name, place)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     Dataset.from_list([{"query": "q", "choices": ["a", "b"], "gold": 1}]).to_parquet(
         tmp_path / "owner" / "name" / "validation.parquet"

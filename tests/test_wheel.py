@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import HANG
 
 ROOT = Path(__file__).parents[1]
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
@@ -14,7 +15,7 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 
 def call(*command: object, **how) -> str:
     command = tuple(map(str, command))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **how)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG, **how)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

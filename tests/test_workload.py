@@ -46,7 +46,7 @@ def staged_with_views(plan):
         yield one, bucket, views(one.data, bucket, plan.geometry.blocks)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(datasets())
 def test_every_token_of_every_choice_is_once_on_its_path(sequences):
     for geometry in geometries(sequences):
@@ -70,7 +70,7 @@ def test_every_token_of_every_choice_is_once_on_its_path(sequences):
         assert seen.tolist() == [1] * len(sequences)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(datasets())
 def test_mask_is_the_ancestor_relation(sequences):
     geometry = choose_geometry(int(sequences.input_lengths.max()), tokens_per_bucket=256, blocks=False, readout_chunk=4)
@@ -87,7 +87,7 @@ def test_mask_is_the_ancestor_relation(sequences):
             assert [set(np.flatnonzero(row).tolist()) for row in visible] == ancestors
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(datasets())
 def test_tile_index_covers_what_is_visible_and_full_tiles_hide_nothing(sequences):
     geometry = choose_geometry(int(sequences.input_lengths.max()), tokens_per_bucket=640, blocks=True, readout_chunk=4)
@@ -104,7 +104,7 @@ def test_tile_index_covers_what_is_visible_and_full_tiles_hide_nothing(sequences
             assert full == set(np.flatnonzero(tile[q].all(-1)).tolist())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(datasets())
 def test_counts_are_what_a_set_of_prefixes_says(sequences):
     prefixes = {
@@ -121,7 +121,7 @@ def test_counts_are_what_a_set_of_prefixes_says(sequences):
         assert len(plan.buckets) <= MAX_BUCKETS
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(datasets())
 def test_plans_are_deterministic(sequences):
     for geometry in geometries(sequences):

@@ -33,6 +33,7 @@ VARIABLES = (
 )
 DRIVER_NODES = ("dev/nvidiactl", "dev/nvgpu/igpu0", "dev/nvhost-gpu")  # the last two on a Jetson
 GPU_CLOCKS = ("17000000.gpu", "17000000.ga10b")  # the Orin's GPU under /sys/class/devfreq, by Jetson Linux version
+PATIENCE = 10.0  # seconds for a tool to answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,11 +307,11 @@ def _with_version(tool: str | None) -> str | None:
 
 
 def _run(tool: str | None, argument: str) -> str | None:
-    """What a tool prints, or None if it is missing, fails or takes more than 10 s."""
+    """What a tool prints, or None if it is missing, fails or takes more than PATIENCE."""
     if not tool:
         return None
     try:
-        done = subprocess.run([tool, argument], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run([tool, argument], capture_output=True, text=True, timeout=PATIENCE, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout

@@ -157,7 +157,8 @@ _active: Masks | None = None
 
 
 def _mask(*, dtype: torch.dtype, local_size: int | None = None, **_: Any) -> Tensor | BlockMask:
-    assert _active is not None, "tree attention outside Masks.active()"
+    if _active is None:
+        raise RuntimeError("tree attention outside Masks.active()")
     return _active.get(local_size, dtype)
 
 
@@ -217,8 +218,9 @@ def _kernel_options(query: Tensor, value: Tensor) -> Any:
 # The uncompiled operator computes every score of the dense matrix; the kernel exists compiled only.
 _compiled_flex = torch.compile(flex_attention, dynamic=False)
 # All layers and all buckets share a code object: each shape and mask is one more graph of it.
-torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4096)
+for _name, _least in (("recompile_limit", 256), ("accumulated_recompile_limit", 4096)):
+    if hasattr(torch._dynamo.config, _name):  # else a run that needs more says that it ran uncompiled, and why
+        setattr(torch._dynamo.config, _name, max(getattr(torch._dynamo.config, _name), _least))
 
 
 def _softcapping(limit: float) -> Any:

@@ -7,7 +7,6 @@ being written, whatever their lengths, and the keys and values of the whole cach
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,14 +15,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from cecompile.engine.attention import Masks, dense
 from cecompile.engine.cuda_graph import capture
 from cecompile.engine.head import Readout
 from cecompile.engine.longrope import Frequencies
+from cecompile.errors import first_line
 from cecompile.model.structure import decoder_layers
 from cecompile.workload.decode_schedule import DecodeShape, Step
+
+_Place = int | str  # of an argument in a call: its number or its name
+_Size = tuple[int, int]  # heads, head size
 
 
 class NotDecodableError(Exception):
@@ -46,7 +49,8 @@ class Decoder:
     def __init__(
         self, model: PreTrainedModel, readout: Readout, shape: DecodeShape, pool: Any, rope: Frequencies
     ) -> None:  # fmt: skip
-        assert max(shape.step_tokens) < shape.slots
+        if max(shape.step_tokens) >= shape.slots:
+            raise ValueError(f"a cache of {shape.slots} slots does not hold a step of {max(shape.step_tokens)} tokens")
         self.shape = shape
         self._model = model
         self._body = model.base_model
@@ -57,8 +61,9 @@ class Decoder:
         self._rope = rope
         self._clear: torch.cuda.CUDAGraph | None = None
         with torch.inference_mode():
-            sizes = _cache_sizes(model, self._layers)
-            self._caches = self._allocate(sizes)
+            found = _probe(model, self._layers)
+            self._places = [place for place, _ in found]
+            self._caches = self._allocate([sizes for _, sizes in found])
             self._steps = [_StepBuffers(size, shape, self._device) for size in shape.step_tokens]
 
     @torch.inference_mode()
@@ -94,7 +99,7 @@ class Decoder:
             self._forward(buffers)
         return buffers.collect(len(step.read))
 
-    def _allocate(self, sizes: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> list["_LayerCache"]:
+    def _allocate(self, sizes: Sequence[tuple[_Size, _Size]]) -> list["_LayerCache"]:
         """Every layer's cache, filled with zeros: what nobody sees is multiplied by zero, and must be a number.
 
         With a pool the memory is the pool's. There the activations of the passes captured before lie idle while
@@ -134,18 +139,16 @@ class Decoder:
         """While this lasts, the decoder layers are called with their own part of the cache."""
         slots = slot.long()
         with ExitStack() as stack:
-            for layer, cache in zip(self._layers, self._caches, strict=True):
+            for layer, place, cache in zip(self._layers, self._places, self._caches, strict=True):
                 cache.slots = slots
-                stack.enter_context(_called_with(layer, cache))
+                stack.enter_context(_called_with(layer, place, cache))
             yield
 
 
 class _LayerCache:
     """One layer's keys and values, and what a layer calls to add to them."""
 
-    def __init__(
-        self, slots: int, key: tuple[int, int], value: tuple[int, int], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, slots: int, key: _Size, value: _Size, dtype: torch.dtype, device: torch.device) -> None:
         self.keys = torch.zeros(1, key[0], slots, key[1], dtype=dtype, device=device)
         self.values = torch.zeros(1, value[0], slots, value[1], dtype=dtype, device=device)
         self.slots = torch.zeros(0, dtype=torch.long, device=device)
@@ -155,18 +158,6 @@ class _LayerCache:
         self.keys.index_copy_(2, self.slots, key)
         self.values.index_copy_(2, self.slots, value)
         return self.keys, self.values
-
-
-class _Recorder:
-    """Stands in for a layer's cache and notes what it would hold."""
-
-    def __init__(self) -> None:
-        self.sizes: list[tuple[tuple[int, int], tuple[int, int]]] = []
-
-    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Notes heads and head size of keys and of values."""
-        self.sizes.append(((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])))
-        return key, value
 
 
 class _StepMasks(Masks):
@@ -219,15 +210,13 @@ class _StepBuffers:
 
 
 @contextmanager
-def _called_with(layer: nn.Module, cache: Any) -> Iterator[None]:
-    """While this lasts, calling `layer` passes it `cache` as its key-value cache."""
+def _called_with(layer: nn.Module, place: _Place, cache: Any) -> Iterator[None]:
+    """Passes `cache` to `layer` as its key-value cache, whenever the layer is called while this lasts."""
     call: Callable[..., Any] | None = layer._compiled_call_impl
-    name, place = _cache_argument(layer)
 
     def with_cache(*args: Any, **kwargs: Any) -> Any:
-        if len(args) > place:
-            return (call or layer._call_impl)(*args[:place], cache, *args[place + 1 :], **kwargs)
-        return (call or layer._call_impl)(*args, **(kwargs | {name: cache}))
+        args, kwargs = _put(cache, place, args, kwargs)
+        return (call or layer._call_impl)(*args, **kwargs)
 
     layer._compiled_call_impl = with_cache
     try:
@@ -236,34 +225,60 @@ def _called_with(layer: nn.Module, cache: Any) -> Iterator[None]:
         layer._compiled_call_impl = call
 
 
-def _cache_argument(layer: nn.Module) -> tuple[str, int]:
-    """Name and place of the argument by which a decoder layer takes its cache.
-
-    Raises:
-        NotDecodableError: it has none.
-    """
-    names = list(inspect.signature(layer.forward).parameters)
-    for name in ("past_key_values", "layer_past"):
-        if name in names:
-            return name, names.index(name)
-    raise NotDecodableError(f"{type(layer).__name__} takes no key-value cache")
+def _put(value: Any, place: _Place, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a call, with `value` as the one at `place`."""
+    if isinstance(place, str):
+        return args, kwargs | {place: value}
+    return (*args[:place], value, *args[place + 1 :]), kwargs
 
 
-def _cache_sizes(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Per layer, heads and head size of its keys and of its values, as one token through the model shows them.
+class _Recorder:
+    """Replaces the cache that a layer is called with, and notes the argument's place and what is added."""
+
+    def __init__(self) -> None:
+        self.places: list[_Place] = []
+        self.sizes: list[tuple[_Size, _Size]] = []
+
+    def replace(self, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Hook to run before a layer: names of arguments differ between architectures and versions."""
+        given: dict[_Place, Any] = {**dict(enumerate(args)), **kwargs}
+        for place in (place for place, value in given.items() if isinstance(value, Cache)):
+            self.places.append(place)
+            args, kwargs = _put(self, place, args, kwargs)
+        return args, kwargs
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Notes heads and head size of keys and of values."""
+        self.sizes.append(((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])))
+        return key, value
+
+
+def _probe(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[tuple[_Place, tuple[_Size, _Size]]]:
+    """Per layer, the place of its cache among its arguments, and the sizes of its keys and of its values.
+
+    One token through the model shows them: with the model's own cache, which each layer's call has exchanged.
 
     Raises:
         NotDecodableError: a layer takes no cache, or not in this form.
     """
-    recorder = _Recorder()
     zero = torch.zeros(1, dtype=torch.int32, device=model.device)
+    one = zero.long()[None]
+    recorders = [_Recorder() for _ in layers]
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         masks = stack.enter_context(_StepMasks(zero, zero, 1).active())
-        for layer in layers:
-            stack.enter_context(_called_with(layer, recorder))
-        one = zero.long()[None]
-        model.base_model(input_ids=one, position_ids=one, use_cache=False, **masks.arguments(model))
-    if len(recorder.sizes) != len(layers):
-        raise NotDecodableError(f"{type(model).__name__} does not add to the cache once a layer")
-    return recorder.sizes
+        for layer, recorder in zip(layers, recorders, strict=True):
+            hook = layer.register_forward_pre_hook(recorder.replace, with_kwargs=True)
+            stack.callback(hook.remove)
+        try:
+            model.base_model(input_ids=one, position_ids=one, use_cache=True, **masks.arguments(model))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a probe: whatever a layer asks of its cache means no
+            raise NotDecodableError(f"{type(model).__name__} with a key-value cache: {first_line(error)}") from None
+    for layer, recorder in zip(layers, recorders, strict=True):
+        if len(recorder.places) != 1:
+            raise NotDecodableError(f"{type(layer).__name__} is given no key-value cache")
+        if len(recorder.sizes) != 1:
+            raise NotDecodableError(f"{type(layer).__name__} does not add to its cache once")
+    return [(recorder.places[0], recorder.sizes[0]) for recorder in recorders]

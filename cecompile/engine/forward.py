@@ -26,6 +26,10 @@ from cecompile.workload.tree import TARGETS
 Body = Callable[..., Tensor]  # token ids (rows, length) int64, and what else a decoder is called with: hidden states
 
 
+class MissingOptionError(Exception):
+    """Compiling takes an option that this version of torch does not know; the text says which."""
+
+
 @dataclass(frozen=True, slots=True)
 class Readouts:
     """What a pass read out: per prediction its token's log-probability, and the token greedy decoding would take."""
@@ -323,12 +327,20 @@ class _CudaSide:
 
 
 def compile_options(model: PreTrainedModel, inputs_free: bool) -> dict[str, Any]:
-    """Inductor options for compiling the model's parts on its device."""
-    return (
+    """Inductor options for compiling the model's parts on its device.
+
+    Raises:
+        MissingOptionError: this torch does not know one of them.
+    """
+    options = (
         inductor_cuda.compile_options(inputs_free)
         if model.device.type == "cuda"
         else inductor_cpu.compile_options(model)
     )
+    missing = sorted(options.keys() - set(torch._inductor.list_options()))
+    if missing:
+        raise MissingOptionError(f"torch {torch.__version__} has no Inductor option {', '.join(missing)}")
+    return options
 
 
 def body_of(model: PreTrainedModel) -> Body:
@@ -363,7 +375,7 @@ def inputs_are_free(model: PreTrainedModel, body: Body | None = None) -> bool:
 
     def poison(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         nonlocal poisoned
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        hidden: Tensor = (*args, *kwargs.values())[0]  # by whatever name
         if hidden.untyped_storage().data_ptr() not in weights:
             hidden.fill_(torch.nan)
             poisoned += 1

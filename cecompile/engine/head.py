@@ -2,13 +2,11 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 Readout = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Head = Callable[[Tensor], Tensor]
@@ -16,16 +14,17 @@ Head = Callable[[Tensor], Tensor]
 PART = 256  # logits
 
 
-@dataclass
-class _Output(ModelOutput):
-    """Whatever some model's head looks for in what its decoder returns."""
+class _Output:
+    """Hidden states as a decoder returns them; anything else that a model's head looks for, by any name, is None."""
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    cross_attentions: Any = None
-    router_logits: Any = None
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class _GivenHiddenStates(nn.Module):
@@ -37,7 +36,7 @@ class _GivenHiddenStates(nn.Module):
         return self
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
-        return _Output(last_hidden_state=inputs_embeds)
+        return _Output(inputs_embeds)
 
 
 def head_of(model: PreTrainedModel) -> Head:

@@ -6,6 +6,7 @@ an AMD EPYC with AVX-512 (torch 2.13). So a pass over the graph being compiled e
 arithmetic is float32 either way, and the weights are read in place.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
 aten = torch.ops.aten
+
+# Inductor imports this to find a C++ compiler; on a machine without a GPU, a torch built for CUDA then warns of that.
+logging.getLogger("torch.utils.cpp_extension").addFilter(
+    lambda record: not record.getMessage().startswith("No CUDA runtime is found")
+)
 
 
 @torch.library.custom_op("cecompile::linear", mutates_args=())

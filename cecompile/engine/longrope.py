@@ -13,7 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from cecompile.errors import UserError
 from cecompile.model.support import boundary_of
+
+_USED = ("inv_freq", "original_inv_freq", "config")  # of a rotary embedding
 
 
 class Frequencies:
@@ -27,6 +30,8 @@ class Frequencies:
         self.boundary = boundary_of(model.config)
         self._long = False
         self._sets = [] if self.boundary is None else [_Set(m, self.boundary) for m in _embeddings(model)]
+        if self.boundary is not None and not self._sets:
+            raise UserError(f"{type(model).__name__}: longrope: no frequencies found; --engine reference runs without")
 
     def choose(self, deepest: int) -> None:
         """For passes from now on, of which the longest path has `deepest` + 1 tokens."""
@@ -66,4 +71,8 @@ class _Set:
 
 
 def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
-    return [m for m in model.modules() if getattr(m, "rope_type", None) == "longrope" and hasattr(m, "inv_freq")]
+    return [
+        m
+        for m in model.modules()
+        if getattr(m, "rope_type", None) == "longrope" and all(hasattr(m, name) for name in _USED)
+    ]

@@ -241,7 +241,7 @@ def _match(model: str, network: PreTrainedModel, tensors: Sequence[StoredTensor]
                 )
             sources[first_names[name]].append(index)
     missing = sorted(set(first_names.values()) - sources.keys())
-    if missing and (unexpected or network._keys_to_ignore_on_load_missing):
+    if missing and (unexpected or getattr(network, "_keys_to_ignore_on_load_missing", True)):
         raise NotPlain(f"{missing[0]} is missing, or goes by another name")
     if missing:
         raise UserError(f"{model}: weights: {len(missing)} missing keys, such as {missing[0]}")
@@ -250,7 +250,9 @@ def _match(model: str, network: PreTrainedModel, tensors: Sequence[StoredTensor]
 
 def _first_names(network: PreTrainedModel, expected: dict[str, torch.Tensor]) -> dict[str, str]:
     """For every name, the first name of the same parameter; several only where transformers ties them."""
-    tied = network.all_tied_weights_keys
+    tied = getattr(network, "all_tied_weights_keys", None)
+    if tied is None:
+        raise NotPlain("this version of transformers does not say what it ties")
     by_tensor: dict[int, str] = {}
     first_names = {name: by_tensor.setdefault(id(tensor), name) for name, tensor in expected.items()}
     for name, first in first_names.items():

@@ -3,7 +3,13 @@
 import functools
 from typing import Any
 
+import torch
+import transformers
+from torch import nn
 from transformers import PreTrainedModel
+
+from cecompile.errors import UserError
+from cecompile.model.structure import decoder_layers
 
 # Models with attention of their own that add the mask they are given to their scores, and number positions as told.
 BY_MASK = ("codegen", "falcon", "gptj", "xglm")
@@ -26,6 +32,10 @@ def refusal(model: PreTrainedModel) -> str | None:
     kinds = set(getattr(text, "layer_types", None) or ()) - LAYERS
     if kinds:
         return f"it has layers of the kind {', '.join(sorted(kinds))}"
+    if not decoder_layers(model):
+        return f"transformers {transformers.__version__} makes its decoder layers of a class unknown here"
+    if not hasattr(nn.Module, "_compiled_call_impl"):
+        return f"torch {torch.__version__} keeps a module's compiled code in a place unknown here"
     if not takes_ours(model) and text.model_type not in BY_MASK:
         return "its attention cannot be replaced"
     return None
@@ -39,7 +49,13 @@ def takes_ours(model: PreTrainedModel) -> bool:
 
 @functools.cache
 def _asks_by_name(kind: Any) -> bool:
-    return bool(kind._can_set_attn_implementation())  # reads the class's source file
+    asks = getattr(kind, "_can_set_attn_implementation", None)  # reads the class's source file
+    if asks is None:
+        raise UserError(
+            f"transformers {transformers.__version__} does not say which models' attention can be replaced; "
+            "--engine reference runs without"
+        )
+    return bool(asks())
 
 
 def rope_type(config: Any) -> str | None:

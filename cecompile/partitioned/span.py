@@ -115,7 +115,8 @@ class Standing(nn.Module):
             if not name.startswith("_") and isinstance(value, plain) and name != "training":
                 setattr(self, name, value)
 
-    def forward(self, hidden_states: Any, *_: Any, **__: Any) -> Any:
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        hidden_states = (*arguments, *named.values())[0]  # by whatever name
         if self._keeps:
             self.given = hidden_states
         handed_on = hidden_states if self.instead is None else self.instead

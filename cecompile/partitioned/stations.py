@@ -135,11 +135,17 @@ class _Station(Standing):
             self.instead = self.taken = self._layer = None
             self._works = False
 
-    def forward(self, hidden_states: Any, *arguments: Any, **named: Any) -> Any:
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        hidden_states = (*arguments, *named.values())[0]  # by whatever name
         if self._works:
-            hidden_states = hidden_states if self.instead is None else self.instead
+            if self.instead is not None:
+                hidden_states = self.instead
             if self._layer is not None:
-                hidden_states = self._layer[0](hidden_states, *arguments, **named)
+                if arguments:
+                    arguments = (hidden_states, *arguments[1:])
+                else:
+                    named[next(iter(named))] = hidden_states
+                hidden_states = self._layer[0](*arguments, **named)
                 hidden_states = hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states
             self.taken = hidden_states
         return (hidden_states, None) if self._more else hidden_states

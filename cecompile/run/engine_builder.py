@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from cecompile.compile_cache.store import WARM, Entry, Found
 from cecompile.device import is_out_of_memory
 from cecompile.engine.decode import Decoder, NotDecodableError
-from cecompile.engine.forward import Engine
+from cecompile.engine.forward import Engine, MissingOptionError
 from cecompile.engine.verify import decoding_disagreement, disagreement
 from cecompile.errors import CheckError, UserError, first_line, printable
 from cecompile.partitioned.layer_feed import Feed
@@ -31,8 +31,8 @@ class StageError(Exception):
     """Another stage of a pipeline cannot compile its layers; says why."""
 
 
-# no C++ compiler, no Triton, or a layer that does not compile
-NOT_COMPILED = (TorchDynamoException, FailOnRecompileLimitHit, StageError)
+# no C++ compiler, no Triton, an option that torch does not know, or a layer that does not compile
+NOT_COMPILED = (TorchDynamoException, FailOnRecompileLimitHit, MissingOptionError, StageError)
 
 
 @dataclass(slots=True)

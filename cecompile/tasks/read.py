@@ -5,13 +5,16 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cecompile.errors import UserError
+from cecompile.errors import UserError, first_line
 from cecompile.tasks.formats import detect, to_question
 from cecompile.tasks.windows import Windows, split
 
@@ -202,31 +205,58 @@ def _parse(content: bytes, where: str) -> Any:
         raise UserError(f"{where}: not valid JSON: {error}") from None
 
 
-def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+@contextmanager
+def _datasets(data: str) -> Iterator[tuple[Any, str | None]]:
+    """Gives the library of that name, without its progress bars, and where it may convert files.
 
+    The place is a temporary directory where the user's cache cannot be written, as without a home directory; None is
+    the library's own.
+
+    Raises:
+        UserError: the library cannot be imported, say because its pyarrow is too new for the NumPy that is installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{data}: read by the library datasets, which fails: {first_line(error)}") from None
+    shown = not datasets.are_progress_bars_disabled()
+    if shown:
+        datasets.disable_progress_bars()
+    cache = Path(datasets.config.HF_DATASETS_CACHE).absolute()
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    try:
+        if os.access(there, os.W_OK | os.X_OK):
+            yield datasets, None
+        else:
+            with tempfile.TemporaryDirectory(prefix="cecompile-tables-") as folder:
+                yield datasets, folder
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
     with _open(path):
         pass
-    try:
-        options = {"keep_default_na": False} if kind == "csv" else {}  # an empty text is a text, and so is "None"
-        table = load_dataset(kind, data_files=str(path), split="train", **options)
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        cause = error.__cause__ or error
-        raise UserError(f"{path}: not readable as {kind}: {cause}") from None
-    for number, row in enumerate(table, 1):
-        yield f"{path}: row {number}", row
+    options = {"keep_default_na": False} if kind == "csv" else {}  # an empty text is a text, and so is "None"
+    with _datasets(str(path)) as (datasets, place):
+        try:
+            table = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=place, **options)
+        except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+            cause = error.__cause__ or error
+            raise UserError(f"{path}: not readable as {kind}: {cause}") from None
+        for number, row in enumerate(table, 1):
+            yield f"{path}: row {number}", row
 
 
 def _hub_rows(data: str, name: str, config: str | None, split: str | None) -> Iterator[tuple[str, Any]]:
-    from datasets import get_dataset_split_names, load_dataset
-
-    try:
-        if split is None:
-            found = get_dataset_split_names(name, config)
-            split = next((s for s in SPLITS if s in found), found[0])
-        table = load_dataset(name, config, split=split)
-    except Exception as error:  # the hub client raises many kinds: offline, not found, gated, malformed
-        raise UserError(f"{data}: neither a file nor a dataset that loads: {error}") from None
-    for number, row in enumerate(table, 1):
-        yield f"{data}: row {number}", row
+    with _datasets(data) as (datasets, place):
+        try:
+            if split is None:
+                found = datasets.get_dataset_split_names(name, config, cache_dir=place)
+                split = next((s for s in SPLITS if s in found), found[0])
+            table = datasets.load_dataset(name, config, split=split, cache_dir=place)
+        except Exception as error:  # the hub client raises many kinds: offline, not found, gated, malformed
+            raise UserError(f"{data}: neither a file nor a dataset that loads: {error}") from None
+        for number, row in enumerate(table, 1):
+            yield f"{data}: row {number}", row

@@ -169,5 +169,5 @@ def _is_shell(tokenizer: Any) -> bool:
     return (
         isinstance(tokenizer, PreTrainedTokenizerFast)
         and kind.__call__ is PreTrainedTokenizerFast.__call__
-        and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+        and getattr(kind, "_encode_plus", None) is getattr(PreTrainedTokenizerFast, "_encode_plus", kind)
     )
