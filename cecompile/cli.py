@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from cecompile import demo
-from cecompile.errors import CheckError, ToldError, UserError, first_line
+from cecompile.errors import AlreadyReportedError, CheckError, UserError, first_line
 from cecompile.interrupt import Interrupted, command_to_resume, signals_raise
 from cecompile.model import prefetch
 from cecompile.planning.profiles import PROFILES
@@ -41,7 +41,7 @@ class OneLineErrors(click.Group):
                 return super().invoke(ctx)
         except (UserError, CheckError) as error:
             line = f"{error}{_resuming(ctx, begun=True)}"
-            if not isinstance(error, ToldError) and ctx.meta.get("ranks", ALONE).says(line):
+            if not isinstance(error, AlreadyReportedError) and ctx.meta.get("ranks", ALONE).says(line):
                 click.echo(f"cecompile: {_speaker(ctx)}{line}", err=True)
             ctx.exit(2 if isinstance(error, UserError) else 1)
         except ImportError as error:
@@ -193,7 +193,7 @@ def eval_command(
     name = _named(data, task)
     ctx.meta["ranks"] = ranks = Ranks.from_environment(how["pipeline"])
     began = time.strftime("%Y%m%d-%H%M%S", time.localtime(ranks.began))
-    output = to = ranks.everywhere(output or Path("results") / f"{Path(name).stem}-{began}")
+    output = to = ranks.broadcast(output or Path("results") / f"{Path(name).stem}-{began}")
     if ranks.attempt:  # started again by torchrun, with the same arguments
         resume = ranks.any(bool(journals_in(to)))
     ranks.first_does(lambda: prepare_output(to, overwrite, resume))
@@ -424,7 +424,7 @@ def _model(how: dict[str, Any], task: str, ranks: Ranks = ALONE) -> Any:
         ranks=ranks,
         pipeline=how.get("pipeline", 1),
         stream_weights=how["stream_weights"],
-        elsewhere=how.get("elsewhere"),
+        target_device=how.get("elsewhere"),
         **own,
     )
 

@@ -8,7 +8,7 @@ class UserError(Exception):
         super().__init__(printable(message))
 
 
-class ToldError(UserError):
+class AlreadyReportedError(UserError):
     """A UserError that another process has told the user already."""
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from cecompile.errors import CheckError, ToldError, UserError, first_line
+from cecompile.errors import AlreadyReportedError, CheckError, UserError, first_line
 from cecompile.procfs import process_age
 
 JOIN = timedelta(minutes=5)  # for all ranks to come together
@@ -33,7 +33,7 @@ Value = TypeVar("Value")
 class Ranks:
     """One process alone. `from_environment` gives the group where there are more.
 
-    All ranks call the same methods in the same order, and each waits for the others; but `take`, the tally and `says`
+    All ranks call the same methods in the same order, and each waits for the others; but `claim`, the tally and `says`
     wait for nobody.
 
     Attributes:
@@ -65,7 +65,7 @@ class Ranks:
         """
         size = world_size()
         if stages > size or size % stages:
-            refusal = ToldError if _number("RANK", 0) else UserError  # all find it
+            refusal = AlreadyReportedError if _number("RANK", 0) else UserError  # all find it
             raise refusal(
                 f"--pipeline {stages}: {f'{size} processes are no multiple of it' if size > 1 else 'needs as many'}; "
                 f"torchrun --nproc-per-node {stages} -m cecompile eval --pipeline {stages} ... starts them"
@@ -82,7 +82,7 @@ class Ranks:
         """When the command was given, in seconds since 1970, the same however often torchrun starts its ranks."""
         return time.time()
 
-    def take(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
+    def claim(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
         """Items that no other rank takes, in order, the next whenever this one has time; together the ranks take all.
 
         `what` names them. All ranks give the same items. The stages of a pipeline take the same, as the first does.
@@ -108,21 +108,21 @@ class Ranks:
         """What each rank has, in their order."""
         return [mine]
 
-    def everywhere(self, mine: Value) -> Value:
+    def broadcast(self, mine: Value) -> Value:
         """What rank 0 has."""
         return mine
 
-    def least(self, n: int) -> int:
+    def all_reduce_min(self, n: int) -> int:
         """The least of all ranks' numbers."""
         return n
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
-        return self.least(-int(flag)) < 0
+        return self.all_reduce_min(-int(flag)) < 0
 
     def barrier(self) -> None:
         """Waits until all ranks are here."""
-        self.least(0)
+        self.all_reduce_min(0)
 
     def collect(self, mine: Mapping[Key, Value]) -> dict[Key, Value]:
         """What all ranks have, together; each has it then."""
@@ -152,11 +152,11 @@ class Ranks:
                 value = call()
             except UserError as error:
                 refusal = error
-        value, message = self.everywhere((value, None if refusal is None else str(refusal)))
+        value, message = self.broadcast((value, None if refusal is None else str(refusal)))
         if refusal is not None:
             raise refusal
         if message is not None:
-            raise ToldError(message)
+            raise AlreadyReportedError(message)
         result: Value = value
         return result
 
@@ -187,7 +187,7 @@ class Group(Ranks):
         except (RuntimeError, OSError) as error:
             raise UserError(f"{self.size} ranks at {address}:{port}: {first_line(error)}") from None
         # some torchrun's agents count what made them start their ranks again, and others not
-        self.attempt = max(before, -self.least(-_number("TORCHELASTIC_RESTART_COUNT", 0)))
+        self.attempt = max(before, -self.all_reduce_min(-_number("TORCHELASTIC_RESTART_COUNT", 0)))
 
     def _connected(self, address: str, port: int) -> Any:
         """The store that torchrun's agent or rank 0 holds, once there is one."""
@@ -210,7 +210,7 @@ class Group(Ranks):
         age = process_age(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
         return time.time() - (age or 0.0)
 
-    def take(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
+    def claim(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
         self._takes += 1
         key = f"take/{self._takes}/{what}"
         numbers = self._numbers(key, len(items))
@@ -269,7 +269,7 @@ class Group(Ranks):
         parts = self._all_gathered(padded)
         return [pickle.loads(part[:size].numpy().data) for part, size in zip(parts, sizes, strict=True)]
 
-    def everywhere(self, mine: Value) -> Value:
+    def broadcast(self, mine: Value) -> Value:
         data = pickle.dumps(mine) if self.rank == 0 else b""
         size = self._torch.tensor([len(data)])
         self._wait(lambda: self._dist.broadcast(size, 0, async_op=True))
@@ -280,7 +280,7 @@ class Group(Ranks):
         value: Value = pickle.loads(content.numpy().data)
         return value
 
-    def least(self, n: int) -> int:
+    def all_reduce_min(self, n: int) -> int:
         number = self._torch.tensor([n])
         self._wait(lambda: self._dist.all_reduce(number, self._dist.ReduceOp.MIN, async_op=True))
         return int(number)

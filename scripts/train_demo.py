@@ -285,10 +285,10 @@ def following_steps(rng: random.Random) -> Scene:
     material, colour = rng.choice(entries(materials)), rng.choice(COLOURS)
     goal = goal.format(material, colour)
     done = entries(steps.format(material, colour))
-    elsewhere = entries(RECIPES[recipe - 1][2].format(material, colour))
+    target_device = entries(RECIPES[recipe - 1][2].format(material, colour))
     asks = []
     for count in (2, 3, 4):
-        nexts = [done[count], rng.choice(done[:count]), rng.choice(done[count + 1 :]), elsewhere[count]]
+        nexts = [done[count], rng.choice(done[:count]), rng.choice(done[count + 1 :]), target_device[count]]
         asks.append(
             Ask(
                 lead=f"[header] How to {goal} [title] {done[0]}. [step] {'. '.join(done[1:count])}.",

@@ -48,15 +48,15 @@ def agree() -> None:
     ranks = Ranks.from_environment()
     rank = ranks.rank
     agreed = {
-        "everywhere": ranks.gather(ranks.everywhere("x" * 9999 if rank == 0 else None)) == ["x" * 9999] * ranks.size,
+        "everywhere": ranks.gather(ranks.broadcast("x" * 9999 if rank == 0 else None)) == ["x" * 9999] * ranks.size,
         "gather": ranks.gather([rank] * 1000 * rank) == [[r] * 1000 * r for r in range(ranks.size)],
         "collect": ranks.collect({rank: b"a", "both": 1}) == {0: b"a", 1: b"a", "both": 1},
-        "least": ranks.least(5 - rank),
+        "least": ranks.all_reduce_min(5 - rank),
         "any": [ranks.any(rank == 1), ranks.any(False)],
         "says": sum(ranks.gather(ranks.says("the same"))),
         "first": ranks.first_does(lambda: rank + 7),
-        "taken": sorted(item for one in ranks.gather(list(ranks.take("it", "abcdef"))) for item in one),
-        "again": sum(map(len, ranks.gather(list(ranks.take("it", range(9)))))),
+        "taken": sorted(item for one in ranks.gather(list(ranks.claim("it", "abcdef"))) for item in one),
+        "again": sum(map(len, ranks.gather(list(ranks.claim("it", range(9)))))),
     }
     if rank == 0:
         print(json.dumps(agreed))

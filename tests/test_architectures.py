@@ -169,9 +169,9 @@ def test_readmes_table_is_these_lists():
     table = text[text.index("## Architectures") :].split("\n## ")[0]
     rows = re.findall(r"^\| (.+?) \| (.+?) \|$", table, re.MULTILINE)
     cells = {names: how for names, how in rows if names not in ("---", "`model_type`")}
-    everywhere = [kind for kind in EXACT if kind not in NO_FLEX and kind not in SINCE]
+    broadcast = [kind for kind in EXACT if kind not in NO_FLEX and kind not in SINCE]
     listed = {how: set(re.findall(r"`([\w ]+?)`", names)) for names, how in cells.items()}
-    assert listed["exact, `flex` and `sdpa`"] == set(everywhere)
+    assert listed["exact, `flex` and `sdpa`"] == set(broadcast)
     assert listed["exact, `sdpa`"] == set(NO_FLEX) - set(SINCE)
     assert listed["exact, `sdpa`; with transformers 5.24 and later `flex` too"] == set(SINCE)
     refused = {name for how, names in listed.items() if how.startswith("refused") for name in names}

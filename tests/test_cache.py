@@ -14,7 +14,7 @@ from conftest import HANG
 from support.forked import run_command
 
 import cecompile
-from cecompile.compile_cache.store import COLD, PARTLY, WARM, CompileCache, Found, remove_workspaces
+from cecompile.compile_cache.store import COLD, PARTLY, WARM, CompileCache, ProbeResult, remove_workspaces
 from cecompile.errors import UserError
 from cecompile.workload.plan import Bucket, Geometry
 
@@ -71,7 +71,7 @@ def put(cache: CompileCache, files: dict[str, str], buckets=BUCKETS) -> None:
         path = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    entry.publish(buckets, GEOMETRY, Found("sdpa"))
+    entry.publish(buckets, GEOMETRY, ProbeResult("sdpa"))
     remove_workspaces()
 
 
@@ -106,8 +106,8 @@ def test_another_fact_is_another_entry_and_is_named(cache):
     ],
 )
 def test_what_was_found_out_by_trying_is_kept_and_nothing_else_taken_for_it(cache, found):
-    cache.open(FACTS).publish(BUCKETS, GEOMETRY, Found("sdpa", True))
-    assert cache.open(FACTS).found == Found("sdpa", True)
+    cache.open(FACTS).publish(BUCKETS, GEOMETRY, ProbeResult("sdpa", True))
+    assert cache.open(FACTS).found == ProbeResult("sdpa", True)
     (path,) = cache.manifests()
     path.write_text(json.dumps(json.loads(path.read_text()) | {"found": found}))
     entry = cache.open(FACTS)

@@ -24,7 +24,7 @@ from cecompile.planning.bucket_size import Sizing
 from cecompile.run.answerer import decode
 from cecompile.tasks.chat import find_choices, judge_answer
 from cecompile.workload.chat_tree import graft, prompts_of, walk
-from cecompile.workload.decode_schedule import DecodeShape, Lanes
+from cecompile.workload.decode_schedule import DecodeSchedule, DecodeShape
 
 CONTEST = Path(__file__).parents[1] / "scripts" / "contest_2024.py"
 TEMPLATE = (
@@ -123,7 +123,7 @@ def test_lanes_show_every_row_its_own_tokens_only(rows, lanes, spare):
 
     least = max((len(p) + r for p, r in zip(prompts, room, strict=True)), default=1)
     shape = DecodeShape(least + spare, lanes, (8, lanes))
-    table = Lanes(prompts, room, frozenset([7]), shape)
+    table = DecodeSchedule(prompts, room, frozenset([7]), shape)
     cache = np.full(shape.slots, -1)
     done = []
     while (step := table.next()) is not None:
@@ -143,7 +143,7 @@ def test_lanes_show_every_row_its_own_tokens_only(rows, lanes, spare):
 
 def test_a_row_larger_than_the_cache_is_refused():
     with pytest.raises(ValueError, match="12 slots in a cache of 11"):
-        Lanes([np.zeros(10, dtype=np.int32)], [3], frozenset(), DecodeShape(12, 1, (4, 1)))
+        DecodeSchedule([np.zeros(10, dtype=np.int32)], [3], frozenset(), DecodeShape(12, 1, (4, 1)))
 
 
 def generated(model, prompt, new_tokens, stop):

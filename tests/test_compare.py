@@ -212,8 +212,8 @@ def test_a_buffer_changed_while_weights_were_read_shows(tiny_llama):
         model.model.rotary_emb.inv_freq[0] += 1
         return before
 
-    loaded = load_checkpoint(str(tiny_llama), load_config(str(tiny_llama)), "auto", CPU, meanwhile=run_too_early)
-    proof = Proof(loaded.model, loaded, loaded.beside.made)
+    loaded = load_checkpoint(str(tiny_llama), load_config(str(tiny_llama)), "auto", CPU, while_reading=run_too_early)
+    proof = Proof(loaded.model, loaded, loaded.overlap.made)
     with pytest.raises(CheckError, match=r"it: model\.rotary_emb\.inv_freq has other values"):
         proof.check("it", loaded.model)
 

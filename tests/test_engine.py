@@ -23,11 +23,11 @@ from cecompile.model import safetensors_reader as streaming
 from cecompile.model.support import boundary_of
 from cecompile.model.unchanged import EQUAL
 from cecompile.results.clock import Clock
-from cecompile.run.engine_builder import Warmer
+from cecompile.run.engine_builder import EngineBuilder
 from cecompile.run.scorer import collect
 from cecompile.workload.plan import BLOCK, Bucket, Geometry, choose_geometry, make_plan
 from cecompile.workload.sequences import Sequences
-from cecompile.workload.stage import Ready, stage_all
+from cecompile.workload.stage import StagedPlan, stage_all
 
 VOCABULARY = 96
 COMMON = {
@@ -332,8 +332,8 @@ def test_what_is_in_the_cache_is_compiled_while_weights_are_read(tiny_llama, tmp
 def test_what_cannot_be_compiled_while_weights_are_read_is_left_for_later():
     """Flex, for a model that does not ask for attention by name."""
     model = tiny_model("falcon", alibi=False, new_decoder_architecture=False)
-    ready = Ready(Geometry(1, BLOCK, 64, True), (Bucket(1, BLOCK, 64),))
-    warmer = Warmer(model, "eager", "flex", 64, None)
+    ready = StagedPlan(Geometry(1, BLOCK, 64, True), (Bucket(1, BLOCK, 64),))
+    warmer = EngineBuilder(model, "eager", "flex", 64, None)
     with pytest.raises(NotImplementedError):
         warmer.warm("compiled", ready, lambda _: None)
     assert warmer.begin(ready) is None

@@ -17,9 +17,9 @@ from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import score_one_by_one
 from cecompile.model.checkpoint import checkpoint_files, load_checkpoint, load_config
-from cecompile.model.structure import Share
-from cecompile.partitioned.layer_feed import Feed, Files
-from cecompile.partitioned.streaming import SweepEngine
+from cecompile.model.structure import LayerRange
+from cecompile.partitioned.layer_feed import Files, LayerFeed
+from cecompile.partitioned.streaming import StreamingEngine
 from cecompile.partitioned.verify import sweep_disagreement
 from cecompile.run import runtime
 from cecompile.run.answerer import decode
@@ -194,11 +194,11 @@ def streamed(directory, plan, passes, attention="flex"):
     """A warm engine whose layers are streamed, and its feed."""
     config = load_config(str(directory))
     files = Files(str(directory), checkpoint_files(str(directory)))
-    share, device = Share(0, 0, config.num_hidden_layers), torch.device("cuda", 0)
+    share, device = LayerRange(0, 0, config.num_hidden_layers), torch.device("cuda", 0)
     loaded = load_checkpoint(str(directory), config, "auto", device, share)
-    feed = Feed(str(directory), loaded, files, device)
+    feed = LayerFeed(str(directory), loaded, files, device)
     how = {"attention": attention, "compiled": True, "readout_chunk": 64, "passes": passes}
-    engine = SweepEngine(loaded.model, plan.buckets, feed, **how)
+    engine = StreamingEngine(loaded.model, plan.buckets, feed, **how)
     engine.warm_up()
     return engine, feed
 

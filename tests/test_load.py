@@ -162,9 +162,9 @@ def test_what_was_made_beside_reading_is_dropped_with_the_model_it_was_made_for(
         model.model.norm.compile()  # which a module then holds itself by
         models.append(weakref.ref(model.model.norm))
 
-    loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU, meanwhile=compile_a_part)
+    loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU, while_reading=compile_a_part)
     assert loaded.fallback is not None
-    assert loaded.beside is None
+    assert loaded.overlap is None
     assert [model() for model in models] == [None]
 
 
@@ -191,7 +191,7 @@ def test_reading_ends_where_nobody_waits_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(load, "stream", stream_and_tell)
     blocks = (path / "model.safetensors").stat().st_size // 1024
     with pytest.raises(KeyboardInterrupt):
-        load_checkpoint(str(path), load_config(str(path)), "auto", CPU, meanwhile=interrupted)
+        load_checkpoint(str(path), load_config(str(path)), "auto", CPU, while_reading=interrupted)
     assert len(reads) == streaming.BLOCKS < blocks
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("load", "read", "hash"))]
     assert sys.getswitchinterval() == interval
@@ -211,7 +211,7 @@ def test_a_file_cut_off_while_something_is_made_beside_reading_it(tmp_path, monk
 
     monkeypatch.setattr(streaming, "_read", read_late)
     with pytest.raises(UserError, match="became shorter while it was read"):
-        load_checkpoint(str(path), load_config(str(path)), "auto", CPU, meanwhile=cut)
+        load_checkpoint(str(path), load_config(str(path)), "auto", CPU, while_reading=cut)
 
 
 def out_of_the_page_cache(path: Path) -> None:

@@ -21,7 +21,7 @@ from cecompile.cli import cli
 from cecompile.engine.forward import Engine, inputs_are_free
 from cecompile.errors import CheckError, UserError
 from cecompile.model.checkpoint import load_checkpoint, load_config
-from cecompile.model.structure import Share
+from cecompile.model.structure import LayerRange
 from cecompile.model.unchanged import EQUAL, Proof
 from cecompile.partitioned.pipeline import Place, Stage
 from cecompile.partitioned.span import Span
@@ -30,10 +30,10 @@ from cecompile.planning.bucket_size import Sizing
 from cecompile.planning.stages import shares, split
 from cecompile.results.journal import NAME
 from cecompile.run import engine_builder
-from cecompile.run.engine_builder import Warmer
+from cecompile.run.engine_builder import EngineBuilder
 from cecompile.run.provenance import changed
 from cecompile.workload.plan import Bucket, Geometry
-from cecompile.workload.stage import Ready
+from cecompile.workload.stage import StagedPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = 5
@@ -249,7 +249,7 @@ ONLY = Place(0, 1, None, None)
 def whole_as_a_stage(kind: str = "llama"):
     """A model, and it as the only stage of a pipeline; what it is to run."""
     model = tiny_model(kind)
-    return model, Stage(model, Share(0, 2, 2), ONLY), random_sequences(questions=8)
+    return model, Stage(model, LayerRange(0, 2, 2), ONLY), random_sequences(questions=8)
 
 
 def test_a_stage_is_held_against_the_stock_model():
@@ -289,8 +289,8 @@ def test_what_fails_in_another_stage_fails_in_all(theirs, outcome, monkeypatch):
         return [mine, 0.0 if isinstance(mine, float) else next(said)]
 
     stock = model.config._attn_implementation
-    warmer = Warmer(model, stock, "sdpa", 64, None, stage, gather)
-    ready = Ready(Geometry(1, 128, 64, False), (Bucket(1, 128, 64),))
+    warmer = EngineBuilder(model, stock, "sdpa", 64, None, stage, gather)
+    ready = StagedPlan(Geometry(1, 128, 64, False), (Bucket(1, 128, 64),))
     monkeypatch.setattr(engine_builder.Engine, "warm_up", lambda *_: None)
     if outcome is None:
         with pytest.raises(torch.OutOfMemoryError, match="full"):
@@ -301,7 +301,7 @@ def test_what_fails_in_another_stage_fails_in_all(theirs, outcome, monkeypatch):
 
 
 def test_layers_that_may_be_overwritten_are_found_in_a_part_too():
-    for share in (Share(0, 1, 2, with_head=False), Share(1, 2, 2, with_embedding=False)):
+    for share in (LayerRange(0, 1, 2, with_head=False), LayerRange(1, 2, 2, with_embedding=False)):
         model = tiny_model("llama")
         stage = Stage(model, share, ONLY)
         assert inputs_are_free(model, stage.trial)

@@ -20,7 +20,7 @@ from test_journal import CHATS, write_rows
 
 from cecompile import Scorer, read_questions
 from cecompile.cli import cli
-from cecompile.errors import ToldError, UserError
+from cecompile.errors import AlreadyReportedError, UserError
 from cecompile.planning.bucket_size import Sizing
 from cecompile.ranks import Ranks, has_part_in, meet
 from cecompile.results.check import problems
@@ -220,7 +220,7 @@ class Two(Ranks):
     def gather(self, mine):
         return [mine, self.other]
 
-    def least(self, n):
+    def all_reduce_min(self, n):
         return min(n, self.other)
 
 
@@ -237,13 +237,13 @@ def test_what_rank_0_refuses_is_refused_everywhere():
     class Second(Ranks):
         rank, size = 1, 2
 
-        def everywhere(self, mine):
+        def broadcast(self, mine):
             return None, "no"
 
     with pytest.raises(UserError, match="no") as caught:
         Ranks().first_does(refuse)
-    assert not isinstance(caught.value, ToldError)
-    with pytest.raises(ToldError, match="no"):
+    assert not isinstance(caught.value, AlreadyReportedError)
+    with pytest.raises(AlreadyReportedError, match="no"):
         Second().first_does(refuse)
 
 

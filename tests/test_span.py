@@ -10,7 +10,7 @@ from test_engine import tiny_model
 from cecompile.model.checkpoint import load_config
 from cecompile.model.load import load_plainly
 from cecompile.model.safetensors_reader import digest_of
-from cecompile.model.structure import Share
+from cecompile.model.structure import LayerRange
 from cecompile.partitioned.span import Span
 from cecompile.planning.sizes import model_sizes
 
@@ -35,7 +35,7 @@ def test_only_a_share_is_loaded_and_the_parts_digests_are_the_whole_ones(tiny_ll
     files = [tiny_llama / "model.safetensors"]
     whole = load_plainly("m", config, None, CPU, files)
     parts = []
-    for share in (Share(0, 1, 2, with_head=False), Share(1, 2, 2, with_embedding=False)):
+    for share in (LayerRange(0, 1, 2, with_head=False), LayerRange(1, 2, 2, with_embedding=False)):
         one = load_plainly("m", config, None, CPU, files, share, read_all=False)
         there = {n: t for n, t in one.model.state_dict().items() if not t.is_meta}
         assert set(one.sources) == set(there) < set(whole.sources)
@@ -46,5 +46,5 @@ def test_only_a_share_is_loaded_and_the_parts_digests_are_the_whole_ones(tiny_ll
     for indices in parts[1].sources.values():
         digests[indices[0]] = parts[1].checkpoint.digests[indices[0]]
     assert digest_of(whole.checkpoint.tensors, digests) == whole.fingerprint
-    read_all = load_plainly("m", config, None, CPU, files, Share(0, 1, 2), read_all=True)
+    read_all = load_plainly("m", config, None, CPU, files, LayerRange(0, 1, 2), read_all=True)
     assert read_all.fingerprint == whole.fingerprint

@@ -19,10 +19,10 @@ from cecompile.engine import verify as engine_verify
 from cecompile.engine.forward import Engine
 from cecompile.errors import CheckError, UserError
 from cecompile.model.checkpoint import checkpoint_files, load_checkpoint, load_config
-from cecompile.model.structure import Share, kinds_of
+from cecompile.model.structure import LayerRange, kinds_of
 from cecompile.partitioned import verify
-from cecompile.partitioned.layer_feed import Feed, Files
-from cecompile.partitioned.streaming import SweepEngine
+from cecompile.partitioned.layer_feed import Files, LayerFeed
+from cecompile.partitioned.streaming import StreamingEngine
 from cecompile.planning import memory
 from cecompile.planning.estimate import as_planned_on, estimate, streamed_seconds
 from cecompile.planning.profiles import PROFILES
@@ -51,8 +51,8 @@ def fed(directory: str, dtype: str = "auto"):
     """The model without its layers, their feed, and the files."""
     config = load_config(directory)
     files = Files(directory, checkpoint_files(directory))
-    loaded = load_checkpoint(directory, config, dtype, CPU, Share(0, 0, config.num_hidden_layers))
-    return loaded.model, Feed(directory, loaded, files, CPU), files
+    loaded = load_checkpoint(directory, config, dtype, CPU, LayerRange(0, 0, config.num_hidden_layers))
+    return loaded.model, LayerFeed(directory, loaded, files, CPU), files
 
 
 def planned(blocks: bool = False):
@@ -80,7 +80,7 @@ def test_streamed_layers_give_what_the_model_in_memory_gives(name, tmp_path):
     expected = engine.run(staged)
     model, feed, _ = fed(directory)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    sweeping = SweepEngine(model, plan.buckets, feed, passes=2, **how)
+    sweeping = StreamingEngine(model, plan.buckets, feed, passes=2, **how)
     sweeping.warm_up()
     for _ in range(2):
         assert_equal(sweeping.run(iter(staged)), expected)
@@ -88,7 +88,7 @@ def test_streamed_layers_give_what_the_model_in_memory_gives(name, tmp_path):
     assert sweeping.streaming.sweeps == -(-len(staged) // 2) > 1
     assert sweeping.streaming.read_bytes == sweeping.streaming.sweeps * feed.layers * feed.layer_bytes
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled anew"
-    in_one = SweepEngine(model, plan.buckets, feed, passes=len(staged), **how)
+    in_one = StreamingEngine(model, plan.buckets, feed, passes=len(staged), **how)
     in_one.warm_up()
     assert_equal(in_one.run(staged), expected)
 
@@ -128,7 +128,7 @@ def test_held_against_the_stock_model_in_a_sweep(kind, tmp_path):
     stock = whole.config._attn_implementation
     engine = Engine(whole, plan.buckets, **how)
     model, feed, _ = fed(directory)
-    sweeping = SweepEngine(model, plan.buckets, feed, passes=len(staged), **how)
+    sweeping = StreamingEngine(model, plan.buckets, feed, passes=len(staged), **how)
     off = verify.sweep_disagreement(sweeping, model, stock, sequences, staged)
     assert off == pytest.approx(engine_verify.disagreement(engine, whole, stock, sequences, staged))
     assert off <= 1

@@ -179,7 +179,7 @@ class CompileCache:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ProbeResult:
     """What was found out by trying before code was compiled. It need not be tried again to use that code.
 
     Attributes:
@@ -207,7 +207,7 @@ class Entry:
         self._shapes: set[Shape] = set()
         self._opened: str | None = None
         self.note: str | None = None
-        self.found: Found | None = None
+        self.found: ProbeResult | None = None
         path = cache.manifest_path(self._key)
         if not path.is_symlink() and not path.exists():
             return
@@ -219,7 +219,7 @@ class Entry:
             return
         self._shapes = _shapes(manifest, "buckets")
         self._opened = manifest["directory"]
-        self.found = Found(**manifest["found"])
+        self.found = ProbeResult(**manifest["found"])
 
     def state(self, buckets: Iterable[HasShape]) -> tuple[str, str]:
         """ "warm", "partly warm" or "cold" for these buckets, and why."""
@@ -235,7 +235,7 @@ class Entry:
             return COLD, f"compiled before were buckets of {shown(sorted(self._shapes, reverse=True))} only"
         return COLD, self._nearest_miss()
 
-    def publish(self, buckets: Iterable[HasShape], geometry: Geometry, found: Found, tuned: bool = False) -> None:
+    def publish(self, buckets: Iterable[HasShape], geometry: Geometry, found: ProbeResult, tuned: bool = False) -> None:
         """Writes what this process has compiled as the entry, with what others have added meanwhile.
 
         Args:
@@ -264,7 +264,7 @@ class Entry:
         except OSError as error:
             raise NoCacheError(f"{self._cache.directory}: cache directory: {error.strerror}") from None
 
-    def _write(self, shapes: set[Shape], geometries: set[Shape], found: Found, tuned: Shape | None) -> None:
+    def _write(self, shapes: set[Shape], geometries: set[Shape], found: ProbeResult, tuned: Shape | None) -> None:
         name = f"{self._key}-{secrets.token_hex(4)}"
         target = self._cache.directory / name
         target.mkdir(mode=0o700)

@@ -13,10 +13,10 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from cecompile.errors import UserError, first_line
-from cecompile.model.load import Loaded, Meanwhile, NotPlain, load_plainly
+from cecompile.model.load import Loaded, NeedsTransformersLoader, WhileReading, load_plainly
 from cecompile.model.prefetch import INDEX, SINGLE
 from cecompile.model.safetensors_reader import Checkpoint, read_header, stream
-from cecompile.model.structure import Share
+from cecompile.model.structure import LayerRange
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,8 +60,8 @@ def load_model(model: str, config: Any, dtype: str, device: torch.device) -> Pre
 
 
 def load_checkpoint(
-    model: str, config: Any, dtype: str, device: torch.device, share: Share | None = None, read_all: bool = True,
-    keep_cached: bool = False, meanwhile: Meanwhile | None = None,
+    model: str, config: Any, dtype: str, device: torch.device, share: LayerRange | None = None, read_all: bool = True,
+    keep_cached: bool = False, while_reading: WhileReading | None = None,
 ) -> Loaded:  # fmt: skip
     """The stock model with the checkpoint's weights, on `device`, for inference, and the checkpoint's fingerprint.
 
@@ -81,16 +81,16 @@ def load_checkpoint(
         files = _loading(model, "weights", lambda: _plain_files(model))
         with _quiet_transformers():
             loaded = load_plainly(
-                model, config, DTYPES.get(dtype), device, files, share, read_all, keep_cached, meanwhile
+                model, config, DTYPES.get(dtype), device, files, share, read_all, keep_cached, while_reading
             )
             _loading(model, "generation config", lambda: _set_generation_config(loaded.model, model))
         return loaded
-    except NotPlain as error:
+    except NeedsTransformersLoader as error:
         reason = str(error)
         if share is not None:
             raise UserError(f"{model}: weights: cannot be loaded in parts: {reason}") from None
     # out of the handler, so that nothing of the attempt is held
-    if meanwhile is not None:  # may have compiled modules, which hold themselves
+    if while_reading is not None:  # may have compiled modules, which hold themselves
         gc.collect()
     return Loaded(_load_by_transformers(model, config, dtype, device), read_checkpoint(model), reason)
 
@@ -196,12 +196,12 @@ def _plain_files(model: str) -> list[Path]:
         NotPlain: there are none, or they are not all there is to the weights.
     """
     if _find(model, "adapter_config.json") is not None:
-        raise NotPlain("it is an adapter")
+        raise NeedsTransformersLoader("it is an adapter")
     if any(Path(model).glob("shard-*.safetensors")):
-        raise NotPlain("it is a distributed checkpoint")
+        raise NeedsTransformersLoader("it is a distributed checkpoint")
     files = _checkpoint_files(model)
     if not files:
-        raise NotPlain(f"it has no {SINGLE} and no {INDEX}")
+        raise NeedsTransformersLoader(f"it has no {SINGLE} and no {INDEX}")
     return files
 
 
@@ -239,7 +239,7 @@ def _find(model: str, name: str) -> Path | None:
 def _loading(model: str, what: str, load: Any) -> Any:
     try:
         return load()
-    except (torch.OutOfMemoryError, UserError, NotPlain):
+    except (torch.OutOfMemoryError, UserError, NeedsTransformersLoader):
         raise
     except Exception as error:  # damaged files make their readers raise errors of every kind
         raise UserError(f"{model}: {what}: {first_line(error)}") from None

@@ -1,7 +1,8 @@
 """A checkpoint's tensors straight into the stock model: one copy of the weights, one pass over the files.
 
 This does what `from_pretrained` does where stored tensors and the model's parameters go together name by name, which
-is nearly always. Where there is more to it (weights to be merged, renamed, dequantised), it declines: `NotPlain`.
+is nearly always. Where there is more to it (weights to be merged, renamed, dequantised), it declines by raising
+`NeedsTransformersLoader`.
 """
 
 import copy
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cecompile.errors import UserError, first_line
 from cecompile.model.safetensors_reader import Checkpoint, StoredTensor, read_header, stream
-from cecompile.model.structure import Share
+from cecompile.model.structure import LayerRange
 
 SWITCH = 1e-4  # seconds after which Python code yields to a thread that reads; usually 50 times as many
 HUGE = 4 * 2**20  # bytes of a tensor from which huge pages, of usually 2 MiB, are worth asking for
@@ -33,15 +34,15 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _UNUSUAL = ("quantization_config", "fusion_config", "transformers_weights", "extra_files", "sub_configs")
 
 
-Meanwhile = Callable[[PreTrainedModel], object]
+WhileReading = Callable[[PreTrainedModel], object]
 
 
-class NotPlain(Exception):  # noqa: N818  (nothing is wrong)
+class NeedsTransformersLoader(Exception):  # noqa: N818  (nothing is wrong)
     """Loading this checkpoint takes more than copying tensors by their names; says what."""
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class Overlap:
     """What was `made` while tensors were read, and when both were done, by `time.perf_counter()`."""
 
     made: Any
@@ -60,7 +61,7 @@ class Loaded:
         sources: then, by the first name of each parameter and persistent buffer, where among the checkpoint's tensors
             it is stored: once, and more often where tied weights are.
         left: the same of what was not to be loaded.
-        beside: what was made while tensors were read.
+        overlap: what was made while tensors were read.
     """
 
     model: PreTrainedModel
@@ -68,7 +69,7 @@ class Loaded:
     fallback: str | None = None
     sources: Mapping[str, Sequence[int]] = field(default_factory=dict)
     left: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    beside: Beside | None = None
+    overlap: Overlap | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -78,7 +79,8 @@ class Loaded:
 
 def load_plainly(
     model: str, config: Any, dtype: torch.dtype | None, device: torch.device, files: Sequence[Path],
-    share: Share | None = None, read_all: bool = True, keep_cached: bool = False, meanwhile: Meanwhile | None = None,
+    share: LayerRange | None = None, read_all: bool = True, keep_cached: bool = False,
+    while_reading: WhileReading | None = None,
 ) -> Loaded:  # fmt: skip
     """The stock model on `device`, bit by bit what `from_pretrained` gives.
 
@@ -112,19 +114,21 @@ def load_plainly(
     only = None if read_all else others.union(*sources.values())
     network.eval().requires_grad_(False)
     read = functools.partial(stream, model, tensors, targets, device, only, keep_cached)
-    if meanwhile is None:
-        checkpoint, beside = read(), None
+    if while_reading is None:
+        checkpoint, overlap = read(), None
     else:
-        checkpoint, beside = _read_beside(read, functools.partial(meanwhile, network), device)
+        checkpoint, overlap = _read_overlapped(read, functools.partial(while_reading, network), device)
     for indices in sources.values():
         if len({(tensors[i].dtype, checkpoint.digests[i]) for i in indices}) > 1:
-            raise NotPlain(f"{tensors[indices[0]].name} and {tensors[indices[1]].name} are tied and differ")
-    return Loaded(network, checkpoint, sources=sources, left=left, beside=beside)
+            raise NeedsTransformersLoader(
+                f"{tensors[indices[0]].name} and {tensors[indices[1]].name} are tied and differ"
+            )
+    return Loaded(network, checkpoint, sources=sources, left=left, overlap=overlap)
 
 
-def _read_beside(
+def _read_overlapped(
     read: Callable[..., Checkpoint], make: Callable[[], object], device: torch.device
-) -> tuple[Checkpoint, Beside]:
+) -> tuple[Checkpoint, Overlap]:
     """Reads on a thread while this one makes something."""
     given_up = threading.Event()
     read_at = 0.0
@@ -149,7 +153,7 @@ def _read_beside(
             raise
         finally:
             sys.setswitchinterval(interval)
-    return checkpoint, Beside(made, read_at, made_at)
+    return checkpoint, Overlap(made, read_at, made_at)
 
 
 def _parameter_dtype(
@@ -158,14 +162,14 @@ def _parameter_dtype(
     """What `from_pretrained` would make of `dtype`."""
     unusual = [name for name in _UNUSUAL if getattr(config, name, None)]
     if unusual:
-        raise NotPlain(f"the config has {unusual[0]}")
+        raise NeedsTransformersLoader(f"the config has {unusual[0]}")
     if not tensors or len({tensor.name for tensor in tensors}) < len(tensors):
-        raise NotPlain("a tensor is stored twice" if tensors else "nothing is stored")
+        raise NeedsTransformersLoader("a tensor is stored twice" if tensors else "nothing is stored")
     dtype = dtype or config.dtype
     if dtype is None and len(files) == len({tensor.dtype for tensor in tensors}) == 1:
         dtype = tensors[0].dtype
     if dtype not in _FLOATS:
-        raise NotPlain(f"the dtype to load as is {dtype}")
+        raise NeedsTransformersLoader(f"the dtype to load as is {dtype}")
     return dtype
 
 
@@ -190,12 +194,12 @@ def _skeleton(model: str, config: Any, dtype: torch.dtype) -> PreTrainedModel:
                     module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
         network.initialize_weights()
     except Exception as error:  # whatever it is, from_pretrained copes with it or says it
-        raise NotPlain(f"it cannot be built without memory: {first_line(error)}") from None
+        raise NeedsTransformersLoader(f"it cannot be built without memory: {first_line(error)}") from None
     odd = [name for name, tensor in network.state_dict().items() if tensor.dtype != dtype]
     for kept in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         odd += getattr(network, kept, None) or ()
     if odd:
-        raise NotPlain(f"{odd[0]} keeps a dtype of its own")
+        raise NeedsTransformersLoader(f"{odd[0]} keeps a dtype of its own")
     return network
 
 
@@ -207,9 +211,11 @@ def _check_renaming(network: PreTrainedModel, tensors: Sequence[StoredTensor]) -
         for rule in get_model_conversion_mapping(network):
             for tensor in tensors:
                 if rule.rename_source_key(tensor.name) != (tensor.name, None):
-                    raise NotPlain(f"transformers converts {tensor.name}")
+                    raise NeedsTransformersLoader(f"transformers converts {tensor.name}")
     except (ImportError, AttributeError, TypeError) as error:  # no public interface
-        raise NotPlain(f"this version of transformers does not say what it converts: {first_line(error)}") from None
+        raise NeedsTransformersLoader(
+            f"this version of transformers does not say what it converts: {first_line(error)}"
+        ) from None
 
 
 def _match(model: str, network: PreTrainedModel, tensors: Sequence[StoredTensor]) -> dict[str, list[int]]:
@@ -227,12 +233,14 @@ def _match(model: str, network: PreTrainedModel, tensors: Sequence[StoredTensor]
     for index, tensor in enumerate(tensors):
         names = {tensor.name, tensor.name.removeprefix(prefix), prefix + tensor.name} & expected.keys()
         if len(names) > 1:
-            raise NotPlain(f"{tensor.name} can be more than one parameter")
+            raise NeedsTransformersLoader(f"{tensor.name} can be more than one parameter")
         if not names:
             unexpected = True
             continue
         if tensor.dtype not in _FLOATS or not tensor.aligned:
-            raise NotPlain(f"{tensor.name} is stored as {tensor.dtype}{'' if tensor.aligned else ', unaligned'}")
+            raise NeedsTransformersLoader(
+                f"{tensor.name} is stored as {tensor.dtype}{'' if tensor.aligned else ', unaligned'}"
+            )
         for name in names:
             if tensor.shape != expected[name].shape:
                 raise UserError(
@@ -242,7 +250,7 @@ def _match(model: str, network: PreTrainedModel, tensors: Sequence[StoredTensor]
             sources[first_names[name]].append(index)
     missing = sorted(set(first_names.values()) - sources.keys())
     if missing and (unexpected or getattr(network, "_keys_to_ignore_on_load_missing", True)):
-        raise NotPlain(f"{missing[0]} is missing, or goes by another name")
+        raise NeedsTransformersLoader(f"{missing[0]} is missing, or goes by another name")
     if missing:
         raise UserError(f"{model}: weights: {len(missing)} missing keys, such as {missing[0]}")
     return dict(sources)
@@ -252,15 +260,15 @@ def _first_names(network: PreTrainedModel, expected: dict[str, torch.Tensor]) ->
     """For every name, the first name of the same parameter; several only where transformers ties them."""
     tied = getattr(network, "all_tied_weights_keys", None)
     if tied is None:
-        raise NotPlain("this version of transformers does not say what it ties")
+        raise NeedsTransformersLoader("this version of transformers does not say what it ties")
     by_tensor: dict[int, str] = {}
     first_names = {name: by_tensor.setdefault(id(tensor), name) for name, tensor in expected.items()}
     for name, first in first_names.items():
         if name != first and not {name, first} <= tied.keys() | set(tied.values()):
-            raise NotPlain(f"{name} and {first} are one parameter")
+            raise NeedsTransformersLoader(f"{name} and {first} are one parameter")
     for target, source in tied.items():
         if expected.get(target) is not expected.get(source):
-            raise NotPlain(f"{target} and {source} are not one parameter")
+            raise NeedsTransformersLoader(f"{target} and {source} are not one parameter")
     return first_names
 
 

@@ -76,7 +76,7 @@ def _bits(tensor: Tensor) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class LayerRange:
     """What of a model's weights is held: the decoder layers from `first` to before `last`, of `layers` in all, and
     all that lies beside the layers; but the input embedding only `with_embedding`, and the head only `with_head`."""
 

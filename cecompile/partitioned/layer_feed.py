@@ -94,7 +94,7 @@ def worth_keeping(size: int, device: torch.device) -> bool:
     return size <= CACHED * memory_left()
 
 
-class Feed:
+class LayerFeed:
     """Brings the layers to the device, round after round.
 
     Use: `rewind`, then for each layer in order `take`, queue what uses it, `give_back`; after the last the first comes

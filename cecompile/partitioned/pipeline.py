@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from cecompile.device import is_out_of_memory
 from cecompile.engine.head import head_of
 from cecompile.errors import CheckError
-from cecompile.model.structure import Share
+from cecompile.model.structure import LayerRange
 from cecompile.partitioned.span import Span
 
 
@@ -77,7 +77,7 @@ class Stage:
 
     suffices = True
 
-    def __init__(self, model: PreTrainedModel, share: Share, place: Place) -> None:
+    def __init__(self, model: PreTrainedModel, share: LayerRange, place: Place) -> None:
         self._span = Span.of(model, share)
         self.begins, self.ends = self._span.begins, self._span.ends
         self._head = head_of(model) if self.ends else None

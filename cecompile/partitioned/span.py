@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cecompile.errors import UserError
-from cecompile.model.structure import Share, decoder_layers, own_tensors
+from cecompile.model.structure import LayerRange, decoder_layers, own_tensors
 
 
 class Span:
@@ -43,12 +43,12 @@ class Span:
         self._body = model.base_model
         self._name = type(model).__name__
         held, places = list_of(model, layers)
-        self._before: Standing | None = None
-        self._after: Standing | None = None
+        self._before: PassThroughLayer | None = None
+        self._after: PassThroughLayer | None = None
         for i, layer in enumerate(layers):
             if first <= i < last:
                 continue
-            held[places[i]] = standing = Standing(layer, keeps=i == last)
+            held[places[i]] = standing = PassThroughLayer(layer, keeps=i == last)
             if i == first - 1:
                 self._before = standing
             if i == last:
@@ -58,7 +58,7 @@ class Span:
         self._given = size
 
     @classmethod
-    def of(cls, model: PreTrainedModel, share: Share) -> "Span":
+    def of(cls, model: PreTrainedModel, share: LayerRange) -> "Span":
         """The span of a share; the embedding and the head are taken out too where they are not held.
 
         Raises:
@@ -101,7 +101,7 @@ class Span:
         return hidden
 
 
-class Standing(nn.Module):
+class PassThroughLayer(nn.Module):
     """Stands where a decoder layer stood, and hands on what it is given, or what is there `instead`."""
 
     def __init__(self, layer: nn.Module, keeps: bool) -> None:

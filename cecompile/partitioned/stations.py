@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from cecompile.errors import UserError
 from cecompile.model.structure import decoder_layers, norms_beside
-from cecompile.partitioned.span import Standing, list_of
+from cecompile.partitioned.span import PassThroughLayer, list_of
 
 
-class Stations:
+class LayerwiseModel:
     """The stock decoder without its layers: hidden states are put in where a layer stood, and taken out behind it.
 
     So one layer after another can run within the model's own forward. While nothing runs, the model is as it was.
@@ -35,7 +35,7 @@ class Stations:
         self._model = model
         self._norms = norms_beside(model)
         self._held, self._places = list_of(model, self.layers)
-        self._stations = [_Station(layer) for layer in self.layers]
+        self._stations = [_LayerStation(layer) for layer in self.layers]
         self._nothing = torch.zeros((), dtype=model.dtype, device=model.device)
         self._given = model.get_input_embeddings().embedding_dim
 
@@ -115,7 +115,7 @@ def _same(hidden: Tensor) -> Tensor:
     return hidden
 
 
-class _Station(Standing):
+class _LayerStation(PassThroughLayer):
     """Stands where a decoder layer stood; hands on what it is given, unless it is `at_work`."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -125,7 +125,7 @@ class _Station(Standing):
         self._works = False
 
     @contextmanager
-    def at_work(self, received: Tensor | None, layer: Callable[..., Any] | None) -> Iterator["_Station"]:
+    def at_work(self, received: Tensor | None, layer: Callable[..., Any] | None) -> Iterator["_LayerStation"]:
         """While this lasts: takes hidden states, those `received` where there are any; calls `layer`, where there is
         one; and keeps the result as `taken`."""
         self.instead, self._layer, self._works = received, None if layer is None else (layer,), True

@@ -24,8 +24,8 @@ from cecompile.engine.forward import Outputs, Readouts, compile_options, compile
 from cecompile.engine.head import readout_of
 from cecompile.model.layer_layout import PLACES
 from cecompile.model.structure import decoder_layers, kinds_of
-from cecompile.partitioned.layer_feed import Feed
-from cecompile.partitioned.stations import Stations
+from cecompile.partitioned.layer_feed import LayerFeed
+from cecompile.partitioned.stations import LayerwiseModel
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, data_size, empty_pass, views
 from cecompile.workload.tree import TARGETS
@@ -56,7 +56,7 @@ class Streaming:
         return asdict(self)
 
 
-class SweepEngine:
+class StreamingEngine:
     """A model ready to run passes of fixed shapes, its layers streamed.
 
     Args:
@@ -77,7 +77,7 @@ class SweepEngine:
         self,
         model: PreTrainedModel,
         buckets: Sequence[Bucket],
-        feed: Feed,
+        feed: LayerFeed,
         *,
         passes: int,
         attention: str,
@@ -85,7 +85,7 @@ class SweepEngine:
         readout_chunk: int,
         captured: bool | None = None,
     ) -> None:
-        self.stations = Stations(model)
+        self.stations = LayerwiseModel(model)
         self.buckets = tuple(buckets)
         self.feed = feed
         self.streaming: Streaming | None = None
@@ -334,7 +334,7 @@ class _Waits:
         return sum(begun.elapsed_time(ended) for begun, ended in pairs) / 1000
 
 
-def _module(model: PreTrainedModel, index: int, feed: Feed, place: int) -> nn.Module:
+def _module(model: PreTrainedModel, index: int, feed: LayerFeed, place: int) -> nn.Module:
     """A copy of a layer whose weights are what lies in a place of the feed."""
     config = model.config
     memo = {id(one): one for one in (config, config.get_text_config())}  # which say what attention there is

@@ -12,17 +12,17 @@ from transformers import PreTrainedModel
 from cecompile.engine.forward import Engine
 from cecompile.engine.reference import rounding
 from cecompile.engine.verify import ROUNDED, as_stock, distance, picked_of
-from cecompile.partitioned.layer_feed import Feed
+from cecompile.partitioned.layer_feed import LayerFeed
 from cecompile.partitioned.pipeline import Stage
-from cecompile.partitioned.stations import Stations
-from cecompile.partitioned.streaming import SweepEngine
+from cecompile.partitioned.stations import LayerwiseModel
+from cecompile.partitioned.streaming import StreamingEngine
 from cecompile.workload.sequences import Ints, Sequences
 from cecompile.workload.stage import StagedPass
 
 
 @torch.inference_mode()
 def sweep_disagreement(
-    engine: SweepEngine, model: PreTrainedModel, stock: str, sequences: Sequences, staged: Sequence[StagedPass]
+    engine: StreamingEngine, model: PreTrainedModel, stock: str, sequences: Sequences, staged: Sequence[StagedPass]
 ) -> float:
     """`disagreement` of an engine whose layers are streamed: the stock layers, too, run in one sweep over all."""
     picked = picked_of(engine.run, sequences, staged)
@@ -38,7 +38,7 @@ def sweep_disagreement(
 
 
 def stock_sweep(
-    model: PreTrainedModel, stations: Stations, feed: Feed, inputs: Sequence[Ints], last: Sequence[int]
+    model: PreTrainedModel, stations: LayerwiseModel, feed: LayerFeed, inputs: Sequence[Ints], last: Sequence[int]
 ) -> list[Tensor]:
     """What the stock model computes for some inputs at their `last` tokens: logits (last, vocabulary), float32.
 

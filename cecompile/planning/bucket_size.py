@@ -7,7 +7,7 @@ import torch
 
 from cecompile import device as device_memory
 from cecompile.errors import UserError
-from cecompile.model.structure import Share
+from cecompile.model.structure import LayerRange
 from cecompile.planning import memory
 from cecompile.planning import sizes as sizes_module
 from cecompile.planning.stages import costs, split
@@ -77,35 +77,35 @@ class Sizing:
         sharers: int = 1,
         stages: int = 1,
         stream: bool = False,
-        elsewhere: memory.Elsewhere | None = None,
+        target_device: memory.TargetDevice | None = None,
     ) -> None:
         self._name = name
         self._config = config
         self._device = device
-        self._elsewhere = elsewhere
-        self._kind = device.type if elsewhere is None else elsewhere.kind
-        self._where = device if elsewhere is None else elsewhere.name
-        self._dtype = dtype if elsewhere is None else "bfloat16"
+        self._target_device = target_device
+        self._kind = device.type if target_device is None else target_device.kind
+        self._where = device if target_device is None else target_device.name
+        self._dtype = dtype if target_device is None else "bfloat16"
         self._asked = tokens_per_bucket
         self._asked_limit = limit
         self._ranks = ranks
         self._sharers = sharers
         self.stages = stages
-        self.shares: tuple[Share, ...] = ()
+        self.shares: tuple[LayerRange, ...] = ()
         self._ceiling: int | None = None  # slots, once memory has run out on more
-        self._sizes: dict[Share | None, sizes_module.Sizes] = {}
+        self._sizes: dict[LayerRange | None, sizes_module.Sizes] = {}
         self.tuning = TUNING[self._kind]
-        if elsewhere is not None:
-            self.tuning = replace(self.tuning, tokens_per_bucket=elsewhere.tokens_per_bucket)
+        if target_device is not None:
+            self.tuning = replace(self.tuning, tokens_per_bucket=target_device.tokens_per_bucket)
         self.limit: int | None = limit
-        self._held: int | None = None  # bytes in use before anything is loaded, where they count
+        self._baseline_bytes: int | None = None  # bytes in use before anything is loaded, where they count
         self.streamed: sizes_module.Streamed | None = None
         if stream:
             self.streamed = sizes_module.streamed_sizes(config, self.model_sizes().itemsize)
 
     def count_as_loaded(self, size: int) -> None:
         """Weights of `size` bytes are on the device already: they are part of what is needed, and of what there is."""
-        self._held = 0
+        self._baseline_bytes = 0
         if self._asked_limit is None:
             self.limit = device_memory.available(self._device) + (size if self._device.type == "cpu" else 0)
 
@@ -160,7 +160,7 @@ class Sizing:
                 longer than usual, those of a geometry that is compiled already.
             shared: tokens that questions side by side typically share.
         """
-        recorded = recorded if recorded and self._elsewhere is None else {}
+        recorded = recorded if recorded and self._target_device is None else {}
         tokens = self._asked or self.tuning.tokens_per_bucket
         if self._asked is None and recorded.get("tuned"):
             tokens = recorded["tuned"][0] * recorded["tuned"][1]
@@ -245,7 +245,7 @@ class Sizing:
         """The same of each stage."""
         streamed, shares = self.streamed, self.shares or (None,)
         if streamed is not None:
-            shares = (Share(0, 0, streamed.layers),)
+            shares = (LayerRange(0, 0, streamed.layers),)
             streamed = replace(streamed, passes=passes)
         sizes = [self.model_sizes(share) for share in shares]
         return [memory.budget(one, geometry, self._kind, engine, decoding, streamed) for one in sizes]
@@ -263,7 +263,7 @@ class Sizing:
         most = max(1, 1 + (self._room() - one.total) // (two.hidden - one.hidden))
         return -(-passes // -(-passes // most))
 
-    def model_sizes(self, share: Share | None = None) -> sizes_module.Sizes:
+    def model_sizes(self, share: LayerRange | None = None) -> sizes_module.Sizes:
         """What of the model, or of a share of it, decides memory and cost."""
         if share not in self._sizes:
             self._sizes[share] = sizes_module.model_sizes(self._config, self._dtype, share)
@@ -276,7 +276,7 @@ class Sizing:
             self._name, self._config, self._device, self._dtype, tokens_per_bucket, self._asked_limit, stream=stream
         )
         out._ranks, out._sharers = self._ranks, self._sharers
-        out.limit, out._held = self.limit, self._held
+        out.limit, out._baseline_bytes = self.limit, self._baseline_bytes
         return out
 
     def step_down(self, geometry: Geometry) -> bool:
@@ -298,7 +298,14 @@ class Sizing:
             return None
         try:
             other = Sizing(
-                self._name, self._config, self._device, self._dtype, None, None, stream=True, elsewhere=self._elsewhere
+                self._name,
+                self._config,
+                self._device,
+                self._dtype,
+                None,
+                None,
+                stream=True,
+                target_device=self._target_device,
             )
         except UserError:
             return None
@@ -307,14 +314,14 @@ class Sizing:
 
     def _room(self) -> int:
         """Bytes that a prediction may fill."""
-        if self._elsewhere is not None:
-            return self._elsewhere.room
-        if self._held is None:  # before anything is loaded: what is loaded later is part of what is needed
+        if self._target_device is not None:
+            return self._target_device.room
+        if self._baseline_bytes is None:  # before anything is loaded: what is loaded later is part of what is needed
             held = device_memory.used_already(self._device) if self._asked_limit is not None else 0
-            self._held = -self._ranks.least(-held)
+            self._baseline_bytes = -self._ranks.all_reduce_min(-held)
         if self.limit is None:
-            self.limit = self._ranks.least(device_memory.available(self._device) // self._sharers)
-        return int(self.limit * memory.USABLE[self._device.type]) - self._held
+            self.limit = self._ranks.all_reduce_min(device_memory.available(self._device) // self._sharers)
+        return int(self.limit * memory.USABLE[self._device.type]) - self._baseline_bytes
 
     def _least_decoding(self, answer: int) -> DecodeShape | None:
         """The smallest decoder for answers of this length."""

@@ -14,7 +14,7 @@ import torch
 from cecompile.errors import UserError
 from cecompile.model.prefetch import CACHED
 from cecompile.model.structure import decoder_layers, on_meta
-from cecompile.planning.memory import USABLE, Elsewhere
+from cecompile.planning.memory import USABLE, TargetDevice
 from cecompile.planning.profiles import PROFILES, Profile
 from cecompile.planning.sizes import experts_used, matrices
 from cecompile.workload.plan import BLOCK, Bucket, Plan
@@ -262,5 +262,5 @@ def as_planned_on(name: str, how: dict[str, Any]) -> dict[str, Any]:
     attention = "flex" if how["attention"] == "auto" else how["attention"]
     profile = PROFILES[name]
     room = int(min(how["memory_limit"] or profile.memory, profile.memory) * USABLE["cuda"])
-    elsewhere = Elsewhere(name, "cuda", room, profile.tokens_per_bucket)
-    return how | {"attention": attention, "elsewhere": elsewhere}
+    target_device = TargetDevice(name, "cuda", room, profile.tokens_per_bucket)
+    return how | {"attention": attention, "elsewhere": target_device}

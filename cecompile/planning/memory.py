@@ -85,7 +85,7 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class Elsewhere:
+class TargetDevice:
     """A device that is planned for and is not here, on which models run in 16 bits.
 
     Attributes:

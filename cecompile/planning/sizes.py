@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cecompile.model.layer_layout import layer_layout
-from cecompile.model.structure import Share, decoder_layers, kinds_of, on_meta
+from cecompile.model.structure import LayerRange, decoder_layers, kinds_of, on_meta
 
 RECEIVED, SENT = 1, 3  # buffers for what comes; for what goes, one that is filled and two on their way
 
@@ -60,7 +60,7 @@ def streamed_sizes(config: Any, itemsize: int) -> Streamed:
     return Streamed(len(decoder_layers(model)), layout.size // layout.dtype.itemsize * itemsize)
 
 
-def model_sizes(config: Any, dtype: str, share: Share | None = None) -> Sizes:
+def model_sizes(config: Any, dtype: str, share: LayerRange | None = None) -> Sizes:
     """Counts a model's parameters without making them.
 
     Args:
@@ -103,9 +103,9 @@ class StageSizes:
     def __init__(self, config: Any, dtype: str, stages: int) -> None:
         layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(on_meta(config))]
         count = len(layers)
-        kinds = [Share(0, 1, count, with_head=False), Share(count - 1, count, count, with_embedding=False)]
+        kinds = [LayerRange(0, 1, count, with_head=False), LayerRange(count - 1, count, count, with_embedding=False)]
         if stages > 2:
-            kinds[1:1] = (stages - 2) * [Share(1, 2, count, with_embedding=False, with_head=False)]
+            kinds[1:1] = (stages - 2) * [LayerRange(1, 2, count, with_embedding=False, with_head=False)]
         sizes = {share: model_sizes(config, dtype, share) for share in dict.fromkeys(kinds)}
         self._layers = layers
         self._without = [replace(sizes[k], parameters=sizes[k].parameters - layers[k.first]) for k in kinds]

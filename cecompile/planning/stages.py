@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cecompile.model.structure import Share, decoder_layers, on_meta
+from cecompile.model.structure import LayerRange, decoder_layers, on_meta
 from cecompile.planning.sizes import experts_used, matrices
 
 Fits = Callable[[int, int, int], bool]  # (stage, first, last): whether these layers fit there
@@ -50,11 +50,11 @@ def costs(config: Any) -> tuple[list[float], float]:
     return layers, float(model.get_output_embeddings().weight.numel())
 
 
-def shares(ends: Sequence[int]) -> list[Share]:
+def shares(ends: Sequence[int]) -> list[LayerRange]:
     """What each stage holds of a model whose layers are divided at `ends`."""
     firsts = [0, *ends[:-1]]
     final = len(ends) - 1
     return [
-        Share(first, end, ends[-1], with_embedding=i == 0, with_head=i == final)
+        LayerRange(first, end, ends[-1], with_embedding=i == 0, with_head=i == final)
         for i, (first, end) in enumerate(zip(firsts, ends, strict=True))
     ]

@@ -19,7 +19,7 @@ _BITS = {
     "float64": (11, 52), "float32": (8, 23), "bfloat16": (8, 7), "float16": (5, 10),
     "float8_e5m2": (5, 2), "float8_e5m2fnuz": (5, 2), "float8_e4m3fn": (4, 3), "float8_e4m3fnuz": (4, 3),
 }  # fmt: skip
-Found = Iterator[str]
+ProbeResult = Iterator[str]
 
 
 def problems(directory: Path) -> list[str]:
@@ -51,7 +51,7 @@ def problems_of(stored: StoredResult) -> list[str]:
     return found
 
 
-def _tried(check: Callable[[StoredResult], Found], stored: StoredResult) -> list[str]:
+def _tried(check: Callable[[StoredResult], ProbeResult], stored: StoredResult) -> list[str]:
     found = []
     try:
         for problem in check(stored):
@@ -62,7 +62,7 @@ def _tried(check: Callable[[StoredResult], Found], stored: StoredResult) -> list
     return found
 
 
-def _digests(stored: StoredResult) -> Found:
+def _digests(stored: StoredResult) -> ProbeResult:
     results = stored.results
     if results.get("digest") is None:
         yield "results.json: field 'digest': missing"
@@ -77,7 +77,7 @@ def _digests(stored: StoredResult) -> Found:
             yield f"{name}: was edited: its digest is not the one in results.json"
 
 
-def _samples(stored: StoredResult) -> Found:
+def _samples(stored: StoredResult) -> ProbeResult:
     results, samples = stored.results, stored.samples
     if len(samples) != results["questions"]:
         yield f"samples.jsonl: {len(samples)} samples of {results['questions']} questions"
@@ -97,7 +97,7 @@ def _samples(stored: StoredResult) -> Found:
             yield "predictions.jsonl: other texts than in samples.jsonl"
 
 
-def _metrics(stored: StoredResult) -> Found:
+def _metrics(stored: StoredResult) -> ProbeResult:
     again: dict[str, float | None] = {}
     if stored.results["task"] == "chat":
         answers = [one for one in stored.samples if isinstance(one, AnswerSample)]
@@ -114,7 +114,7 @@ def _metrics(stored: StoredResult) -> Found:
             yield f"results.json: metrics.{name} is {said}, samples.jsonl gives {value}"
 
 
-def _clock(stored: StoredResult) -> Found:
+def _clock(stored: StoredResult) -> ProbeResult:
     results = stored.results
     phases, runs = results["phases_s"], results["inference_s"]
     if set(phases) != set(PHASES):
@@ -133,7 +133,7 @@ def _clock(stored: StoredResult) -> Found:
         yield f"results.json: headline: {headline['seconds']} s is not the latency '{headline['clock']}'"
 
 
-def _timeline(stored: StoredResult) -> Found:
+def _timeline(stored: StoredResult) -> ProbeResult:
     timeline, sums, last = stored.results["timeline"], dict.fromkeys(PHASES, 0.0), 0.0
     for phase, begin, end in timeline:
         sums[phase] += end - begin
@@ -147,7 +147,7 @@ def _timeline(stored: StoredResult) -> Found:
     datetime.fromisoformat(stored.results["date"])
 
 
-def _warmup(stored: StoredResult) -> Found:
+def _warmup(stored: StoredResult) -> ProbeResult:
     results = stored.results
     for shape, moment in results["warmed"]:
         phases = [phase for phase, begin, end in results["timeline"] if begin - CLOSE <= moment <= end + CLOSE]
@@ -161,7 +161,7 @@ def _warmup(stored: StoredResult) -> Found:
                 yield f"results.json: warmed: the bucket {shape} was never warmed up"
 
 
-def _weights(stored: StoredResult) -> Found:
+def _weights(stored: StoredResult) -> ProbeResult:
     model = stored.results["model"]
     if model["verified"] == "equal to the checkpoint" and model["device_fingerprint"] != model["fingerprint"]:
         yield "results.json: model.device_fingerprint is not the checkpoint's: other weights ran than were stored"
@@ -172,7 +172,7 @@ def _weights(stored: StoredResult) -> Found:
         yield f"results.json: model.changed: {len(replaced)} replaced modules, such as {replaced[0]}"
 
 
-def _precision(stored: StoredResult) -> Found:
+def _precision(stored: StoredResult) -> ProbeResult:
     model = stored.results["model"]
     floats = {name: count for name, count in (model["stored_dtypes"] or {}).items() if name in _BITS}
     if not floats:
@@ -183,7 +183,7 @@ def _precision(stored: StoredResult) -> Found:
         yield f"results.json: model.dtype: {model['dtype']} is a lower precision than the checkpoint's {main}"
 
 
-def _plan(stored: StoredResult) -> Found:
+def _plan(stored: StoredResult) -> ProbeResult:
     results = stored.results
     engine, plan, changed = results["engine"], results["plan"], results["model"]["changed"]
     if engine["name"] == "reference":
@@ -202,7 +202,7 @@ def _plan(stored: StoredResult) -> Found:
         yield "results.json: plan: more useful tokens than sequences or slots, or fewer than the prefix tree"
 
 
-def _ranks(stored: StoredResult) -> Found:
+def _ranks(stored: StoredResult) -> ProbeResult:
     results = stored.results
     ranks, plan = results.get("ranks"), results["plan"]
     if ranks is None:
@@ -217,13 +217,13 @@ def _ranks(stored: StoredResult) -> Found:
             yield f"results.json: ranks.passes: {sum(ranks['passes'])} in all, {planned} were to be run"
 
 
-def _memory(stored: StoredResult) -> Found:
+def _memory(stored: StoredResult) -> ProbeResult:
     memory = stored.results["memory"]
     if memory["limit_bytes"] is not None and (memory["peak_bytes"] or 0) > memory["limit_bytes"]:
         yield f"results.json: memory.peak_bytes {memory['peak_bytes']} is above the limit {memory['limit_bytes']}"
 
 
-def _comparison(stored: StoredResult) -> Found:
+def _comparison(stored: StoredResult) -> ProbeResult:
     comparison: Any = value_at(stored.results, "comparison")
     if comparison is None:
         return

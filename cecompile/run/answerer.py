@@ -13,14 +13,14 @@ from cecompile.errors import UserError
 from cecompile.model.checkpoint import load_generation_config
 from cecompile.results.clock import Clock
 from cecompile.results.journal import Journal
-from cecompile.run.language_model import PackedModel, Workload, timed
+from cecompile.run.language_model import LanguageModel, Workload, timed
 from cecompile.run.passes import answer_alone, run_passes, write_answers
 from cecompile.run.progress import Progress
 from cecompile.run.resume import begin
 from cecompile.run.runtime import Runtime
 from cecompile.tasks.chat import NEW_TOKENS, ChatQuestion
 from cecompile.workload.chat_tree import Walk, graft, prompts_of, walk
-from cecompile.workload.decode_schedule import Lanes
+from cecompile.workload.decode_schedule import DecodeSchedule
 from cecompile.workload.encode import max_input_length
 from cecompile.workload.sequences import Ints
 from cecompile.workload.stage import StagedPass
@@ -54,7 +54,7 @@ class Answers:
     inference_s: list[float]
 
 
-class Answerer(PackedModel):
+class Answerer(LanguageModel):
     """Answers chat questions with one model. Made by `from_pretrained`; weights are loaded by the first `answer`.
 
     Args:
@@ -69,7 +69,7 @@ class Answerer(PackedModel):
         super().__init__(runtime, tokenizer, new_tokens)
 
     def prepare(self, questions: Sequence[ChatQuestion], *, fit: bool = False) -> Workload:
-        """See `PackedModel.prepare`."""
+        """See `LanguageModel.prepare`."""
         runtime = self.runtime
         if runtime.engine != "reference":
             self._stop_tokens()
@@ -179,7 +179,7 @@ def decode(
         stop: tokens that end an answer.
         done: called with each row that is done, and what was written.
     """
-    lanes = Lanes(begun, room, stop, decoder.shape)
+    lanes = DecodeSchedule(begun, room, stop, decoder.shape)
     decoder.clear()
     while (step := lanes.next()) is not None:
         _, argmax = decoder.run(step)

@@ -10,19 +10,19 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 
-from cecompile.compile_cache.store import WARM, Entry, Found
+from cecompile.compile_cache.store import WARM, Entry, ProbeResult
 from cecompile.device import is_out_of_memory
 from cecompile.engine.decode import Decoder, NotDecodableError
 from cecompile.engine.forward import Engine, MissingOptionError
 from cecompile.engine.verify import decoding_disagreement, disagreement
 from cecompile.errors import CheckError, UserError, first_line, printable
-from cecompile.partitioned.layer_feed import Feed
+from cecompile.partitioned.layer_feed import LayerFeed
 from cecompile.partitioned.pipeline import Stage
-from cecompile.partitioned.streaming import SweepEngine
+from cecompile.partitioned.streaming import StreamingEngine
 from cecompile.partitioned.verify import pipeline_disagreement, sweep_disagreement
 from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import Bucket
-from cecompile.workload.stage import Ready, StagedPass
+from cecompile.workload.stage import StagedPass, StagedPlan
 
 Done = Callable[[Any], None]
 
@@ -36,7 +36,7 @@ NOT_COMPILED = (TorchDynamoException, FailOnRecompileLimitHit, MissingOptionErro
 
 
 @dataclass(slots=True)
-class Warmed:
+class WarmEngine:
     """A warm engine and how it came about.
 
     Attributes:
@@ -49,10 +49,10 @@ class Warmed:
         moments: when that was done, by `time.perf_counter()`.
     """
 
-    engine: Engine | SweepEngine
+    engine: Engine | StreamingEngine
     name: str
     compiled: tuple[Bucket | DecodeShape, ...]
-    found: Found
+    found: ProbeResult
     decoder: Decoder | None = None
     note: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Warmed:
             self.note = f"{self.note}; {note}" if self.note else note
 
 
-class Warmer:
+class EngineBuilder:
     """Makes engines for one model.
 
     Args:
@@ -77,13 +77,13 @@ class Warmer:
         gather: what each rank has, in their order, which all wait for: all stages come to the same engine.
         feed: of the model's layers, where they are streamed.
         passes: then, how many go through a layer at once.
-        begun: what `begin` made.
+        precompiled: the engine that `begin` made.
     """
 
     def __init__(
         self, model: PreTrainedModel, stock: str, attention: str, readout_chunk: int, entry: Entry | None,
         stage: Stage | None = None, gather: Callable[[Any], list[Any]] = lambda mine: [mine],
-        feed: Feed | None = None, passes: int = 1, begun: Engine | None = None,
+        feed: LayerFeed | None = None, passes: int = 1, precompiled: Engine | None = None,
     ) -> None:  # fmt: skip
         self._model = model
         self._stock = stock
@@ -93,9 +93,9 @@ class Warmer:
         self._stage = stage
         self._gather = gather
         self._feed, self._passes = feed, passes
-        self._begun = begun
+        self._precompiled = precompiled
 
-    def begin(self, ready: Ready) -> Engine | None:
+    def begin(self, ready: StagedPlan) -> Engine | None:
         """A compiled engine that has run every bucket, of a model whose weights are still being read.
 
         None where something is in the way, which `warm` will meet, and tell.
@@ -107,7 +107,7 @@ class Warmer:
             return engine
         return None
 
-    def warm(self, name: str, ready: Ready, done: Done) -> Warmed:
+    def warm(self, name: str, ready: StagedPlan, done: Done) -> WarmEngine:
         """An engine with every bucket warm: compiled, or uncompiled with a note where nothing compiles or is right.
 
         Args:
@@ -135,12 +135,12 @@ class Warmer:
         warmed.remark(note and f"ran uncompiled: {note}")
         return warmed
 
-    def _in_all_stages(self, make: Callable[[], Warmed]) -> Warmed:
+    def _in_all_stages(self, make: Callable[[], WarmEngine]) -> WarmEngine:
         """What is made where all stages make theirs; where one fails, because nothing compiles or memory runs out, all
         do, and for the same."""
         if self._stage is None:
             return make()
-        made: Warmed | None = None
+        made: WarmEngine | None = None
         error: Exception | None = None
         try:
             made = make()
@@ -157,16 +157,16 @@ class Warmer:
         assert made is not None
         return made
 
-    def _engine(self, name: str, ready: Ready, done: Done) -> Warmed:
+    def _engine(self, name: str, ready: StagedPlan, done: Done) -> WarmEngine:
         began = perf_counter()
-        begun, self._begun = self._begun, None
-        engine: Engine | SweepEngine
-        if name == "compiled" and begun is not None and begun.is_for(ready.buckets, self._attention):
-            engine = begun
+        precompiled, self._precompiled = self._precompiled, None
+        engine: Engine | StreamingEngine
+        if name == "compiled" and precompiled is not None and precompiled.is_for(ready.buckets, self._attention):
+            engine = precompiled
         else:
             engine = self._made(ready, name == "compiled")
         free = engine.inputs_free if isinstance(engine, Engine) else None
-        warmed = Warmed(engine, name, ready.compiled, Found(self._attention, free))
+        warmed = WarmEngine(engine, name, ready.compiled, ProbeResult(self._attention, free))
 
         def book(what: str) -> None:
             nonlocal began
@@ -185,25 +185,25 @@ class Warmer:
                 warmed.remark(f"answers outside the tree by the stock model alone: {reason}")
         return warmed
 
-    def _made(self, ready: Ready, compiled: bool) -> Engine | SweepEngine:
+    def _made(self, ready: StagedPlan, compiled: bool) -> Engine | StreamingEngine:
         how: Any = {"attention": self._attention, "compiled": compiled, "readout_chunk": self._chunk}
         if self._feed is None:
             return Engine(self._model, ready.buckets, stage=self._stage, inputs_free=self._known(ready), **how)
-        return SweepEngine(self._model, ready.buckets, self._feed, passes=self._passes, **how)
+        return StreamingEngine(self._model, ready.buckets, self._feed, passes=self._passes, **how)
 
-    def _known(self, ready: Ready) -> bool | None:
+    def _known(self, ready: StagedPlan) -> bool | None:
         """Whether layers' inputs are free, where that is in the cache with all that is to be compiled."""
         if self._entry is None or self._entry.found is None or self._stage is not None:
             return None  # a stage has its own answer
         return self._entry.found.inputs_are_free if self._entry.state(ready.compiled)[0] == WARM else None
 
-    def _wrong(self, warmed: Warmed, ready: Ready) -> str | None:
+    def _wrong(self, warmed: WarmEngine, ready: StagedPlan) -> str | None:
         if ready.sequences is None:
             return None
         try:
             off: float | None
             against_stock = (self._model, self._stock, ready.sequences, ready.staged)
-            if isinstance(warmed.engine, SweepEngine):
+            if isinstance(warmed.engine, StreamingEngine):
                 off = sweep_disagreement(warmed.engine, *against_stock)
             elif self._stage is not None:
                 off = pipeline_disagreement(warmed.engine, self._stage, *against_stock)
@@ -227,7 +227,7 @@ class Warmer:
             return None
         return f"the {warmed.name} pass is {off:.2g} times as far from the stock model as rounding explains"
 
-    def _publish(self, ready: Ready, found: Found) -> str | None:
+    def _publish(self, ready: StagedPlan, found: ProbeResult) -> str | None:
         """Writes what is new into the cache; what hinders it is a note, not a failure."""
         if self._entry is not None and self._entry.state(ready.compiled)[0] != WARM:
             try:
@@ -238,7 +238,7 @@ class Warmer:
 
 
 def useful_tokens_per_second(
-    engine: Engine | SweepEngine, staged: Sequence[StagedPass], passes: int = 8, repeats: int = 3
+    engine: Engine | StreamingEngine, staged: Sequence[StagedPass], passes: int = 8, repeats: int = 3
 ) -> float:
     """How fast a warm engine runs its first passes, by the fastest of a few repeats."""
     some = staged[:passes]

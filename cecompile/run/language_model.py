@@ -21,17 +21,17 @@ from cecompile.planning.bucket_size import Sizing
 from cecompile.ranks import ALONE, Ranks
 from cecompile.results.clock import Clock
 from cecompile.results.journal import Journal
-from cecompile.run.engine_builder import Warmed
+from cecompile.run.engine_builder import WarmEngine
 from cecompile.run.progress import Progress
 from cecompile.run.runtime import Runtime
 from cecompile.workload.plan import BLOCK, Plan
 from cecompile.workload.sequences import Sequences
-from cecompile.workload.stage import Ready, StagedPass
+from cecompile.workload.stage import StagedPass, StagedPlan
 
 ENGINES = ("compiled", "eager", "reference")
 ATTENTIONS = ("auto", "flex", "sdpa")
 
-Model = TypeVar("Model", bound="PackedModel")
+Model = TypeVar("Model", bound="LanguageModel")
 Outcome = TypeVar("Outcome")
 
 
@@ -44,7 +44,7 @@ class Workload:
     truncated_questions: int = 0
 
 
-class PackedModel:
+class LanguageModel:
     """A model and its tokenizer, made by `from_pretrained`. Weights are loaded when they are first needed.
 
     Attributes:
@@ -76,7 +76,7 @@ class PackedModel:
         ranks: Ranks = ALONE,
         pipeline: int = 1,
         stream_weights: bool = False,
-        elsewhere: memory.Elsewhere | None = None,
+        target_device: memory.TargetDevice | None = None,
         **own: Any,
     ) -> Model:
         """One for a checkpoint.
@@ -114,7 +114,7 @@ class PackedModel:
         sharers = 1 if resolved.type == "cuda" and device in ("auto", "cuda") else ranks.local_size
         sizing = Sizing(
             path, config, resolved, dtype, tokens_per_bucket, memory_limit, ranks, sharers, pipeline, stream_weights,
-            elsewhere,
+            target_device,
         )  # fmt: skip
         runtime = _runtime(path, config, resolved, sizing, cache_dir, require_warm, ranks, **options)
         return cls(runtime, tokenizer, **own)
@@ -192,7 +192,7 @@ class PackedModel:
 
     def warm(
         self, workload: Workload, clock: Clock, progress: Progress
-    ) -> tuple[Warmed, Sequence[StagedPass], Workload]:
+    ) -> tuple[WarmEngine, Sequence[StagedPass], Workload]:
         """Loads the model and warms up for a workload that has a plan.
 
         Returns:
@@ -214,7 +214,7 @@ class PackedModel:
                 plan = self.runtime.plan(workload.sequences, True, self.new_tokens)
                 workload = replace(workload, plan=plan)
             assert workload.plan is not None
-            ready = Ready.for_plan(workload.plan, workload.sequences)
+            ready = StagedPlan.for_plan(workload.plan, workload.sequences)
             clock.enter("warmup")
             warmed = self.runtime.engine_for(ready, progress)
             if warmed is not None:

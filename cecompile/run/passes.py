@@ -14,7 +14,7 @@ from cecompile.engine.reference import score_alone
 from cecompile.engine.stock_pipeline import StockPipeline
 from cecompile.errors import CheckError, first_line
 from cecompile.partitioned.pipeline import LostError
-from cecompile.partitioned.streaming import SweepEngine
+from cecompile.partitioned.streaming import StreamingEngine
 from cecompile.ranks import Ranks
 from cecompile.results.journal import ANSWERS, PASSES, Journal
 from cecompile.run.progress import Counter, Progress
@@ -28,7 +28,7 @@ _SCORE = struct.Struct("<d?")
 
 
 def run_passes(
-    engine: Engine | SweepEngine, staged: Sequence[StagedPass], progress: Progress, named: Named,
+    engine: Engine | StreamingEngine, staged: Sequence[StagedPass], progress: Progress, named: Named,
     journal: Journal | None, ranks: Ranks,
 ) -> list[Readouts]:  # fmt: skip
     """What all passes read out, in order.
@@ -55,7 +55,7 @@ def run_passes(
     gone = 0  # passes that this rank has handed on to the next stage
 
     def passes() -> Iterator[StagedPass]:
-        for i in ranks.take(PASSES, left):
+        for i in ranks.claim(PASSES, left):
             taken.append(i)
             yield staged[i]
 
@@ -103,7 +103,7 @@ def score_sequences_alone(
     left = [i for i in range(len(sequences)) if i not in out]
     count = Counter("inference", len(sequences), progress, len(out))
     mine: dict[int, tuple[float, bool]] = {}
-    for number, i in enumerate(ranks.take(PASSES, left), len(out)):
+    for number, i in enumerate(ranks.claim(PASSES, left), len(out)):
         with _failure_in_one_line(lambda number=number: f"after {number} of {len(sequences)} sequences"):  # type: ignore[misc]
             mine[i] = score_alone(model, sequences, i)
         _refuse_nonsense(np.array([i]), np.array(mine[i][:1]), named)
@@ -130,7 +130,7 @@ def answer_alone(
     left = [i for i in range(len(conversations)) if i not in out]
     count = Counter("inference", len(conversations), progress, len(out))
     mine: dict[int, str] = {}
-    for number, i in enumerate(ranks.take(ANSWERS, left), len(out)):
+    for number, i in enumerate(ranks.claim(ANSWERS, left), len(out)):
         with _failure_in_one_line(lambda number=number: f"after {number} of {len(conversations)} answers"):  # type: ignore[misc]
             mine[i] = stock.answer(conversations[i], new_tokens)
         if journal is not None:
@@ -161,7 +161,7 @@ def write_answers(
         return out
     count = Counter("decoding", len(rows), progress, len(out))
     mine: dict[int, list[int]] = {}
-    for unit in ranks.take(ANSWERS, [list(rows)] if ranks.size == 1 else _units(rows, UNIT * lanes)):
+    for unit in ranks.claim(ANSWERS, [list(rows)] if ranks.size == 1 else _units(rows, UNIT * lanes)):
         left = [i for i in unit if i not in out]
 
         def done(row: int, tokens: list[int], left: list[int] = left) -> None:

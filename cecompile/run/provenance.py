@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from cecompile import device as device_memory
 from cecompile.engine.attention import NAMES
 from cecompile.errors import UserError
-from cecompile.model.structure import Share, on_meta
+from cecompile.model.structure import LayerRange, on_meta
 from cecompile.model.tokenizer_digest import tokenizer_digest
 from cecompile.partitioned.span import Span
 from cecompile.procfs import cpu_model
@@ -100,7 +100,9 @@ def device_name(device: torch.device) -> str:
     return f"CPU ({name})" if name else "CPU"
 
 
-def changed(model: PreTrainedModel, share: Share | None = None, in_place: Sequence[nn.Module] = ()) -> dict[str, Any]:
+def changed(
+    model: PreTrainedModel, share: LayerRange | None = None, in_place: Sequence[nn.Module] = ()
+) -> dict[str, Any]:
     """results.json's `model.changed`: what of a live model is not the stock model's, found by walking both.
 
     Args:
@@ -123,7 +125,7 @@ def changed(model: PreTrainedModel, share: Share | None = None, in_place: Sequen
     }
 
 
-def _replaced(model: PreTrainedModel, share: Share | None) -> list[str] | None:
+def _replaced(model: PreTrainedModel, share: LayerRange | None) -> list[str] | None:
     try:
         stock = on_meta(model.config)
         if share is not None:

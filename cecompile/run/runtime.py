@@ -23,23 +23,23 @@ from cecompile.errors import CheckError, UserError, printable
 from cecompile.model.checkpoint import checkpoint_files, load_checkpoint
 from cecompile.model.load import Loaded
 from cecompile.model.safetensors_reader import Checkpoint
-from cecompile.model.structure import Share, on_meta
+from cecompile.model.structure import LayerRange, on_meta
 from cecompile.model.support import boundary_of, takes_ours
 from cecompile.model.unchanged import Content, Proof, made_buffers
-from cecompile.partitioned.layer_feed import Feed, Files, worth_keeping
+from cecompile.partitioned.layer_feed import Files, LayerFeed, worth_keeping
 from cecompile.partitioned.pipeline import Stage, places
-from cecompile.partitioned.streaming import SweepEngine
+from cecompile.partitioned.streaming import StreamingEngine
 from cecompile.planning import memory
 from cecompile.planning.bucket_size import Sizing
 from cecompile.ranks import ALONE, Ranks
 from cecompile.results.clock import Clock
-from cecompile.run.engine_builder import Warmed, Warmer
+from cecompile.run.engine_builder import EngineBuilder, WarmEngine
 from cecompile.run.progress import Counter, Progress
 from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.order import sort_sequences
 from cecompile.workload.plan import Bucket, Geometry, Plan, make_plan, with_room
 from cecompile.workload.sequences import Sequences
-from cecompile.workload.stage import Ready
+from cecompile.workload.stage import StagedPlan
 from cecompile.workload.totals import Totals
 
 
@@ -87,7 +87,7 @@ class Runtime:
         self.cache_state: tuple[str, str] | None = None
         self.predicted_bytes: int | None = None
         self.files: Files | None = None  # what is streamed, and how
-        self.feed: Feed | None = None
+        self.feed: LayerFeed | None = None
         self._dtype = dtype
         self._wanted_attention = attention
         self._cache = cache
@@ -97,9 +97,9 @@ class Runtime:
         self.stage: Stage | None = None
         if sizing.stages > 1 and attention == "auto" and not takes_ours(on_meta(config)):
             self.attention = "sdpa"
-        self._warmed: Warmed | None = None
-        self._begun: Engine | None = None  # compiled while weights were read
-        self._made_for = 0  # passes that a streamed engine expects at most
+        self._warmed: WarmEngine | None = None
+        self._precompiled: Engine | None = None  # compiled while weights were read
+        self._capacity_in_passes = 0  # passes that a streamed engine expects at most
         self._same_shapes = False
         self._before: Plan | None = None  # whose shapes the next plan takes over
         self._ahead: tuple[int, int] | None = None  # lengths that plans are made for, known before the data
@@ -125,7 +125,7 @@ class Runtime:
         """
         self._check_rope(longest, answer)
         recorded = self._cache.recorded(self._facts()) if self._cache is not None else {}
-        recorded = self.ranks.everywhere({name: recorded.get(name) or () for name in ("tuned", "geometries")})
+        recorded = self.ranks.broadcast({name: recorded.get(name) or () for name in ("tuned", "geometries")})
         sizing = sizing or self.sizing
         geometry = sizing.geometry(longest, blocks=self.attention == "flex", recorded=recorded, shared=shared)
         if fit:
@@ -159,7 +159,9 @@ class Runtime:
             shared, known = order.typically_shared(sequences), ()
             geometry, decoding = ahead or self.shapes(longest, answer, fit, sizing, shared)
         boundary = boundary_of(self.config)
-        plan = make_plan(sequences, geometry, every=ahead is not None, order=order, buckets=known, boundary=boundary)
+        plan = make_plan(
+            sequences, geometry, all_buckets=ahead is not None, order=order, buckets=known, boundary=boundary
+        )
         plan = replace(plan, decoding=decoding)
         if self._same_shapes and sizing is None and ahead is None:
             self._before = plan = with_room(plan, known)
@@ -199,11 +201,11 @@ class Runtime:
         ]
 
     @property
-    def share(self) -> Share | None:
+    def share(self) -> LayerRange | None:
         """What this rank holds of the model, once planned; None is all."""
         return self.sizing.shares[self.ranks.stage] if self.sizing.shares else None
 
-    def passes_at_once(self, plan: Plan | Totals | Ready, passes: int) -> int:
+    def passes_at_once(self, plan: Plan | Totals | StagedPlan, passes: int) -> int:
         """How many of `passes` go through a streamed layer together; see `Sizing.passes_at_once`."""
         return self.sizing.passes_at_once(_largest(plan), self.engine, passes)
 
@@ -252,9 +254,9 @@ class Runtime:
         """
         if self.model is None:
             loaded = self._load_share() if self.sizing.stages > 1 else self._load(plan)
-            if clock is not None and loaded.beside is not None and loaded.beside.read_at < loaded.beside.made_at:
-                clock.enter("warmup", loaded.beside.read_at)
-                clock.enter("load_model", loaded.beside.made_at)
+            if clock is not None and loaded.overlap is not None and loaded.overlap.read_at < loaded.overlap.made_at:
+                clock.enter("warmup", loaded.overlap.read_at)
+                clock.enter("load_model", loaded.overlap.made_at)
             if self.expected_fingerprint not in (None, loaded.fingerprint):
                 raise UserError(
                     f"{self.name}: weights: fingerprint {loaded.fingerprint[:12]}, "
@@ -262,19 +264,19 @@ class Runtime:
                 )
             self.model, self.checkpoint = loaded.model, loaded.checkpoint
             self.stock_attention = attention_before(self.model)
-            buffers, self._begun = ({}, None) if loaded.beside is None else loaded.beside.made
+            buffers, self._precompiled = ({}, None) if loaded.overlap is None else loaded.overlap.made
             self._proof = Proof(self.model, loaded, buffers)
             if self.files is not None:
-                self.feed = Feed(self.name, loaded, self.files, self.device)
+                self.feed = LayerFeed(self.name, loaded, self.files, self.device)
         return self.model
 
     def _load(self, plan: Plan | None) -> Loaded:
         streamed = self.sizing.streamed
         if streamed is None:
             begin = functools.partial(self._begin, plan) if plan is not None and self._can_begin(plan) else None
-            return load_checkpoint(self.name, self.config, self._dtype, self.device, meanwhile=begin)
+            return load_checkpoint(self.name, self.config, self._dtype, self.device, while_reading=begin)
         self.files = Files(self.name, checkpoint_files(self.name))
-        share, keep = Share(0, 0, streamed.layers), worth_keeping(self.files.size, self.device)
+        share, keep = LayerRange(0, 0, streamed.layers), worth_keeping(self.files.size, self.device)
         return load_checkpoint(self.name, self.config, self._dtype, self.device, share, keep_cached=keep)
 
     def _can_begin(self, plan: Plan) -> bool:
@@ -293,8 +295,10 @@ class Runtime:
         """Compiles for the plan while the model's weights are read; beside it, what `Proof` has to know of before."""
         buffers = made_buffers(model)
         initialise.begin(self.device).join()
-        warmer = Warmer(model, attention_before(model), self.attention, self.sizing.tuning.readout_chunk, self.entry)
-        return buffers, warmer.begin(Ready(plan.geometry, plan.buckets, plan.decoding))
+        warmer = EngineBuilder(
+            model, attention_before(model), self.attention, self.sizing.tuning.readout_chunk, self.entry
+        )
+        return buffers, warmer.begin(StagedPlan(plan.geometry, plan.buckets, plan.decoding))
 
     def _load_share(self) -> Loaded:
         """What this rank runs, made a stage; each stage reads its own tensors, and all know what is in them."""
@@ -340,13 +344,13 @@ class Runtime:
     def streaming(self) -> dict[str, Any] | None:
         """results.json's `streaming`; None where all weights are in memory."""
         engine = None if self._warmed is None else self._warmed.engine
-        return engine.streaming.summary() if isinstance(engine, SweepEngine) and engine.streaming else None
+        return engine.streaming.summary() if isinstance(engine, StreamingEngine) and engine.streaming else None
 
     @property
     def modules(self) -> Sequence[nn.Module]:
         """What runs in place of the model's own layers, which are not loaded."""
         engine = None if self._warmed is None else self._warmed.engine
-        return engine.modules if isinstance(engine, SweepEngine) else ()
+        return engine.modules if isinstance(engine, StreamingEngine) else ()
 
     @property
     def warm_moments(self) -> dict[str, float]:
@@ -394,7 +398,7 @@ class Runtime:
             self._before = None
         return self.attention != planned
 
-    def engine_for(self, ready: Ready, progress: Progress) -> Warmed | None:
+    def engine_for(self, ready: StagedPlan, progress: Progress) -> WarmEngine | None:
         """A warm engine, the last one if it fits; None if memory ran out and a plan of smaller buckets is needed."""
         if not self._is_warm(ready.compiled, len(ready.staged)):
             if self.entry is not None:
@@ -402,12 +406,12 @@ class Runtime:
             warmed = self.warm(ready, progress)
             if warmed is None:
                 return None
-            self._warmed, self._made_for, self.engine = warmed, len(ready.staged), warmed.name
+            self._warmed, self._capacity_in_passes, self.engine = warmed, len(ready.staged), warmed.name
             if warmed.note:
                 self.remark(warmed.note)
         return self._warmed
 
-    def warm(self, ready: Ready, progress: Progress) -> Warmed | None:
+    def warm(self, ready: StagedPlan, progress: Progress) -> WarmEngine | None:
         """A new engine, warm; None if memory ran out, on any rank, and there is a smaller bucket to try.
 
         Raises:
@@ -420,11 +424,20 @@ class Runtime:
         model, stage, gather = self.load(), self.stage, self.ranks.gather
         passes = -(-len(ready.staged) // self.ranks.size)
         passes = 1 if self.feed is None else self.passes_at_once(ready, max(1, passes))
-        begun, self._begun = self._begun, None
-        warmer = Warmer(
-            model, self.stock_attention, self.attention, chunk, self.entry, stage, gather, self.feed, passes, begun
+        precompiled, self._precompiled = self._precompiled, None
+        warmer = EngineBuilder(
+            model,
+            self.stock_attention,
+            self.attention,
+            chunk,
+            self.entry,
+            stage,
+            gather,
+            self.feed,
+            passes,
+            precompiled,
         )
-        del begun
+        del precompiled
         slots = ready.buckets[0].slots
         warmed = None
         if self.engine == "compiled":
@@ -452,7 +465,7 @@ class Runtime:
     def _is_warm(self, compiled: Sequence[Bucket | DecodeShape], passes: int = 0) -> bool:
         if self._warmed is None or self._warmed.compiled != tuple(compiled):
             return False
-        return self.feed is None or passes <= self._made_for
+        return self.feed is None or passes <= self._capacity_in_passes
 
     def _check_rope(self, longest: int, answer: int) -> None:
         """longrope picks one set of frequencies for a whole input, by its length: what grows beyond changes them."""
@@ -489,7 +502,7 @@ def _in_a_window(plan: Plan | Totals) -> int:
     return runs if isinstance(plan, Plan) else -(-runs // plan.windows)
 
 
-def _largest(plan: Plan | Totals | Ready) -> Geometry:
+def _largest(plan: Plan | Totals | StagedPlan) -> Geometry:
     """The geometry of a plan's largest bucket."""
     largest = plan.buckets[0]
     return Geometry(largest.rows, largest.length, plan.geometry.readout_chunk, plan.geometry.blocks)

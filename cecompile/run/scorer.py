@@ -10,7 +10,7 @@ from cecompile.engine.attention import stock_attention
 from cecompile.engine.forward import Readouts
 from cecompile.results.clock import Clock
 from cecompile.results.journal import Journal
-from cecompile.run.language_model import PackedModel, Workload, timed
+from cecompile.run.language_model import LanguageModel, Workload, timed
 from cecompile.run.passes import Named, run_passes, score_sequences_alone
 from cecompile.run.progress import Progress
 from cecompile.run.resume import begin
@@ -36,11 +36,11 @@ class Scores:
     inference_s: list[float]
 
 
-class Scorer(PackedModel):
+class Scorer(LanguageModel):
     """Scores questions with one model. Made by `from_pretrained`; weights are loaded by the first `score`."""
 
     def prepare(self, questions: Sequence[Question], *, fit: bool = False) -> Workload:
-        """See `PackedModel.prepare`."""
+        """See `LanguageModel.prepare`."""
         encoded = encode(questions, self.tokenizer, max_input_length(self.runtime.config, self.tokenizer))
         return self.workload(encoded.sequences, fit, encoded.truncated_questions)
 

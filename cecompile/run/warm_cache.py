@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cecompile.compile_cache.store import WARM, Entry, Found
+from cecompile.compile_cache.store import WARM, Entry, ProbeResult
 from cecompile.errors import CheckError, UserError
 from cecompile.run.engine_builder import useful_tokens_per_second
-from cecompile.run.language_model import PackedModel
+from cecompile.run.language_model import LanguageModel
 from cecompile.run.progress import Progress
 from cecompile.tasks.windows import Windows
 from cecompile.workload.plan import Plan, every_bucket
 from cecompile.workload.sequences import Sequences
-from cecompile.workload.stage import Ready
+from cecompile.workload.stage import StagedPlan
 
 GAIN = 1.03  # how much faster than the usual bucket size another must be to be taken
 
@@ -35,7 +35,7 @@ class Warmup:
 
 
 def warm(
-    model: PackedModel,
+    model: LanguageModel,
     questions: Sequence[Any] | Windows | None = None,
     *,
     max_depth: int = 1,
@@ -69,7 +69,7 @@ def warm(
     workload = None if questions is None else model.prepare(questions, fit=True)
     sequences = None if workload is None else workload.sequences
     if workload is not None and workload.plan is not None:
-        ready = Ready.for_plan(workload.plan, workload.sequences)
+        ready = StagedPlan.for_plan(workload.plan, workload.sequences)
     else:
         ready = _ready(model, None, max_depth)
     before = entry.state(ready.compiled)
@@ -86,16 +86,16 @@ def warm(
     return Warmup(before, warmed.seconds, entry.size(), measured)
 
 
-def _ready(model: PackedModel, sequences: Sequences | None, max_depth: int) -> Ready:
+def _ready(model: LanguageModel, sequences: Sequences | None, max_depth: int) -> StagedPlan:
     """What to warm up for, with the sizes that the runtime takes now."""
     if sequences is None:
         answer = max_depth + model.new_tokens if model.new_tokens else 0
         geometry, decoding = model.runtime.shapes(max_depth, answer, fit=True)
-        return Ready(geometry, every_bucket(geometry), decoding)
-    return Ready.for_plan(model.runtime.plan(sequences, True, model.new_tokens), sequences)
+        return StagedPlan(geometry, every_bucket(geometry), decoding)
+    return StagedPlan.for_plan(model.runtime.plan(sequences, True, model.new_tokens), sequences)
 
 
-def _tune(model: PackedModel, entry: Entry, sequences: Sequences, progress: Progress) -> dict[int, float]:
+def _tune(model: LanguageModel, entry: Entry, sequences: Sequences, progress: Progress) -> dict[int, float]:
     """Measures buckets of a quarter, half, once and twice the usual size, and records the fastest in the entry.
 
     Returns:
@@ -103,13 +103,13 @@ def _tune(model: PackedModel, entry: Entry, sequences: Sequences, progress: Prog
     """
     runtime = model.runtime
     usual = runtime.sizing.tuning.tokens_per_bucket
-    measured: dict[int, tuple[float, Plan, Found]] = {}
+    measured: dict[int, tuple[float, Plan, ProbeResult]] = {}
     for slots in (usual // 4, usual // 2, usual, 2 * usual):
         try:
             plan = runtime.plan(sequences, True, model.new_tokens, runtime.sizing.of_size(slots))
         except UserError:
             continue  # does not fit
-        ready = Ready.for_plan(plan, sequences)
+        ready = StagedPlan.for_plan(plan, sequences)
         warmed = runtime.warm(ready, progress)
         if warmed is not None and warmed.name == "compiled":
             measured[slots] = useful_tokens_per_second(warmed.engine, ready.staged), plan, warmed.found

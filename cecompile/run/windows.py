@@ -12,7 +12,7 @@ from typing import Any
 from cecompile.results.clock import Clock
 from cecompile.results.journal import Journal
 from cecompile.results.spool import Spool
-from cecompile.run.language_model import PackedModel
+from cecompile.run.language_model import LanguageModel
 from cecompile.run.progress import Progress
 from cecompile.tasks.chat import AnswerSample, right_answers
 from cecompile.tasks.judge import metrics_of, right_choices
@@ -44,7 +44,7 @@ Run = Callable[..., Judged]  # (model, questions, clock, progress, repeat, journ
 
 
 def run_in_windows(
-    run: Run, model: PackedModel, windows: Windows, clock: Clock, progress: Progress, repeat: int,
+    run: Run, model: LanguageModel, windows: Windows, clock: Clock, progress: Progress, repeat: int,
     journal: Journal | None, output: Path | None,
 ) -> Judged:  # fmt: skip
     """Runs and judges window by window. What it holds does not grow with their number, but for a byte a question.
@@ -90,8 +90,8 @@ def run_in_windows(
     return Judged(spool, facts, totals, seconds, moments)
 
 
-def plan_in_windows(model: PackedModel, questions: Sequence[Any] | Windows, fit: bool) -> tuple[Plan | Totals, int]:
-    """The plan of all questions, and how many sequences it packs. Raises UserError: see `PackedModel.prepare`."""
+def plan_in_windows(model: LanguageModel, questions: Sequence[Any] | Windows, fit: bool) -> tuple[Plan | Totals, int]:
+    """The plan of all questions, and how many sequences it packs. Raises UserError: see `LanguageModel.prepare`."""
     if not isinstance(questions, Windows):
         workload = model.prepare(questions, fit=fit)
         assert workload.plan is not None

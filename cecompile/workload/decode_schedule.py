@@ -60,7 +60,7 @@ class _Lane:
     written: list[int] = field(default_factory=list)
 
 
-class Lanes:
+class DecodeSchedule:
     """Greedy decoding of rows, as far as the host is concerned.
 
     Args:

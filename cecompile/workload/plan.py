@@ -129,7 +129,7 @@ def choose_geometry(
 
 
 def make_plan(
-    sequences: Sequences, geometry: Geometry, *, every: bool = False, order: Order | None = None,
+    sequences: Sequences, geometry: Geometry, *, all_buckets: bool = False, order: Order | None = None,
     buckets: tuple[Bucket, ...] = (), boundary: int | None = None,
 ) -> Plan:  # fmt: skip
     """Sorts, merges and packs all sequences. Deterministic; near n log n in the number of tokens.
@@ -138,7 +138,7 @@ def make_plan(
         sequences: at least one.
         geometry: what to pack for.
         order: the sequences', where it is known.
-        every: the plan has the buckets of `every_bucket`, in use or not, as warmed up for data not yet seen.
+        all_buckets: the plan has the buckets of `every_bucket`, in use or not, as warmed up for data not yet seen.
         buckets: those of an earlier plan of this geometry. The plan has them too, in use or not, and no other shapes
             as long as they hold all rows; with more readouts where it needs more.
         boundary: sequences of more inputs than this share nothing with the others, and no pass.
@@ -161,7 +161,7 @@ def make_plan(
         ]
         shapes += _cover_as_before(own, geometry, buckets) if buckets else _cover(own, geometry)
         rows += own
-    buckets, passes = _passes(shapes, geometry, every_bucket(geometry) if every else buckets)
+    buckets, passes = _passes(shapes, geometry, every_bucket(geometry) if all_buckets else buckets)
     new_question = np.diff(sequences.questions[order.sequence], prepend=-1) != 0
     lengths = sequences.input_lengths
     return Plan(

@@ -132,7 +132,7 @@ def _index_tiles(part: dict[str, Ints]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class StagedPlan:
     """What there is to warm up for.
 
     Attributes:
@@ -147,7 +147,7 @@ class Ready:
     staged: Sequence[StagedPass] = ()
 
     @classmethod
-    def for_plan(cls, plan: Plan, sequences: Sequences) -> "Ready":
+    def for_plan(cls, plan: Plan, sequences: Sequences) -> "StagedPlan":
         """All that running these sequences takes."""
         return cls(plan.geometry, plan.buckets, plan.decoding, sequences, list(stage_all(plan)))
 
