@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,8 @@ class OneLineErrors(click.Group):
 
 def _versions() -> str:
     """The libraries whose names change between versions, as installed."""
+    from importlib import metadata
+
     installed = []
     for name in ("torch", "transformers", "datasets", "lm_eval"):
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -279,10 +279,10 @@ def _strips(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> list[tup
     if query.device.type != "cpu" or length != key.shape[2] or length <= BLOCK:
         return [(query, key, value, mask)]
     width = -(-length // STRIPS // BLOCK) * BLOCK
-    ends = [min(at + width, length) for at in range(0, length, width)]
+    parts = [(at, min(at + width, length)) for at in range(0, length, width)]
     return [
         (query[:, :, at:end], key[:, :, :end], value[:, :, :end], mask[:, :, at:end, :end])
-        for at, end in zip([0, *ends], ends, strict=False)
+        for at, end in parts  # torch 2.8 does not trace a zip of unequal lengths
     ]
 
 
