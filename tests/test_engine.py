@@ -363,4 +363,7 @@ def test_sources_that_tracing_reads_are_read_ahead():
             )
             Engine(tiny_model("llama"), plan.buckets, attention="sdpa", compiled=True, readout_chunk=64).warm_up()
         sources[way] = set(funcname_cache.cache)
-    assert {modeling_utils.__file__, activations.__file__} <= sources["traced"] & sources["ahead"]
+    heavy = {sys.modules[name].__file__ for name in initialise.TRACED if name in sys.modules}
+    assert activations.__file__ in sources["traced"]
+    assert sources["traced"] & heavy <= sources["ahead"]
+    assert modeling_utils.__file__ in sources["ahead"]  # transformers 5.6 does not trace this one
