@@ -425,7 +425,7 @@ def _model(how: dict[str, Any], task: str, ranks: Ranks = ALONE) -> Any:
         ranks=ranks,
         pipeline=how.get("pipeline", 1),
         stream_weights=how["stream_weights"],
-        target_device=how.get("elsewhere"),
+        target_device=how.get("target_device"),
         **own,
     )
 

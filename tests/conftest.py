@@ -23,6 +23,8 @@ from hypothesis import HealthCheck, settings
 
 from cecompile import demo
 
+pytest_plugins = ["support.quick"]
+
 atexit.register(shutil.rmtree, os.environ["CECOMPILE_CACHE"], ignore_errors=True)
 HANG = 600  # seconds after which a process is taken to hang: a limit that ends a test, and is no part of any
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -114,6 +114,7 @@ def config_of(name: str):
     return AutoConfig.for_model(model_type(name), **(COMMON | REFUSED[name][0]))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("kind", "attention"),
     [(k, "sdpa") for k in COMPILED] + [(k, "flex") for k in COMPILED if k not in NO_FLEX],

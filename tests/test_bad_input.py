@@ -207,6 +207,7 @@ def test_task_that_does_not_fit(tmp_path):
     assert "no known format" in message
 
 
+@pytest.mark.process
 def test_models_that_are_not(tmp_path, tiny_llama):
     assert "no such directory" in refuse(tmp_path, "--model", "./nowhere")
     (tmp_path / "empty").mkdir()

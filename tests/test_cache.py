@@ -133,6 +133,7 @@ def damages(path: Path, other: Path):
     yield "a link", lambda: (path.unlink(), path.symlink_to(other)), restore
 
 
+@pytest.mark.process
 def test_every_file_damaged_in_turn_is_found_and_nothing_of_the_entry_used(built, monkeypatch, tmp_path):
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "")
@@ -163,6 +164,7 @@ def test_every_file_damaged_in_turn_is_found_and_nothing_of_the_entry_used(built
     remove_workspaces()
 
 
+@pytest.mark.process
 def test_a_damaged_file_is_reported_rebuilt_and_changes_nothing(built, tiny_llama, questions, tmp_path):
     source, cold = built
     place = tmp_path / "cache"
@@ -189,6 +191,7 @@ print(json.dumps(counters["inductor"]))
 """
 
 
+@pytest.mark.process
 def test_a_warm_cache_compiles_nothing_and_gives_the_same(built, tiny_llama, questions, tmp_path):
     """How much less time that takes is asserted in tests/benchmarks."""
     source, cold = built
@@ -206,6 +209,7 @@ def test_a_warm_cache_compiles_nothing_and_gives_the_same(built, tiny_llama, que
     assert (tmp_path / "out" / "samples.jsonl").read_bytes() == (cold / "samples.jsonl").read_bytes()
 
 
+@pytest.mark.process
 def test_paths_with_spaces_and_letters_compile(built, tiny_llama, questions, tmp_path):
     """Below such a directory are torch, and the cache."""
     place = tmp_path / "공 백 'x'"
@@ -229,6 +233,7 @@ def test_paths_with_spaces_and_letters_compile(built, tiny_llama, questions, tmp
     assert (place / "out" / "samples.jsonl").read_bytes() == (built[1] / "samples.jsonl").read_bytes()
 
 
+@pytest.mark.process
 def test_require_warm_refuses_to_compile(tiny_llama, questions, tmp_path):
     done = evaluate(None, tiny_llama, questions, tmp_path / "out", tmp_path / "empty", "--require-warm")
     assert done.returncode == 1
@@ -236,6 +241,7 @@ def test_require_warm_refuses_to_compile(tiny_llama, questions, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.process
 def test_warm_for_data_not_yet_seen(tiny_llama, questions, tmp_path):
     model = ("--model", str(tiny_llama), "--device", "cpu")
     done = run("warm", *model, "--max-depth", "64", "--tokens-per-bucket", "256", cache=tmp_path / "cache")
@@ -253,6 +259,7 @@ def test_warm_for_data_not_yet_seen(tiny_llama, questions, tmp_path):
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["lock"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("mode", [0o755, 0o777, 0o770, 0o701])
 def test_a_directory_open_to_others_is_refused(tmp_path, mode):
     tmp_path.chmod(mode)
@@ -274,6 +281,7 @@ def test_somebody_elses_directory_is_refused(tmp_path):
         CompileCache(theirs)
 
 
+@pytest.mark.process
 def test_without_a_place_for_a_cache_a_run_goes_on_and_says_so(tiny_llama, questions, tmp_path):
     (tmp_path / "file").write_text("")
     arguments = ("eval", "--model", str(tiny_llama), "--data", str(questions), "--device", "cpu")
@@ -362,6 +370,7 @@ def writer(cache: CompileCache, name: str, code: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", WRITER + code, str(cache.directory), name], **pipes)
 
 
+@pytest.mark.process
 def test_two_writers_at_once_lose_nothing(cache):
     both = [writer(cache, name, TEN_TIMES) for name in "ab"]
     assert [one.wait(HANG) for one in both] == [0, 0]
@@ -369,6 +378,7 @@ def test_two_writers_at_once_lose_nothing(cache):
     assert cache.open(FACTS).state([Bucket(1, 128, 256), Bucket(1, 256, 256)])[0] == WARM
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("published", [False, True])
 def test_a_writer_killed_at_any_moment_leaves_the_cache_usable(published, cache):
     """Before every line of the cache's module in turn, until one writer comes to its end alive."""

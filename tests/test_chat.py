@@ -157,7 +157,11 @@ def generated(model, prompt, new_tokens, stop):
 
 @pytest.mark.parametrize(
     ("kind", "attention", "compiled"),
-    [(kind, "sdpa", False) for kind in ARCHITECTURES] + [("llama", "sdpa", True), ("mistral", "flex", True)],
+    [(kind, "sdpa", False) for kind in ARCHITECTURES]
+    + [
+        pytest.param("llama", "sdpa", True, marks=pytest.mark.compiles),
+        pytest.param("mistral", "flex", True, marks=pytest.mark.compiles),
+    ],
 )
 def test_decodes_as_generate_does(kind, attention, compiled):
     model, random = tiny_model(kind), np.random.default_rng(1)
@@ -263,6 +267,7 @@ def test_babble_equals_the_pipelines(babbler):
     assert sum(a.decoded_tokens for a in answers) > 0.9 * sum(a.tokens for a in answers)
 
 
+@pytest.mark.compiles
 def test_official_rows_equal_the_pipelines(babbler):
     questions = [
         question
@@ -275,7 +280,10 @@ def test_official_rows_equal_the_pipelines(babbler):
     assert [a.text for a in answers] == stock_texts(babbler, questions, 40)
 
 
-@pytest.mark.parametrize(("engine", "new_tokens"), [("compiled", 500), ("eager", 3), ("reference", 500)])
+@pytest.mark.parametrize(
+    ("engine", "new_tokens"),
+    [pytest.param("compiled", 500, marks=pytest.mark.compiles), ("eager", 3), ("reference", 500)],
+)
 def test_demo_answers_equal_the_pipelines(engine, new_tokens):
     questions = [*read_questions(demo.CHAT), *MADE_UP]
     answers = Answerer.from_pretrained(device="cpu", engine=engine, new_tokens=new_tokens).answer(questions).answers
@@ -377,6 +385,7 @@ def test_a_prompt_longer_than_the_model_is_refused():
         Answerer.from_pretrained(device="cpu").prepare([ask("a b c " * 1000, id="long")])
 
 
+@pytest.mark.compiles
 def test_eval_writes_predictions_as_the_pipeline_does_and_warm_prepares_it(tmp_path):
     runner, out = CliRunner(), tmp_path / "out"
     same = ["--task", "chat", "--limit", "8", "--device", "cpu", "--max-new-tokens", "30"]

@@ -119,6 +119,7 @@ def test_sharded_checkpoints_have_the_same_fingerprint(tiny_llama, tmp_path):
     assert fingerprint(str(tmp_path)) == fingerprint(str(tiny_llama))
 
 
+@pytest.mark.process
 def test_plan_loads_no_weights(tiny_llama, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl")
     model = tmp_path / "model"
@@ -132,6 +133,7 @@ def test_plan_loads_no_weights(tiny_llama, tmp_path):
     assert "useful tokens" in run("plan", "--model", model, "--data", data, "--device", "cpu")
 
 
+@pytest.mark.process
 def test_plan_of_all_of_hellaswag(llama_tokenizer_dir):
     from conftest import shared_file
 
@@ -162,6 +164,7 @@ def test_loglikelihoods_that_are_not_numbers_fail_the_run(tiny_llama, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.process
 def test_machine_without_a_compiler_runs_uncompiled_and_says_so(tiny_llama, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl")
     command = [sys.executable, "-m", "cecompile", "eval", "--model", str(tiny_llama), "--data", str(data)]
@@ -175,6 +178,7 @@ def test_machine_without_a_compiler_runs_uncompiled_and_says_so(tiny_llama, tmp_
     assert "ran uncompiled" in done.stdout
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [(["--help"], 0), (["eval", "--help"], 0), (["eval", "--engine", "what"], 2), (["what"], 2)],
@@ -213,6 +217,7 @@ runpy.run_module("cecompile", run_name="__main__")
 """
 
 
+@pytest.mark.process
 def test_phases_sum_to_the_time_since_the_process_began(tiny_llama, tmp_path):
     """The sum lies between moments taken around the start of the process and around the last reading of its clock.
 
@@ -284,6 +289,7 @@ def test_embedded_demo_scores_well(tmp_path):
     assert size < 4 * 2**20
 
 
+@pytest.mark.process
 def test_public_names_survive_the_import_of_every_module():
     """A module must not be named as a function of the package is: importing it would hide the function."""
     code = (
@@ -305,6 +311,7 @@ def test_assertions_only_tell_types():
                 assert re.fullmatch(r"[\w.]+ is not None|isinstance\([\w.]+, \w+\)", ast.unparse(node.test)), path
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("engine", ["eager", "reference"])
 def test_without_assertions_the_same(engine, tiny_llama, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl")

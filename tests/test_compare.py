@@ -106,6 +106,7 @@ def forged(
 # What a result says of itself
 
 
+@pytest.mark.compiles
 def test_results_say_what_ran(compiled):
     r = results(compiled)
     model = r["model"]

@@ -36,6 +36,7 @@ def counting(request, monkeypatch):
     return one
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("kind", ["llama", "phi3", "opt"])
 def test_scores_stay(counting, kind):
     model, sequences = tiny_model(kind), random_sequences()
@@ -44,6 +45,7 @@ def test_scores_stay(counting, kind):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.compiles
 def test_products_are_added_to_the_residual_in_place(counting):
     """Both of a Llama layer where its input may be overwritten, else the second, whose residual is its own."""
     score(tiny_model("llama"), random_sequences(), "flex", compiled=True)

@@ -48,6 +48,7 @@ def test_the_reference_again_bitwise(questions, tiny_llama):
     )
 
 
+@pytest.mark.process
 def test_in_another_process_bitwise(questions, tiny_llama, expected, tmp_path):
     import torch
 

@@ -22,6 +22,7 @@ from cecompile.doctor.findings import GIB, as_json_object, has_kernels, judge, p
 from cecompile.doctor.machine import Device, Facts, find_driver, find_tools, gather, read_cache, read_jetson
 from cecompile.procfs import read_meminfo
 
+pytestmark = pytest.mark.process  # tools are asked for their versions
 ORIN_GPU = Device("Orin", (8, 7), 14, True, 30_698 * 2**20, 28 * GIB)
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 132, False, 79 * GIB, 78 * GIB)
 STOCK_BUILD = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")

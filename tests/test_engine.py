@@ -119,6 +119,7 @@ def test_trees_score_as_the_stock_model_does(kind):
     assert (greedy == expected_greedy).all()
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("lengths", ["short", "long", "both"])
 @pytest.mark.parametrize("kind", ["llama", "phi3"])
 def test_longrope_on_either_side_of_its_boundary(kind, lengths):
@@ -164,6 +165,7 @@ def test_the_first_of_equal_maxima_wherever_it_stands(size):
     assert first[:, 0].tolist() == [row.index(max(row)) for row in logits.tolist()]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("kind", ["llama", "phi", "opt", "phi3"])
 def test_compiled_layers_and_head(kind):
     """With and without biases, with fused projections, through the CPU's own linear layers."""
@@ -174,7 +176,7 @@ def test_compiled_layers_and_head(kind):
     assert (greedy == expected_greedy).all()
 
 
-@pytest.mark.parametrize("attention", ["flex", "sdpa"])
+@pytest.mark.parametrize("attention", [pytest.param("flex", marks=pytest.mark.compiles), "sdpa"])
 def test_windows_shorter_than_a_context_of_several_tiles(attention):
     """A trunk of 400 tokens has tiles without a branch in them; the window hides most of those pairs."""
     model = tiny_model("mistral", head_dim=16, sliding_window=64, max_position_embeddings=512)
@@ -184,6 +186,7 @@ def test_windows_shorter_than_a_context_of_several_tiles(attention):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("kind", ["mistral", "gemma2"])
 def test_compiled_flex_with_windows_and_soft_caps(kind):
     model, sequences = tiny_model(kind, head_dim=16), random_sequences(1)
@@ -199,6 +202,7 @@ def test_result_does_not_depend_on_the_bucket():
     np.testing.assert_allclose(small, large, rtol=0, atol=1e-4)
 
 
+@pytest.mark.compiles
 def test_scoring_again_gives_the_same_and_builds_nothing_new(tiny_llama):
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
     questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
@@ -258,6 +262,7 @@ class LosesAResidual(CustomGraphPass):
         """None: never taken from a cache, nor put into one."""
 
 
+@pytest.mark.compiles
 def test_a_wrong_compilation_is_found_out_and_not_used(tiny_llama, monkeypatch):
     questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
     expected = Scorer.from_pretrained(tiny_llama, device="cpu", engine="reference").score(questions)
@@ -269,6 +274,7 @@ def test_a_wrong_compilation_is_found_out_and_not_used(tiny_llama, monkeypatch):
     np.testing.assert_allclose(got.loglikelihoods, expected.loglikelihoods, rtol=0, atol=1e-3)
 
 
+@pytest.mark.compiles
 def test_several_take_one_loaded_model_in_turn(tiny_llama, tmp_path):
     questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval().requires_grad_(False)
@@ -285,6 +291,7 @@ def test_several_take_one_loaded_model_in_turn(tiny_llama, tmp_path):
         np.testing.assert_allclose(one, first[1], rtol=0, atol=1e-3)
 
 
+@pytest.mark.compiles
 def test_what_is_in_the_cache_is_compiled_while_weights_are_read(tiny_llama, tmp_path, monkeypatch):
     questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
     expected = Scorer.from_pretrained(tiny_llama, device="cpu", cache_dir=tmp_path).score(questions)
@@ -348,6 +355,7 @@ def test_how_far_rounding_moves_a_models_logits():
     assert 0 <= single < 1e-4 < half < 0.2
 
 
+@pytest.mark.compiles
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Dynamo reads no sources")
 def test_sources_that_tracing_reads_are_read_ahead():
     sources = {}

@@ -27,6 +27,7 @@ def instructions(name: str) -> list[dict]:
     return [i for i in parser.structure if i["instruction"] != "COMMENT"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", DOCKERFILES)
 def test_the_linter_finds_nothing(name):
     hadolint = Path(sysconfig.get_path("scripts")) / "hadolint"
@@ -138,6 +139,7 @@ def image(tmp_path_factory) -> Replay:
     return replay
 
 
+@pytest.mark.process
 def test_the_command_is_installed_and_run_by_another_user_than_root(image):
     assert image.python.with_name("cecompile").is_file()
     assert list((image.root / "venv").rglob("site-packages/cecompile/engine/attention.py"))
@@ -147,6 +149,7 @@ def test_the_command_is_installed_and_run_by_another_user_than_root(image):
     assert re.search(r"useradd .*--groups video cecompile\n", image.log.read_text())
 
 
+@pytest.mark.process
 def test_the_cache_is_closed_to_others_and_belongs_to_the_user(image):
     cache = image.root / "cache"
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
@@ -154,12 +157,14 @@ def test_the_cache_is_closed_to_others_and_belongs_to_the_user(image):
     assert image.environment["CECOMPILE_CACHE"] == "/cache"
 
 
+@pytest.mark.process
 def test_torch_and_numpy_are_kept(image):
     kept = (image.root / "source" / "kept.txt").read_text().split()
     assert {f"{name}=={metadata.version(name)}" for name in ("torch", "numpy")} <= set(kept)
     assert any("--constraint /source/kept.txt" in i["value"] for i in instructions("Dockerfile"))
 
 
+@pytest.mark.process
 def test_a_warmed_cache_is_closed_to_others(image, tmp_path):
     warm = image.root / "home" / "cecompile" / "warm"
     warm.mkdir(parents=True)

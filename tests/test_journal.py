@@ -161,6 +161,7 @@ def test_the_command_that_resumes(arguments, command):
     assert command_to_resume(arguments, Path("out")) == command
 
 
+@pytest.mark.process
 def test_the_shell_reads_the_command_back():
     argument = "a'b\\c\n\u202e漢\x1b"
     command = command_to_resume(["--data", argument], Path("out")).replace("cecompile", "printf '%s|'", 1)
@@ -418,6 +419,7 @@ def test_interrupted_while_loading_there_is_nothing_to_resume(number, status, un
 EVENTS = ("click", "torch.nn", "torch", "transformers", "the journal")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("event", EVENTS)
 def test_a_process_that_is_stopped_ends_with_one_line(event, babbler, tmp_path):
     """As from a terminal: the signal goes to the whole process group, once a module is imported or something journaled.

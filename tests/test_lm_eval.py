@@ -181,7 +181,9 @@ def compare(ours, theirs):
     return count
 
 
-@pytest.mark.parametrize(("kind", "engine"), [(k, "eager") for k in KINDS] + [("llama", "compiled")])
+@pytest.mark.parametrize(
+    ("kind", "engine"), [(k, "eager") for k in KINDS] + [pytest.param("llama", "compiled", marks=pytest.mark.compiles)]
+)
 def test_equals_the_hf_backend(kind, engine, tasks, tmp_path):
     if kind == "gemma2" and Gemma2ForCausalLM._supports_sdpa:
         pytest.skip("this transformers' own gemma2 leaves out the soft cap; trees are refused")
@@ -246,6 +248,7 @@ def test_options_are_checked(options, words, tmp_path):
         CecompileLM(pretrained=str(save_model(tmp_path, "llama")), device="cpu", **options)
 
 
+@pytest.mark.process
 def test_the_command_line_is_lm_evals(tasks, tmp_path, monkeypatch):
     import yaml
 

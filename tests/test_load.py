@@ -496,6 +496,7 @@ print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("dtype", "size"), [("auto", 4), ("bfloat16", 2)])
 def test_host_memory_is_the_parameters_and_a_constant(dtype, size, tmp_path):
     config = AutoConfig.for_model(

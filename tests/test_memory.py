@@ -49,6 +49,7 @@ def test_not_sizes(text):
         parse_size(text)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
 def test_every_limit_is_kept_or_refused_before_loading(wide_llama, held, tmp_path, engine):
     """From plenty down to too little for anything."""
@@ -75,6 +76,7 @@ def test_every_limit_is_kept_or_refused_before_loading(wide_llama, held, tmp_pat
         assert len(sizes) >= 2  # smaller buckets where less is there
 
 
+@pytest.mark.process
 def test_a_size_that_was_asked_for_and_does_not_fit_is_refused_with_one_that_does(wide_llama, held, tmp_path):
     limit = f"{held + 500}MB"
     more = ("--memory-limit", limit, "--tokens-per-bucket", "8192", "--engine", "eager")
@@ -102,6 +104,7 @@ print(scores.workload.plan.buckets[0].slots)
 """
 
 
+@pytest.mark.process
 def test_buckets_get_smaller_when_memory_runs_out_all_the_same(wide_llama):
     """The prediction is right, but something else has taken the memory meanwhile. What is left holds a pass of half the
     size once, but not always again."""

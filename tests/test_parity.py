@@ -76,6 +76,7 @@ def harness(model_dir, data, hellaswag: bool):
     return per_question, out["results"]["ours"]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("which", ["tiny", "demo"])
 @pytest.mark.parametrize("kind", ["rows", "wikihow"])
 def test_equals_lm_eval(which, kind, tiny_llama, rows_file, wikihow_file):
@@ -106,6 +107,7 @@ def reference(llama_tokenizer_dir):
     return questions, scorer.score(questions)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("engine", ["compiled", "eager"])
 @pytest.mark.parametrize("attention", ["flex", "sdpa"])
 def test_equals_reference_on_hellaswag(engine, attention, llama_tokenizer_dir, reference):

@@ -71,6 +71,7 @@ def base(models, tmp_path_factory) -> list[str]:
     return command(models["deep"], write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS), EAGER)
 
 
+@pytest.mark.process
 def test_four_ranks_in_stages_and_one_process_give_the_same(models, tmp_path, monkeypatch):
     runs = {}
     for name, (model, rows, how, stages, begun) in RUNS.items():
@@ -105,6 +106,7 @@ def test_four_ranks_in_stages_and_one_process_give_the_same(models, tmp_path, mo
     assert results(tmp_path / "gone on with")["resumed"]["passes"] == 3
 
 
+@pytest.mark.process
 def test_a_stage_that_is_killed_ends_the_run_which_one_process_goes_on_with(base, tmp_path):
     alone([*base, "--output", str(tmp_path / "whole")])
     output = tmp_path / "out"

@@ -89,6 +89,7 @@ def finished(output: Path) -> set[int]:
     return {index for path in journals_in(output) for kind, index, *_ in read(path.read_bytes()) if kind == PASSES}
 
 
+@pytest.mark.process
 def test_four_ranks_and_one_give_the_same(base, whole, tmp_path):
     done = torchrun(4, [*base, "--output", str(tmp_path / "out")])
     assert done.returncode == 0, done.stderr
@@ -111,6 +112,7 @@ KINDS = {
 }
 
 
+@pytest.mark.process
 def test_two_ranks_and_one_give_the_same_whatever_runs(babbler, tmp_path, monkeypatch):
     runs = {}
     for name, (rows, how, options) in KINDS.items():
@@ -144,6 +146,7 @@ def stop_after(monkeypatch, records: int) -> None:
     monkeypatch.setattr(Journal, "add", add_and_stop)
 
 
+@pytest.mark.process
 def test_a_rank_that_is_killed_ends_the_run_which_one_process_goes_on_with(base, whole, tmp_path, monkeypatch):
     output = tmp_path / "out"
     done = torchrun(2, [*base, "--output", str(output)], DIE_AFTER=3)
@@ -171,6 +174,7 @@ def test_a_rank_that_is_killed_ends_the_run_which_one_process_goes_on_with(base,
     same(whole, output)
 
 
+@pytest.mark.process
 def test_torchrun_starts_lost_ranks_again_and_they_go_on(base, whole, tmp_path):
     done = torchrun(2, [*base, "--output", str(tmp_path / "out")], restarts=1, DIE_AFTER=3)
     assert done.returncode == 0, done.stderr
@@ -178,6 +182,7 @@ def test_torchrun_starts_lost_ranks_again_and_they_go_on(base, whole, tmp_path):
     same(whole, tmp_path / "out")
 
 
+@pytest.mark.process
 def test_without_an_agent_ranks_agree_and_a_lost_one_is_noticed():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -195,6 +200,7 @@ def test_without_an_agent_ranks_agree_and_a_lost_one_is_noticed():
     assert said == "another of the 2 ranks was lost\n"
 
 
+@pytest.mark.process
 def test_results_that_are_there_are_refused_once(base, tmp_path):
     """By torchrun itself."""
     (tmp_path / "results.json").write_text("{}")

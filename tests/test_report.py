@@ -511,6 +511,7 @@ def test_submission_says_what_is_wrong(answered, tmp_path, monkeypatch, capsys, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.process
 def test_the_submission_script_is_a_shell_script_that_runs_it():
     assert subprocess.run(["bash", "-n", str(SUBMISSION.with_suffix(""))], check=False).returncode == 0
     assert SUBMISSION.with_suffix("").stat().st_mode & 0o111

@@ -42,6 +42,7 @@ def test_tiles_in_float32_fit_the_orin(monkeypatch):
     assert 2 * estimate(queries, keys, stages, 128) <= ORIN - 1024
 
 
+@pytest.mark.process
 def test_a_kernel_that_takes_too_much_is_named(monkeypatch, tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
     if TorchVersion(torch.__version__) < "2.13":

@@ -69,6 +69,7 @@ def assert_equal(got, expected) -> None:
         assert np.array_equal(ours.argmax, theirs.argmax)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", KINDS)
 def test_streamed_layers_give_what_the_model_in_memory_gives(name, tmp_path):
     directory, compiled = saved(tmp_path, name), name == "llama"
@@ -228,6 +229,7 @@ def deep_llama(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.process
 def test_a_model_that_memory_does_not_hold(deep_llama, held, tmp_path):
     """Refused before loading with a way out; streamed it runs within the limit, and says the same."""
     questions = read_questions(demo.HELLASWAG, limit=3)
@@ -309,10 +311,10 @@ def test_an_interrupted_run_goes_on(tiny_llama, tmp_path, monkeypatch):
 
 def test_plan_says_how_layers_would_be_streamed(deep_llama):
     orin = as_planned_on("orin-32gb", {"attention": "sdpa", "memory_limit": 4 * 10**8, "dtype": "auto"})
-    orin = {"attention": orin["attention"], "elsewhere": orin["elsewhere"]}
+    orin = {"attention": orin["attention"], "target_device": orin["target_device"]}
     scorer = Scorer.from_pretrained(deep_llama, device="cpu", stream_weights=True, **orin)
     plan = scorer.prepare(QUESTIONS, fit=True).plan
-    passes, room = len(plan.passes), orin["elsewhere"].room
+    passes, room = len(plan.passes), orin["target_device"].room
     streaming = scorer.runtime.planned_streaming(plan)
     assert streaming["passes_per_sweep"] * streaming["sweeps"] >= passes
     assert streaming["layer_bytes"] == 2 * 15_206_400

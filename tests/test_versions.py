@@ -34,6 +34,7 @@ def decoder_of(model) -> Decoder:
     return engine.decoder(DecodeShape(64, 2, (8, 2)))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("data", ["rows.csv", "rows.parquet"])
 def test_the_command_prints_its_own_lines_alone(data, tmp_path, tiny_llama):
     """With caches that are empty yet, as where it runs for the first time; compiled, in one case."""
@@ -56,6 +57,7 @@ def test_the_command_prints_its_own_lines_alone(data, tmp_path, tiny_llama):
     assert re.match(own, done.stdout)
 
 
+@pytest.mark.process
 def test_a_name_that_is_gone_is_one_line_with_the_versions():
     code = (
         "import transformers.modeling_layers as m; del m.GradientCheckpointingLayer; "

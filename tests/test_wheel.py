@@ -28,6 +28,7 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.process
 def test_the_wheel_holds_every_file_of_the_package_and_the_licence(wheel):
     package = ROOT / "cecompile"
     files = {p.relative_to(ROOT).as_posix() for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc"}
@@ -42,6 +43,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_licence(wheel):
         assert "cecompile = cecompile.lm_eval:CecompileLM" in entries
 
 
+@pytest.mark.process
 def test_the_demo_runs_from_the_wheel_outside_of_the_checkout(wheel, tmp_path):
     target = tmp_path / "installed"
     call(*PIP, "install", "--no-deps", "--no-index", "--target", target, wheel)

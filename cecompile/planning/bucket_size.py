@@ -54,7 +54,7 @@ class Sizing:
         sharers: how many of them share the device.
         stages: of a pipeline, among which the layers are to be divided.
         stream: the layers' weights are streamed.
-        elsewhere: a device that is planned for in place of `device`, in 16 bits; it has its own limit.
+        target_device: a device that is planned for in place of `device`, in 16 bits; it has its own limit.
 
     Attributes:
         shares: what each stage holds, once `divide` has said it; empty where there is one device for all.

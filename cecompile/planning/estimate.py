@@ -263,4 +263,4 @@ def as_planned_on(name: str, how: dict[str, Any]) -> dict[str, Any]:
     profile = PROFILES[name]
     room = int(min(how["memory_limit"] or profile.memory, profile.memory) * USABLE["cuda"])
     target_device = TargetDevice(name, "cuda", room, profile.tokens_per_bucket)
-    return how | {"attention": attention, "elsewhere": target_device}
+    return how | {"attention": attention, "target_device": target_device}

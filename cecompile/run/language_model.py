@@ -94,7 +94,7 @@ class LanguageModel:
             ranks: the processes that share the work, this one among them.
             pipeline: stages that the layers are divided among, each a rank.
             stream_weights: read the layers' weights anew for each sweep of passes; memory holds two layers.
-            elsewhere: a device to plan for in place of `device`; what is planned is not run.
+            target_device: a device to plan for in place of `device`; what is planned is not run.
             own: what the class itself takes.
 
         Raises:

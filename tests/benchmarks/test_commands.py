@@ -23,6 +23,7 @@ def results(directory: Path) -> dict:
     return json.loads((directory / "results.json").read_text())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [(["--help"], 0), (["eval", "--help"], 0), (["eval", "--engine", "what"], 2), (["what"], 2)],
@@ -33,6 +34,7 @@ def test_help_and_usage_errors_answer_at_once(arguments, status, ratios):
     assert_at_most(2.0, timed(lambda: run([*CECOMPILE, *arguments], status)), timed(lambda: run(bare)), ratios)
 
 
+@pytest.mark.process
 def test_phases_sum_to_the_wall_time_of_the_process(tiny_llama, tmp_path, ratios):
     """Within 1 % or 50 ms: a process writes results.json and ends after it has read its clock for the last time."""
     command = [*CECOMPILE, "eval", "--model", str(tiny_llama), "--device", "cpu", "--engine", "eager"]
@@ -47,6 +49,7 @@ def test_phases_sum_to_the_wall_time_of_the_process(tiny_llama, tmp_path, ratios
     assert_at_most(1.0, lambda: walls[-1] - max(0.05, 0.01 * walls[-1]), booked, ratios)
 
 
+@pytest.mark.process
 def test_a_warm_cache_is_at_most_a_third_of_the_warm_up(tiny_llama, tmp_path, ratios):
     command = [*CECOMPILE, "eval", "--model", str(tiny_llama), "--device", "cpu", "--limit", "8"]
     caches: list[Path] = []

@@ -78,7 +78,7 @@ def test_staging(benchmark, plan):
     assert len(benchmark(lambda: list(stage_all(plan)))) == len(plan.passes)
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=pytest.mark.compiles), False], ids=["compiled", "eager"])
 def test_one_pass(benchmark, model, plan, compiled):
     engine = warm_engine(model, plan, compiled)
     one = next(stage_all(plan))
@@ -126,6 +126,7 @@ def test_all_of_hellaswag_is_encoded_and_planned_in_the_time_of_a_tokenizer(llam
     planning_takes(1.5, read_questions(shared_file("hellaswag_val.jsonl")), scorer, benchmark, ratios)
 
 
+@pytest.mark.compiles
 def test_compiling_pays(model, plan, ratios):
     staged = list(stage_all(plan))
     compiled = warm_engine(model, plan, True)

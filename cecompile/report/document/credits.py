@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from importlib import metadata
 
 USED = (
-    "torch", "triton", "transformers", "tokenizers", "datasets", "sentencepiece", "protobuf", "safetensors", "click",
-    "filelock", "rich", "numpy", "matplotlib", "reportlab",
+    "torch", "triton", "transformers", "tokenizers", "datasets", "pyarrow", "sentencepiece", "protobuf", "safetensors",
+    "click", "filelock", "rich", "numpy", "matplotlib", "reportlab",
 )  # fmt: skip
 
 
