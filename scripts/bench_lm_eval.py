@@ -1,12 +1,13 @@
 """lm-evaluation-harness with our backend against its own `hf`, in one process.
 
-    python scripts/bench_lm_eval.py --shape tiny --tokenizer DIR --data hellaswag_val.jsonl --questions 200
+    python scripts/bench_lm_eval.py --model DIR --data hellaswag_val.jsonl --questions 400 --fidelity 100
     python scripts/bench_lm_eval.py --shape tiny --tokenizer DIR --data hellaswag_val.jsonl --questions 60 --shots 5
 
-Makes a model of the shape with random weights, and a HellaSwag task of the first rows, with the last rows of the file
-as fixed examples. Ours evaluates it once for warm-up; then ours and `hf` at each batch size take turns, as often as
---repeats says, and of each the best time counts. Timed is the scoring, from tokenised requests to loglikelihoods: ours
-plans and packs in it.
+Runs the harness's own HellaSwag task on the first rows of the file, with the last rows as fixed examples. The model is
+a checkpoint, or has random weights of a shape. Ours evaluates once for warm-up. Then ours and `hf` at each batch size
+take turns, as often as --repeats says, and of each the best time counts. Timed is the scoring, from tokenised requests
+to loglikelihoods: our time includes planning and packing. With --fidelity N both are compared with `hf` in float32 on
+N rows.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from bench import SHAPES, random_model
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks.hellaswag.utils import process_docs
 from rich.console import Console
 from rich.table import Table
 
@@ -37,9 +39,10 @@ TASK = {
     "test_split": "test",
     "fewshot_split": "examples",
     "fewshot_config": {"sampler": "first_n"},
-    "doc_to_text": "{{activity_label}}: {{ctx_a}} {{ctx_b}}",
-    "doc_to_target": "label",
-    "doc_to_choice": "endings",
+    "process_docs": process_docs,
+    "doc_to_text": "{{query}}",
+    "doc_to_target": "{{label}}",
+    "doc_to_choice": "choices",
     "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
 }
 
@@ -48,10 +51,8 @@ def main() -> None:
     options = _arguments()
     logging.disable(logging.WARNING)
     device = resolve_device(options.device)
-    tokenizer = load_tokenizer(options.tokenizer)
-    shape, dtype = SHAPES[options.shape], DTYPES[options.dtype]
-    ours = CecompileLM(pretrained=random_model(shape, device, dtype), tokenizer=tokenizer)
-    theirs = HFLM(pretrained=random_model(shape, device, dtype), tokenizer=tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer or options.model)
+    ours, theirs = (backend(kind, options, device, tokenizer, options.dtype) for kind in (CecompileLM, HFLM))
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         task = write_task(Path(folder), options)
@@ -61,8 +62,20 @@ def main() -> None:
             for size in options.batch_sizes:
                 theirs.batch_size_per_gpu = size
                 keep_best(rows, f"hf, batch {size}", measure(theirs, task))
+        if options.fidelity:
+            options.questions = options.fidelity
+            exact = measure(backend(HFLM, options, device, tokenizer, "float32"), write_task(Path(folder), options))
+            for row in rows.values():
+                row["error"] = float(np.abs(row["values"][: len(exact["values"])] - exact["values"]).mean())
     print_report(rows, options)
     print(json.dumps({"first_run_seconds": first, "torch": torch.__version__}))
+
+
+def backend(kind: type[HFLM], options: argparse.Namespace, device: torch.device, tokenizer: Any, dtype: str) -> HFLM:
+    """The backend of this class, with the checkpoint or a random model in `dtype`."""
+    if options.model:
+        return kind(pretrained=options.model, tokenizer=tokenizer, device=str(device), dtype=dtype)
+    return kind(pretrained=random_model(SHAPES[options.shape], device, DTYPES[dtype]), tokenizer=tokenizer)
 
 
 def keep_best(rows: dict[str, dict[str, Any]], name: str, row: dict[str, Any]) -> None:
@@ -103,20 +116,22 @@ def write_task(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 def print_report(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
     """The table: seconds, metrics, how many times faster ours is, and the largest difference."""
     ours = rows["cecompile"]
-    table = Table(title=f"{options.shape} {options.dtype}, {options.questions} questions, {options.shots} examples")
-    for column in ("", "seconds", "acc", "acc_norm", "cecompile is", "largest difference"):
+    name = options.model or options.shape
+    table = Table(title=f"{name} {options.dtype}, {len(ours['values']) // 4} questions, {options.shots} examples")
+    for column in ("", "seconds", "acc", "acc_norm", "cecompile is", "largest difference", "mean error"):
         table.add_column(column, justify="left" if not column else "right")
     for name, row in rows.items():
         ratio, apart = row["seconds"] / ours["seconds"], np.abs(row["values"] - ours["values"]).max()
         cells = (f"{row['seconds']:.2f}", f"{row['acc']:.4f}", f"{row['acc_norm']:.4f}", f"{ratio:.2f} x")
-        table.add_row(name, *cells, f"{apart:.1e}")
-    Console(width=110).print(table)
+        table.add_row(name, *cells, f"{apart:.1e}", f"{row['error']:.4g}" if "error" in row else "")
+    Console(width=120).print(table)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a checkpoint's directory; default: random weights of --shape")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--tokenizer", required=True, help="model directory or hub id with the tokenizer")
+    parser.add_argument("--tokenizer", help="directory or hub id with the tokenizer; default: --model's")
     parser.add_argument("--data", required=True, help="HellaSwag rows, .jsonl")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--shots", type=int, default=0)
@@ -124,7 +139,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 8, 32], help="of hf")
     parser.add_argument("--repeats", type=int, default=3)
-    return parser.parse_args()
+    parser.add_argument("--fidelity", type=int, default=0, help="rows on which both are held against float32")
+    options = parser.parse_args()
+    if not options.model and not options.tokenizer:
+        parser.error("--model, or --tokenizer for random weights")
+    return options
 
 
 if __name__ == "__main__":

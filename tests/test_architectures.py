@@ -1,4 +1,4 @@
-"""Every decoder architecture is exact or refused: trees against the stock model, README's table against both lists."""
+"""Every decoder architecture is exact or refused: trees against the stock model, the docs' table against both lists."""
 
 import re
 from pathlib import Path
@@ -165,14 +165,13 @@ def test_what_cannot_be_exact_is_refused_before_loading(name, tmp_path):
     assert Scorer.from_pretrained(tmp_path, device="cpu", engine="reference").runtime.model is None
 
 
-def test_readmes_table_is_these_lists():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    table = text[text.index("## Architectures") :].split("\n## ")[0]
-    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", table, re.MULTILINE)
+def test_the_documented_table_is_these_lists():
+    text = (Path(__file__).parents[1] / "docs" / "architectures.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", text, re.MULTILINE)
     cells = {names: how for names, how in rows if names not in ("---", "`model_type`")}
-    broadcast = [kind for kind in EXACT if kind not in NO_FLEX and kind not in SINCE]
+    both = [kind for kind in EXACT if kind not in NO_FLEX and kind not in SINCE]
     listed = {how: set(re.findall(r"`([\w ]+?)`", names)) for names, how in cells.items()}
-    assert listed["exact, `flex` and `sdpa`"] == set(broadcast)
+    assert listed["exact, `flex` and `sdpa`"] == set(both)
     assert listed["exact, `sdpa`"] == set(NO_FLEX) - set(SINCE)
     assert listed["exact, `sdpa`; with transformers 5.24 and later `flex` too"] == set(SINCE)
     refused = {name for how, names in listed.items() if how.startswith("refused") for name in names}
