@@ -290,11 +290,11 @@ def plan_command(
     model = _model(as_planned_on(profile, how) if profile else how, dataset.task)
     runtime, fit = model.runtime, how["memory_limit"] is not None
     if profile and not fit:  # where the weights do not, the plan is shown all the same, and says so
-        fit = how["stream_weights"] or weights_fit(profile, runtime.sizing.model_sizes().parameters)
+        fit = how["stream_weights"] or weights_fit(profile, runtime.planner.sizing.model_sizes().parameters)
     plan, sequences = plan_in_windows(model, dataset.questions, fit)
-    streaming = runtime.planned_streaming(plan)
-    summary = plan_summary(plan) | {"memory": runtime.budget(plan).summary()}
-    summary |= {"stages": runtime.stages(plan)} | ({"streaming": streaming} if streaming else {})
+    streaming = runtime.planner.planned_streaming(plan)
+    summary = plan_summary(plan) | {"memory": runtime.planner.budget(plan).summary()}
+    summary |= {"stages": runtime.planner.stages(plan)} | ({"streaming": streaming} if streaming else {})
     estimated = estimate(profile, runtime.config, plan, sequences, streaming) if profile else None
     if as_json:
         click.echo(json.dumps(summary | ({"estimate": estimated} if estimated else {})))
@@ -343,7 +343,7 @@ def warm_command(
     questions = None if dataset is None else dataset.questions
     with progress_bars(Console(stderr=True)) as progress:
         built = warm(model, questions, max_depth=max_depth or 1, tune=tune, progress=progress)
-    print_warmup(Console(), built, model.runtime.note)
+    print_warmup(Console(), built, model.runtime.mode.note)
 
 
 @cli.command("doctor")

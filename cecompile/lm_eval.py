@@ -92,7 +92,7 @@ class CecompileLM(HFLM):
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """`hf`'s own, by the stock model."""
-        with stock_attention(self.model, self._scorer.runtime.stock_attention):
+        with stock_attention(self.model, self._scorer.runtime.weights.stock_attention):
             texts: list[str] = super().generate_until(requests, disable_tqdm)
         return texts
 

@@ -196,9 +196,12 @@ def time_ours(model: PreTrainedModel, tokenizer: Any, data: Path, options: argpa
     plan = first.workload.plan
     assert plan is not None
     row |= {"first_run_seconds": warmup, "inference_seconds": first.inference_s[0]}
-    row |= {"in_tree": sum(a.decoded_tokens == 0 for a in answers), "note": ours.runtime.note}
+    row |= {"in_tree": sum(a.decoded_tokens == 0 for a in answers), "note": ours.runtime.mode.note}
     row |= {"useful_tokens": plan.useful_tokens, "slots": plan.slots, "prompt_tokens": plan.unshared_tokens}
-    return row | {"predicted_bytes": ours.runtime.predicted_bytes, "peak_bytes": device_memory.peak(model.device)}
+    return row | {
+        "predicted_bytes": ours.runtime.planner.predicted_bytes,
+        "peak_bytes": device_memory.peak(model.device),
+    }
 
 
 def force(sequences: Sequences, golds: Sequence[list[int]], argmax: Ints) -> Ints:

@@ -104,7 +104,7 @@ def plan(path: Path, scorer: Scorer, window: int) -> tuple[Meter, Totals]:
     with meter.phase("check"):
         dataset = read_windows(path, "auto", None, window)
     windows = iter(dataset.questions if isinstance(dataset, LargeDataset) else [dataset.questions])
-    with scorer.runtime.same_shapes():
+    with scorer.runtime.planner.same_shapes():
         while True:
             with meter.phase("read"):
                 questions = next(windows, None)

@@ -162,7 +162,7 @@ def test_what_cannot_be_exact_is_refused_before_loading(name, tmp_path):
     for kind in (Scorer, Answerer):
         with pytest.raises(UserError, match=f"({REFUSED[name][1]}).*--engine reference runs them"):
             kind.from_pretrained(tmp_path, device="cpu")
-    assert Scorer.from_pretrained(tmp_path, device="cpu", engine="reference").runtime.model is None
+    assert Scorer.from_pretrained(tmp_path, device="cpu", engine="reference").runtime.weights.model is None
 
 
 def test_the_documented_table_is_these_lists():

@@ -303,7 +303,7 @@ def test_a_model_that_cannot_be_decoded_here_is_left_to_generate(monkeypatch):
     answers = answerer.answer(questions).answers
     assert any(a.decoded_tokens for a in answers)
     assert [a.text for a in answers] == stock_texts(demo.MODEL, questions, 12)
-    assert "stock model alone: LlamaDecoderLayer is given no key-value cache" in answerer.runtime.note
+    assert "stock model alone: LlamaDecoderLayer is given no key-value cache" in answerer.runtime.mode.note
 
 
 def test_the_answer_does_not_depend_on_what_is_grafted():
@@ -421,15 +421,15 @@ def test_eval_writes_predictions_as_the_pipeline_does_and_warm_prepares_it(tmp_p
 def test_warm_up_without_the_data_serves_any_data_up_to_its_length():
     answerer = Answerer.from_pretrained(device="cpu", engine="eager", new_tokens=20)
     answerer.warm_up(MADE_UP[:2], longest=300)
-    warmed = answerer.runtime._warmed
+    warmed = answerer.runtime.warmup.warmed
     questions = read_questions(demo.CHAT, limit=20)
     answers = answerer.answer(questions).answers
-    assert answerer.runtime._warmed is warmed
+    assert answerer.runtime.warmup.warmed is warmed
     fresh = Answerer.from_pretrained(device="cpu", engine="eager", new_tokens=20).answer(questions).answers
     assert [a.text for a in answers] == [a.text for a in fresh]
     long = ask("the long road " * 180)
     (answer,) = answerer.answer([long]).answers
-    assert answerer.runtime._warmed is not warmed
+    assert answerer.runtime.warmup.warmed is not warmed
     assert [answer.text] == stock_texts(demo.MODEL, [long], 20)
 
 

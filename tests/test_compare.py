@@ -170,7 +170,7 @@ CHANGES = {
 def test_what_changes_during_the_run_is_named_and_nothing_is_written(change, scorer, questions, tmp_path):
     def progress(phase: str, done: int, total: int) -> None:
         if phase == "inference" and done == total:
-            change(scorer.runtime.model)
+            change(scorer.runtime.weights.model)
 
     with torch.no_grad(), pytest.raises(CheckError, match=f"{CHANGES[change]}.*; nothing was written"):
         evaluate(scorer, questions, progress=progress, output=tmp_path / "out")
@@ -180,7 +180,7 @@ def test_what_changes_during_the_run_is_named_and_nothing_is_written(change, sco
 def test_a_layer_dropped_before_the_first_pass(scorer, questions):
     def progress(phase: str, done: int, total: int) -> None:
         if phase == "inference" and done == 0:
-            drop_a_layer(scorer.runtime.model)
+            drop_a_layer(scorer.runtime.weights.model)
 
     with pytest.raises(CheckError, match=r"model\.layers\.1"):
         evaluate(scorer, questions, progress=progress)

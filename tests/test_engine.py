@@ -207,9 +207,9 @@ def test_scoring_again_gives_the_same_and_builds_nothing_new(tiny_llama):
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
     questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
     first = scorer.score(questions)
-    engine = scorer.runtime._warmed
+    engine = scorer.runtime.warmup.warmed
     assert scorer.score(questions).loglikelihoods == first.loglikelihoods
-    assert scorer.runtime._warmed is engine
+    assert scorer.runtime.warmup.warmed is engine
 
 
 def test_weights_are_not_touched():
@@ -269,8 +269,8 @@ def test_a_wrong_compilation_is_found_out_and_not_used(tiny_llama, monkeypatch):
     monkeypatch.setattr(forward, "compile_options", lambda *_: {"post_grad_custom_pre_pass": LosesAResidual()})
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
     got = scorer.score(questions)
-    assert scorer.runtime.engine == "eager"
-    assert scorer.runtime.note.startswith("ran uncompiled: the compiled pass is ")
+    assert scorer.runtime.mode.engine == "eager"
+    assert scorer.runtime.mode.note.startswith("ran uncompiled: the compiled pass is ")
     np.testing.assert_allclose(got.loglikelihoods, expected.loglikelihoods, rtol=0, atol=1e-3)
 
 
@@ -286,7 +286,7 @@ def test_several_take_one_loaded_model_in_turn(tiny_llama, tmp_path):
     again = [scorer.score(questions).loglikelihoods for scorer in scorers]
     assert again == first
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
-    assert [scorer.runtime.engine for scorer in scorers] == list(engines)
+    assert [scorer.runtime.mode.engine for scorer in scorers] == list(engines)
     for one in first:
         np.testing.assert_allclose(one, first[1], rtol=0, atol=1e-3)
 
@@ -321,8 +321,8 @@ def test_what_is_in_the_cache_is_compiled_while_weights_are_read(tiny_llama, tmp
     scorer, clock = Scorer.from_pretrained(tiny_llama, device="cpu", cache_dir=tmp_path), Clock()
     clock.enter("preprocess")
     plan = scorer.prepare(questions, fit=True).plan
-    scorer.runtime.look_up(plan)
-    assert scorer.runtime.cache_state[0] == WARM
+    scorer.runtime.warmup.look_up(plan)
+    assert scorer.runtime.warmup.cache_state[0] == WARM
     clock.enter("load_model")
     scorer.runtime.load(plan, clock)
     graphs = counts["unique_graphs"]
@@ -332,8 +332,8 @@ def test_what_is_in_the_cache_is_compiled_while_weights_are_read(tiny_llama, tmp
     got = scorer.score(questions)
     assert counts["unique_graphs"] == graphs
     assert got.loglikelihoods == expected.loglikelihoods
-    verified, held = scorer.runtime.verify()
-    assert (verified, held) == (EQUAL, scorer.runtime.fingerprint)
+    verified, held = scorer.runtime.weights.verify()
+    assert (verified, held) == (EQUAL, scorer.runtime.weights.fingerprint)
 
 
 def test_what_cannot_be_compiled_while_weights_are_read_is_left_for_later():

@@ -21,7 +21,7 @@ from cecompile.model.structure import LayerRange
 from cecompile.partitioned.layer_feed import Files, LayerFeed
 from cecompile.partitioned.streaming import StreamingEngine
 from cecompile.partitioned.verify import sweep_disagreement
-from cecompile.run import runtime
+from cecompile.run import warmup
 from cecompile.run.answerer import decode
 from cecompile.run.scorer import collect
 from cecompile.workload.chat_tree import prompts_of
@@ -70,7 +70,11 @@ def test_scorer_from_end_to_end(tiny_llama):
     expected = Scorer.from_pretrained(tiny_llama, device="cuda", engine="reference").score(questions)
     scorer = Scorer.from_pretrained(tiny_llama, device="cuda")
     got = scorer.score(questions)
-    assert (scorer.runtime.engine, scorer.runtime.attention, scorer.runtime.note) == ("compiled", "flex", None)
+    assert (scorer.runtime.mode.engine, scorer.runtime.mode.attention, scorer.runtime.mode.note) == (
+        "compiled",
+        "flex",
+        None,
+    )
     np.testing.assert_allclose(got.loglikelihoods, expected.loglikelihoods, rtol=0, atol=1e-3)
     assert got.greedy == expected.greedy
 
@@ -82,11 +86,18 @@ def test_what_a_warm_cache_holds_is_not_tried_again_and_compiled_while_weights_a
     cold = Scorer.from_pretrained(tiny_llama, device="cuda", cache_dir=tmp_path)
     expected = cold.score(questions)
     monkeypatch.setattr(forward, "inputs_are_free", None)
-    monkeypatch.setattr(runtime, "choose_attention", None)
+    monkeypatch.setattr(warmup, "choose_attention", None)
     warm = Scorer.from_pretrained(tiny_llama, device="cuda", cache_dir=tmp_path)
     got = warm.score(questions)
-    assert (warm.runtime.engine, warm.runtime.cache_state[0], warm.runtime.note) == ("compiled", "warm", None)
-    assert [any(s.settled for s in scorer.runtime._warmed.engine._slots) for scorer in (cold, warm)] == [False, True]
+    assert (warm.runtime.mode.engine, warm.runtime.warmup.cache_state[0], warm.runtime.mode.note) == (
+        "compiled",
+        "warm",
+        None,
+    )
+    assert [any(s.settled for s in scorer.runtime.warmup.warmed.engine._slots) for scorer in (cold, warm)] == [
+        False,
+        True,
+    ]
     np.testing.assert_array_equal(got.loglikelihoods, expected.loglikelihoods)
 
 
@@ -150,7 +161,11 @@ def test_demo_answers_equal_the_references():
     expected = Answerer.from_pretrained(device="cuda", engine="reference", new_tokens=60).answer(questions).answers
     answerer = Answerer.from_pretrained(device="cuda", new_tokens=60)
     got = answerer.answer(questions).answers
-    assert (answerer.runtime.engine, answerer.runtime.attention, answerer.runtime.note) == ("compiled", "flex", None)
+    assert (answerer.runtime.mode.engine, answerer.runtime.mode.attention, answerer.runtime.mode.note) == (
+        "compiled",
+        "flex",
+        None,
+    )
     assert [a.text for a in got] == [a.text for a in expected]
 
 

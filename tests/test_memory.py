@@ -99,7 +99,7 @@ scores = scorer.score(questions)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 plenty = Scorer.from_pretrained(sys.argv[1], device="cpu", engine="eager").score(questions[:40])
 print(max(abs(a - b) for x, y in zip(scores.loglikelihoods, plenty.loglikelihoods) for a, b in zip(x, y)))
-print(scorer.runtime.note)
+print(scorer.runtime.mode.note)
 print(scores.workload.plan.buckets[0].slots)
 """
 
@@ -125,7 +125,7 @@ def test_without_memory_for_the_stock_model_beside_it_a_run_goes_on_unchecked(ti
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu", engine="eager")
     scores = scorer.score([Question("0", "The question is", ("easy", "not so easy"), 0)])
     assert len(scores.loglikelihoods[0]) == 2
-    assert scorer.runtime.note.startswith("not held against the stock model")
+    assert scorer.runtime.mode.note.startswith("not held against the stock model")
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_equals_reference_on_hellaswag(engine, attention, llama_tokenizer_dir, r
     questions, expected = reference
     scorer = cecompile.Scorer.from_pretrained(llama_tokenizer_dir, device="cpu", engine=engine, attention=attention)
     got = scorer.score(questions)
-    assert scorer.runtime.attention == attention
+    assert scorer.runtime.mode.attention == attention
     assert got.greedy == expected.greedy
     for q, a, b in zip(questions, got.loglikelihoods, expected.loglikelihoods, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)

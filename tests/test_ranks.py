@@ -349,7 +349,7 @@ def test_where_another_rank_runs_out_of_memory_all_take_smaller_buckets(base, tm
     scorer = Scorer.from_pretrained(base[2], device="cpu", engine="eager", tokens_per_bucket=512, ranks=ranks)
     scores = scorer.score(read_questions(base[4])[:40])
     assert scores.workload.plan.buckets[0].slots == 128  # a quarter, as on any CPU
-    assert scorer.runtime.note == "buckets made smaller: memory ran out with 512 tokens"
+    assert scorer.runtime.mode.note == "buckets made smaller: memory ran out with 512 tokens"
     assert ranks.asked[1:] == [False, False]
 
 

@@ -144,12 +144,14 @@ def test_a_scorer_from_end_to_end(tiny_llama):
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu", engine="eager", stream_weights=True)
     for questions in (QUESTIONS[:3], QUESTIONS):
         got = scorer.score(questions)
-        assert scorer.runtime.note is None
+        assert scorer.runtime.mode.note is None
     assert got.loglikelihoods == expected.loglikelihoods
     assert got.greedy == expected.greedy
-    held = {name for name, tensor in scorer.runtime.model.state_dict().items() if not tensor.is_meta}
+    held = {name for name, tensor in scorer.runtime.weights.model.state_dict().items() if not tensor.is_meta}
     assert held == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    assert scorer.runtime.verify()[0].startswith("beside the layers equal to the checkpoint; layers read from files")
+    assert scorer.runtime.weights.verify()[0].startswith(
+        "beside the layers equal to the checkpoint; layers read from files"
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,20 +194,20 @@ def test_a_checkpoint_that_changes_during_the_run_is_found_out(tiny_llama, tmp_p
     directory = copied(tiny_llama, tmp_path / "model")
     scorer = Scorer.from_pretrained(directory, device="cpu", engine="eager", stream_weights=True)
     scorer.score(QUESTIONS[:3])
-    scorer.runtime.verify()
+    scorer.runtime.weights.verify()
     weights = directory / "model.safetensors"
     with weights.open("r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"\0\0\0\0")
     with pytest.raises(CheckError, match=r"model\.safetensors changed during the run"):
-        scorer.runtime.verify()
+        scorer.runtime.weights.verify()
 
 
 def test_a_file_that_becomes_shorter_is_one_line(tiny_llama, tmp_path):
     directory = copied(tiny_llama, tmp_path / "model")
     scorer = Scorer.from_pretrained(directory, device="cpu", engine="eager", stream_weights=True)
     scorer.score(QUESTIONS[:3])
-    scorer.runtime.feed.settle()
+    scorer.runtime.weights.feed.settle()
     os.truncate(directory / "model.safetensors", 20_000)
     scorer.score(QUESTIONS[:3])  # its two layers had been read before
     with pytest.raises(UserError, match="became shorter while it was read"):
@@ -274,7 +276,7 @@ def test_a_model_that_memory_does_not_hold(deep_llama, held, tmp_path):
     expected = scorer.score(questions).loglikelihoods
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [tuple(sample["loglikelihoods"]) for sample in samples] == expected
-    assert results["model"]["fingerprint"] == scorer.runtime.fingerprint
+    assert results["model"]["fingerprint"] == scorer.runtime.weights.fingerprint
 
 
 def refusals_of(directory: Path) -> list[str]:
@@ -315,11 +317,11 @@ def test_plan_says_how_layers_would_be_streamed(deep_llama):
     scorer = Scorer.from_pretrained(deep_llama, device="cpu", stream_weights=True, **orin)
     plan = scorer.prepare(QUESTIONS, fit=True).plan
     passes, room = len(plan.passes), orin["target_device"].room
-    streaming = scorer.runtime.planned_streaming(plan)
+    streaming = scorer.runtime.planner.planned_streaming(plan)
     assert streaming["passes_per_sweep"] * streaming["sweeps"] >= passes
     assert streaming["layer_bytes"] == 2 * 15_206_400
     assert streaming["read_bytes"] == streaming["sweeps"] * 8 * streaming["layer_bytes"]
-    assert scorer.runtime.budget(plan).total <= room < 4 * 10**8
+    assert scorer.runtime.planner.budget(plan).total <= room < 4 * 10**8
     estimated = estimate("orin-32gb", scorer.runtime.config, plan, 120, streaming)
     assert estimated["streaming"]["verdict"].startswith("reading-bound: ")
     assert estimated["phases_s"]["inference"] >= streaming["read_bytes"] / 1.5e9

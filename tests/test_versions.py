@@ -103,7 +103,7 @@ def test_options_that_torch_does_not_know_leave_a_run_uncompiled(monkeypatch, ti
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
     scorer.score([Question(str(i), row["query"], tuple(row["choices"]), row["gold"]) for i, row in enumerate(ROWS)])
     note = r"ran uncompiled: torch \S+ has no Inductor option post_grad_custom_pre_pass"
-    assert re.fullmatch(note, scorer.runtime.note)
+    assert re.fullmatch(note, scorer.runtime.mode.note)
 
 
 def test_longrope_without_frequencies_is_refused(monkeypatch):

@@ -15,7 +15,7 @@ from cecompile.errors import UserError
 from cecompile.results.check import problems
 from cecompile.results.compare import compare_directories
 from cecompile.results.journal import NAME
-from cecompile.run.runtime import Runtime
+from cecompile.run.weights import Weights
 from cecompile.run.windows import plan_in_windows
 from cecompile.tasks import windows as windows_module
 from cecompile.tasks.question import digest
@@ -126,7 +126,7 @@ def test_a_later_window_that_is_planned_otherwise_is_not_gone_on_with(runs, monk
 
 def test_a_bad_row_in_the_last_window_is_refused_before_anything_is_loaded(babbler, tmp_path, monkeypatch):
     data = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"query": "no choices", "choices": ["one"], "gold": 0}])
-    monkeypatch.setattr(Runtime, "load", lambda self: pytest.fail("loaded"))
+    monkeypatch.setattr(Weights, "load", lambda *_: pytest.fail("loaded"))
     arguments = ["--model", str(babbler), "--data", str(data), "--window", "7", "--output", str(tmp_path / "out")]
     refused = CliRunner().invoke(cli, ["eval", *arguments])
     assert refused.exit_code == 2

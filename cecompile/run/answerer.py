@@ -64,14 +64,14 @@ class Answerer(LanguageModel):
     def __init__(self, runtime: Runtime, tokenizer: object, new_tokens: int = NEW_TOKENS) -> None:
         if new_tokens < 1:
             raise UserError(f"new tokens: {new_tokens} is too few, at least 1")
-        if runtime.sizing.stages > 1:
+        if runtime.planner.sizing.stages > 1:
             raise UserError("--pipeline: chat answers that leave their tree are written by one device with all layers")
         super().__init__(runtime, tokenizer, new_tokens)
 
     def prepare(self, questions: Sequence[ChatQuestion], *, fit: bool = False) -> Workload:
         """See `LanguageModel.prepare`."""
         runtime = self.runtime
-        if runtime.engine != "reference":
+        if runtime.mode.engine != "reference":
             self._stop_tokens()
         longest = max_input_length(runtime.config, self.tokenizer)
         sequences = graft(questions, self.tokenizer, longest, self.new_tokens)
@@ -99,7 +99,7 @@ class Answerer(LanguageModel):
 
     def _stop_tokens(self) -> frozenset[int]:
         """Where answers end. Raises UserError: see `stop_tokens`."""
-        name, model = self.runtime.name, self.runtime.model
+        name, model = self.runtime.name, self.runtime.weights.model
         own = None if model is None else model.generation_config
         return stop_tokens(name, own or load_generation_config(name, self.runtime.config))
 
@@ -113,7 +113,7 @@ class Answerer(LanguageModel):
 
         def run(journal: Journal | None) -> list[Answer]:
             conversations = [question.conversation for question in questions]
-            with stock_attention(model, runtime.stock_attention):
+            with stock_attention(model, runtime.weights.stock_attention):
                 texts = answer_alone(stock, conversations, self.new_tokens, progress, journal, runtime.ranks)
             return [Answer(text) for text in texts]
 
@@ -137,7 +137,7 @@ class Answerer(LanguageModel):
             if warmed.decoder is not None:
                 decode(warmed.decoder, begun, room, stop, done)
                 return
-            with stock_attention(model, self.runtime.stock_attention):
+            with stock_attention(model, self.runtime.weights.stock_attention):
                 for i, (one, most) in enumerate(zip(begun, room, strict=True)):
                     done(i, stock.continued(one.tolist(), most))
 

@@ -1,5 +1,6 @@
 """An evaluation: scores or answers, judged, with everything that results.json says about the run."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -8,14 +9,13 @@ from typing import Any
 
 from cecompile.model.structure import on_meta
 from cecompile.model.tokenizer_digest import tokenizer_digest
-from cecompile.results.clock import Clock, spread
+from cecompile.results.clock import Clock, latencies, spread
 from cecompile.results.compare import Baseline, compare, refuse_other
 from cecompile.results.journal import Journal
 from cecompile.results.spool import Spool
 from cecompile.results.write import (
     SCHEMA,
     digest_of_results,
-    environment,
     file_digests,
     plan_summary,
     write_predictions,
@@ -58,103 +58,113 @@ def evaluate(
     baseline: Baseline | None = None,
     command: Sequence[str] | None = None,
 ) -> Evaluation:
-    """Scores or answers, and judges.
+    """Scores or answers the questions, and judges.
 
     Args:
         model: a scorer, or an answerer for chat questions.
         questions: at least one.
-        window: where there are more, do all up to judging with so many at a time; None does it with all at once.
-            Prefixes are shared within a window.
+        window: most questions held at a time; prefixes are shared within a window. None holds all.
         task, data: names for the result.
-        headline: which latency the run is known by: "strict", "section3" or "inference".
+        headline: the latency that the run is known by: "strict", "section3" or "inference".
         clock: already running where reading is to be counted; left in the phase `score`.
         progress: see `Scorer.score`.
         repeat: times the inference phase runs; the latencies then count its median.
-        output: directory for results.json and samples.jsonl, and answers' predictions.jsonl; None writes nothing. Of
-            several ranks, rank 0 writes.
-        journal: of `output`, open; takes what is finished as it is, and is removed when all is written.
+        output: directory for the result files; None writes nothing. Of several ranks, rank 0 writes.
+        journal: of `output`, open. Finished work is taken from it; the journal is removed when all is written.
         report: called with the results before they are written, as the last thing that the clock sees.
         baseline: a result to compare with; the results then have a `comparison`.
-        command: the command line that this is, for the record.
+        command: the command line of this run, for the record.
 
     Raises:
-        UserError: see `Scorer.score`; or the baseline is of other questions or another model, told as soon as it shows;
-            or the file system refuses. The journal then keeps what is finished.
+        UserError: see `Scorer.score`; the baseline is of other questions or another model; or the file system refuses.
         CheckError: see `Scorer.score`; or the model on the device is not what was loaded.
     """
     clock = clock or Clock()
     if window is not None and not isinstance(questions, Windows) and len(questions) > window:
         questions = Windows.of(questions, window)
-    data_digest = questions.digest if isinstance(questions, Windows) else digest(questions)
-    runtime, data_facts = model.runtime, {"name": data, "digest": data_digest}
-    if baseline is not None:
-        _expect(baseline, model, {"task": task, "questions": len(questions), "data": data_facts})
-    known = {"task": task, "data digest": data_digest, **provenance.version_facts(runtime)}
-    runtime.ranks.all_same(known)
-    if journal is not None:
-        journal.expect(known)
-    runtime.watch()
-    runtime.ranks.clear_tally()
-    run = _answered if isinstance(model, Answerer) else _scored
-    if isinstance(questions, Windows):
-        judged = run_in_windows(run, model, questions, clock, progress, repeat, journal, output)
-    else:
-        judged = run(model, questions, clock, progress, repeat, journal)  # type: ignore[arg-type]
+    digested = questions.digest if isinstance(questions, Windows) else digest(questions)
+    known = {"task": task, "questions": len(questions), "data": {"name": data, "digest": digested}}
+    _begin(model, known, baseline, journal)
+    judged = _judged(model, questions, clock, progress, repeat, journal, output)
     resumed = None if journal is None else journal.resumed
-    plan, model_facts = judged.plan, provenance.model(model)
-    shares = runtime.ranks.gather(provenance.share(runtime))
-    results: dict[str, Any] = {
+    times = functools.partial(_times, clock, judged.inference_s, headline, resumed)
+    results = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": None if command is None else list(command),
-        "task": task,
-        "questions": len(questions),
+        **known,
         **judged.facts,
-        **provenance.times(clock, judged.inference_s, headline, resumed),
         "resumed": resumed,
         "warmed": clock.since_start(judged.warm_moments),
         "inference_s": spread(judged.inference_s),
-        "engine": {
-            "name": runtime.engine,
-            "attention": None if runtime.engine == "reference" else runtime.attention,
-            "note": runtime.note,
-        },
-        "ranks": None if runtime.ranks.size == 1 else {"size": len(shares)} | provenance.columns(shares, "peak"),
-        "pipeline": provenance.pipeline(runtime),
-        "plan": None if plan is None else plan_summary(plan),
-        "streaming": runtime.streaming,
-        "model": model_facts,
-        "cache": None
-        if runtime.cache_state is None
-        else {"state": runtime.cache_state[0], "reason": runtime.cache_state[1]},
-        "memory": {
-            "limit_bytes": runtime.sizing.limit,
-            "predicted_bytes": runtime.predicted_bytes,
-            "peak_bytes": max(share["peak"] for share in shares),
-        },
-        "data": data_facts,
-        "environment": environment(provenance.device_name(runtime.device)),
+        "plan": None if judged.plan is None else plan_summary(judged.plan),
+        **provenance.describe(model),
+        **times(),
     }
+    _write(model, judged, results, output, baseline, report, times)
+    if journal is not None:
+        journal.remove()
+    return Evaluation(results, judged.samples)
+
+
+def _begin(model: Scorer | Answerer, known: dict[str, Any], baseline: Baseline | None, journal: Journal | None) -> None:
+    """Checks before the run, as far as known by then, that baseline, ranks and journal are of the same run."""
+    runtime = model.runtime
+    if baseline is not None:
+        _expect(baseline, model, dict(known))
+    facts = {"task": known["task"], "data digest": known["data"]["digest"], **provenance.version_facts(runtime)}
+    runtime.ranks.all_same(facts)
+    if journal is not None:
+        journal.expect(facts)
+    runtime.weights.watch()
+    runtime.ranks.clear_tally()
+
+
+def _judged(
+    model: Scorer | Answerer, questions: Any, clock: Clock, progress: Progress, repeat: int, journal: Journal | None,
+    output: Path | None,
+) -> Judged:  # fmt: skip
+    run = _answered if isinstance(model, Answerer) else _scored
+    if isinstance(questions, Windows):
+        return run_in_windows(run, model, questions, clock, progress, repeat, journal, output)
+    return run(model, questions, clock, progress, repeat, journal)  # type: ignore[arg-type]
+
+
+def _times(clock: Clock, inference: Sequence[float], headline: str, resumed: dict[str, Any] | None) -> dict[str, Any]:
+    """The results' part on the clock, up to now. A run of which a part was done before has no headline."""
+    phases = clock.phases()
+    seconds = latencies(phases, inference)
+    return {
+        "latency_s": seconds,
+        "headline": {"clock": headline, "seconds": None if resumed else seconds[headline]},
+        "phases_s": phases,
+        "timeline": clock.timeline(),
+    }
+
+
+def _write(
+    model: Scorer | Answerer, judged: Judged, results: dict[str, Any], output: Path | None, baseline: Baseline | None,
+    report: Callable[[dict[str, Any]], None], times: Callable[[], dict[str, Any]],
+) -> None:  # fmt: skip
+    """Completes the results by comparison, digests and the last times, and writes all result files."""
+    ranks = model.runtime.ranks
     if baseline is not None:
         name = "this run" if output is None else str(output)
         comparison, _ = compare(baseline.stored, name, results, list(judged.samples), baseline.max_drop)
         results["comparison"] = asdict(comparison)
-    if runtime.ranks.rank:
-        output = None  # rank 0 writes
-    if output is not None:
+    writes = output is not None and ranks.rank == 0
+    if writes:
+        assert output is not None
         write_samples(output, judged.samples)
         if isinstance(model, Answerer):
             write_predictions(output, (sample.text for sample in judged.samples))
-    results["samples_digest"] = None if output is None else file_digests(output)
+    results["samples_digest"] = file_digests(output) if writes and output is not None else None
     report(results)
-    results.update(provenance.times(clock, judged.inference_s, headline, resumed))
+    results.update(times())
     results["digest"] = digest_of_results(results)
-    if output is not None:
+    if writes and output is not None:
         write_results(output, results)
-    runtime.ranks.barrier()
-    if journal is not None:
-        journal.remove()
-    return Evaluation(results, judged.samples)
+    ranks.barrier()
 
 
 def _scored(
@@ -172,7 +182,7 @@ def _scored(
         "truncated_questions": scores.workload.truncated_questions,
         "metrics": metrics(samples),
     }
-    return Judged(samples, facts, scores.workload.plan, scores.inference_s, scorer.runtime.warm_moments)
+    return Judged(samples, facts, scores.workload.plan, scores.inference_s, scorer.runtime.warmup.moments)
 
 
 def _answered(
@@ -196,7 +206,7 @@ def _answered(
             "max_new_tokens": answerer.new_tokens,
         },
     }
-    return Judged(samples, facts, answers.workload.plan, answers.inference_s, answerer.runtime.warm_moments)
+    return Judged(samples, facts, answers.workload.plan, answers.inference_s, answerer.runtime.warmup.moments)
 
 
 def _expect(baseline: Baseline, model: Scorer | Answerer, known: dict[str, Any]) -> None:
@@ -206,4 +216,4 @@ def _expect(baseline: Baseline, model: Scorer | Answerer, known: dict[str, Any])
     if isinstance(model, Answerer):
         known["answers"] = {"max_new_tokens": model.new_tokens}
     refuse_other(stored, runtime.name, known, whole=False)
-    runtime.expected_fingerprint = stored.results["model"]["fingerprint"]
+    runtime.weights.expected_fingerprint = stored.results["model"]["fingerprint"]

@@ -57,7 +57,7 @@ class LanguageModel:
         self.runtime = runtime
         self.tokenizer = tokenizer
         self.new_tokens = new_tokens
-        if new_tokens and runtime.sizing.streamed is not None:
+        if new_tokens and runtime.planner.sizing.streamed is not None:
             raise UserError("--stream-weights: decoding a chat's answer needs all weights in memory")
 
     @classmethod
@@ -150,7 +150,7 @@ class LanguageModel:
         _check(tokens_per_bucket, **options)
         sizing = Sizing(name, model.config, model.device, dtype, tokens_per_bucket, memory_limit)
         runtime = _runtime(name, model.config, model.device, sizing, cache_dir, require_warm, ALONE, **options)
-        runtime.adopt(model)
+        runtime.weights.adopt(model)
         return cls(runtime, tokenizer, **own)
 
     def prepare(self, questions: Sequence[Any], *, fit: bool = False) -> Workload:
@@ -166,10 +166,10 @@ class LanguageModel:
         raise NotImplementedError
 
     def workload(self, sequences: Sequences, fit: bool, truncated_questions: int = 0) -> Workload:
-        """These sequences, ready to run. Raises UserError: they are not this model's, or see `Runtime.plan`."""
+        """These sequences, ready to run. Raises UserError: they are not this model's, or see `Planner.plan`."""
         runtime = self.runtime
         check_vocabulary(runtime.name, self.tokenizer, runtime.config, int(sequences.token_ids.max()))
-        plan = None if runtime.engine == "reference" else runtime.plan(sequences, fit, self.new_tokens)
+        plan = None if runtime.mode.engine == "reference" else runtime.planner.plan(sequences, fit, self.new_tokens)
         return Workload(sequences, plan, truncated_questions)
 
     def warm_up(self, questions: Sequence[Any], longest: int, *, progress: Progress = lambda *_: None) -> None:
@@ -184,10 +184,10 @@ class LanguageModel:
         Raises:
             UserError, CheckError: see `Runtime`.
         """
-        if self.runtime.engine == "reference":
+        if self.runtime.mode.engine == "reference":
             self.runtime.load()
             return
-        self.runtime.plan_ahead(longest, longest + self.new_tokens if self.new_tokens else 0)
+        self.runtime.planner.plan_ahead(longest, longest + self.new_tokens if self.new_tokens else 0)
         self.warm(self.prepare(questions, fit=True), Clock(), progress)
 
     def warm(
@@ -203,20 +203,20 @@ class LanguageModel:
         """
         assert workload.plan is not None
         clock.enter("warmup")
-        self.runtime.look_up(workload.plan)
+        self.runtime.warmup.look_up(workload.plan)
         clock.enter("load_model")
         self.runtime.load(workload.plan, clock)
         clock.enter("warmup")
-        plan_again = self.runtime.probe()
+        plan_again = self.runtime.warmup.probe()
         while True:
             clock.enter("preprocess")
             if plan_again:
-                plan = self.runtime.plan(workload.sequences, True, self.new_tokens)
+                plan = self.runtime.planner.plan(workload.sequences, True, self.new_tokens)
                 workload = replace(workload, plan=plan)
             assert workload.plan is not None
             ready = StagedPlan.for_plan(workload.plan, workload.sequences)
             clock.enter("warmup")
-            warmed = self.runtime.engine_for(ready, progress)
+            warmed = self.runtime.warmup.engine_for(ready, progress)
             if warmed is not None:
                 return warmed, ready.staged, workload
             plan_again = True  # memory ran out
@@ -265,7 +265,7 @@ def _runtime(
             note = f"compiled without a cache: {error}"
     runtime = Runtime(name, config, device, dtype, engine, attention, sizing, cache, require_warm, ranks)
     if note:
-        runtime.remark(note)
+        runtime.mode.remark(note)
     return runtime
 
 

@@ -15,43 +15,51 @@ from cecompile.model.structure import LayerRange, on_meta
 from cecompile.model.tokenizer_digest import tokenizer_digest
 from cecompile.partitioned.span import Span
 from cecompile.procfs import cpu_model
-from cecompile.results.clock import Clock, latencies
 from cecompile.results.write import environment
 from cecompile.run.answerer import Answerer
 from cecompile.run.runtime import Runtime
 from cecompile.run.scorer import Scorer
 
 
-def times(clock: Clock, inference: Sequence[float], headline: str, resumed: dict[str, Any] | None) -> dict[str, Any]:
-    """What the results say of the clock, up to now. A run of which a part was done before has no headline."""
-    phases = clock.phases()
-    seconds = latencies(phases, inference)
+def describe(scored: Scorer | Answerer) -> dict[str, Any]:
+    """results.json's parts on the engine, the model and the machine that ran; all ranks call it.
+
+    Raises:
+        CheckError: see `Weights.verify`.
+    """
+    runtime = scored.runtime
+    mode, planner, warmup, ranks = runtime.mode, runtime.planner, runtime.warmup, runtime.ranks
+    shares, state = planner.sizing.shares, warmup.cache_state
+    cache = None if state is None else {"state": state[0], "reason": state[1]}
+    facts = _model(scored)
+    mine = {"passes": ranks.passes, "tokens": ranks.tokens, "devices": device_name(runtime.device)}
+    rows = ranks.gather((mine, device_memory.peak(runtime.device)))
+    columns = {name: [row[name] for row, _ in rows] for name in mine}
     return {
-        "latency_s": seconds,
-        "headline": {"clock": headline, "seconds": None if resumed else seconds[headline]},
-        "phases_s": phases,
-        "timeline": clock.timeline(),
+        "engine": {
+            "name": mode.engine,
+            "attention": None if mode.engine == "reference" else mode.attention,
+            "note": mode.note,
+        },
+        "ranks": None if ranks.size == 1 else {"size": len(rows)} | columns,
+        "pipeline": {"stages": len(shares), "layers": [[s.first, s.last] for s in shares]} if shares else None,
+        "streaming": warmup.streaming,
+        "model": facts,
+        "cache": cache,
+        "memory": {
+            "limit_bytes": planner.sizing.limit,
+            "predicted_bytes": planner.predicted_bytes,
+            "peak_bytes": max(peak for _, peak in rows),
+        },
+        "environment": environment(device_name(runtime.device)),
     }
-
-
-def share(runtime: Runtime) -> dict[str, Any]:
-    """This rank's part in a run."""
-    ranks = runtime.ranks
-    device, peak = device_name(runtime.device), device_memory.peak(runtime.device)
-    return {"passes": ranks.passes, "tokens": ranks.tokens, "devices": device, "peak": peak}
-
-
-def pipeline(runtime: Runtime) -> dict[str, Any] | None:
-    """results.json's `pipeline`: how many stages, and the layers of each, from the first to before the last."""
-    shares = runtime.sizing.shares
-    return {"stages": len(shares), "layers": [[s.first, s.last] for s in shares]} if shares else None
 
 
 def _changed(runtime: Runtime) -> dict[str, Any]:
     """results.json's `model.changed`; of a pipeline, of one replica's stages together, and replaced modules of all."""
-    assert runtime.model is not None
-    mine = changed(runtime.model, runtime.share, runtime.modules)
-    if runtime.share is None:
+    assert runtime.weights.model is not None
+    mine = changed(runtime.weights.model, runtime.planner.share, runtime.warmup.modules)
+    if runtime.planner.share is None:
         return mine
     parts = runtime.ranks.gather(mine)
     compiled: Counter[str] = Counter()
@@ -61,27 +69,22 @@ def _changed(runtime: Runtime) -> dict[str, Any]:
     return mine | {"compiled": dict(sorted(compiled.items())), "replaced_modules": list(replaced)}
 
 
-def columns(rows: Sequence[dict[str, Any]], *without: str) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in rows[0] if name not in without}
-
-
 def version_facts(runtime: Runtime) -> dict[str, Any]:
     """The versions that a result depends on, by name."""
     about = environment(device_name(runtime.device))
     return {"python": about["python"], "system": about["system"], **about["versions"]}
 
 
-def model(scored: Scorer | Answerer) -> dict[str, Any]:
-    """results.json's `model`. Raises CheckError: see `Runtime.verify`."""
-    runtime, model = scored.runtime, scored.runtime.model
+def _model(scored: Scorer | Answerer) -> dict[str, Any]:
+    runtime, model = scored.runtime, scored.runtime.weights.model
     assert model is not None  # it has just scored
-    verified, device_fingerprint = runtime.verify()
+    verified, device_fingerprint = runtime.weights.verify()
     return {
         "name": runtime.name,
-        **kind(model if runtime.share is None else on_meta(runtime.config)),
+        **kind(model if runtime.planner.share is None else on_meta(runtime.config)),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "stored_dtypes": None if runtime.checkpoint is None else runtime.checkpoint.stored_dtypes(),
-        "fingerprint": runtime.fingerprint,
+        "stored_dtypes": None if runtime.weights.checkpoint is None else runtime.weights.checkpoint.stored_dtypes(),
+        "fingerprint": runtime.weights.fingerprint,
         "device_fingerprint": device_fingerprint,
         "verified": verified,
         "changed": _changed(runtime),

@@ -22,7 +22,7 @@ def begin(runtime: Runtime, workload: Workload, journal: Journal | None, new_tok
     """
     if journal is None and runtime.ranks.size == 1:
         return
-    if runtime.fingerprint is None:
+    if runtime.weights.fingerprint is None:
         raise UserError(f"{runtime.name}: loaded elsewhere, has no fingerprint: its runs cannot be journaled")
     facts = _run_facts(runtime, workload, new_tokens)
     devices = runtime.ranks.gather(facts.pop("device"))
@@ -34,14 +34,14 @@ def begin(runtime: Runtime, workload: Workload, journal: Journal | None, new_tok
 
 def _run_facts(runtime: Runtime, workload: Workload, new_tokens: int) -> dict[str, Any]:
     """What the readouts of a model that has been warmed up for a workload depend on, beside the data and versions."""
-    model, on_cpu = runtime.model, runtime.device.type == "cpu"
+    model, on_cpu = runtime.weights.model, runtime.device.type == "cpu"
     assert model is not None
     return (
         {
-            "model fingerprint": runtime.fingerprint,
+            "model fingerprint": runtime.weights.fingerprint,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "engine": runtime.engine,
-            "attention": None if runtime.engine == "reference" else runtime.attention,
+            "engine": runtime.mode.engine,
+            "attention": None if runtime.mode.engine == "reference" else runtime.mode.attention,
             "device": runtime.device.type if on_cpu else torch.cuda.get_device_name(runtime.device),
             "threads (OMP_NUM_THREADS)": torch.get_num_threads() if on_cpu else None,
             "longest answer": new_tokens,
@@ -53,7 +53,7 @@ def _run_facts(runtime: Runtime, workload: Workload, new_tokens: int) -> dict[st
 
 
 def _streamed_facts(runtime: Runtime) -> dict[str, Any]:
-    return {} if runtime.feed is None else {"weights": "streamed"}
+    return {} if runtime.weights.feed is None else {"weights": "streamed"}
 
 
 def _digest_of_sequences(sequences: Sequences) -> str:

@@ -94,7 +94,7 @@ class Scorer(LanguageModel):
         ranks = self.runtime.ranks
         if workload.plan is None:
             clock.enter("load_model")
-            model, stock, sequences = self.runtime.load(), self.runtime.stock_attention, workload.sequences
+            model, stock, sequences = self.runtime.load(), self.runtime.weights.stock_attention, workload.sequences
 
             def alone(journal: Journal | None) -> Outcome:
                 with stock_attention(model, stock):

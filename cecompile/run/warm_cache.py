@@ -57,15 +57,15 @@ def warm(
     """
     runtime = model.runtime
     if isinstance(questions, Windows):
-        with runtime.same_shapes():
+        with runtime.planner.same_shapes():
             return warm(model, next(iter(questions)), tune=tune, progress=progress)
-    if runtime.engine != "compiled":
-        raise UserError(f"--engine {runtime.engine}: nothing to compile")
-    entry = runtime.open_cache()
+    if runtime.mode.engine != "compiled":
+        raise UserError(f"--engine {runtime.mode.engine}: nothing to compile")
+    entry = runtime.warmup.open_cache()
     if entry is None:
-        raise UserError(f"{runtime.name}: {runtime.note}")
+        raise UserError(f"{runtime.name}: {runtime.mode.note}")
     runtime.load()
-    runtime.probe()
+    runtime.warmup.probe()
     workload = None if questions is None else model.prepare(questions, fit=True)
     sequences = None if workload is None else workload.sequences
     if workload is not None and workload.plan is not None:
@@ -77,7 +77,7 @@ def warm(
     if tune and sequences is not None:
         measured = _tune(model, entry, sequences, progress)
         ready = _ready(model, sequences, max_depth)  # in the size found fastest
-    while (warmed := runtime.warm(ready, progress)) is None:
+    while (warmed := runtime.warmup.warm(ready, progress)) is None:
         ready = _ready(model, sequences, max_depth)  # memory ran out
     if warmed.name != "compiled":
         raise CheckError(f"{runtime.name}: {warmed.note}")
@@ -90,9 +90,9 @@ def _ready(model: LanguageModel, sequences: Sequences | None, max_depth: int) ->
     """What to warm up for, with the sizes that the runtime takes now."""
     if sequences is None:
         answer = max_depth + model.new_tokens if model.new_tokens else 0
-        geometry, decoding = model.runtime.shapes(max_depth, answer, fit=True)
+        geometry, decoding = model.runtime.planner.shapes(max_depth, answer, fit=True)
         return StagedPlan(geometry, every_bucket(geometry), decoding)
-    return StagedPlan.for_plan(model.runtime.plan(sequences, True, model.new_tokens), sequences)
+    return StagedPlan.for_plan(model.runtime.planner.plan(sequences, True, model.new_tokens), sequences)
 
 
 def _tune(model: LanguageModel, entry: Entry, sequences: Sequences, progress: Progress) -> dict[int, float]:
@@ -102,15 +102,15 @@ def _tune(model: LanguageModel, entry: Entry, sequences: Sequences, progress: Pr
         Useful tokens a second per size in slots, of those that fit.
     """
     runtime = model.runtime
-    usual = runtime.sizing.tuning.tokens_per_bucket
+    usual = runtime.planner.sizing.tuning.tokens_per_bucket
     measured: dict[int, tuple[float, Plan, ProbeResult]] = {}
     for slots in (usual // 4, usual // 2, usual, 2 * usual):
         try:
-            plan = runtime.plan(sequences, True, model.new_tokens, runtime.sizing.of_size(slots))
+            plan = runtime.planner.plan(sequences, True, model.new_tokens, runtime.planner.sizing.of_size(slots))
         except UserError:
             continue  # does not fit
         ready = StagedPlan.for_plan(plan, sequences)
-        warmed = runtime.warm(ready, progress)
+        warmed = runtime.warmup.warm(ready, progress)
         if warmed is not None and warmed.name == "compiled":
             measured[slots] = useful_tokens_per_second(warmed.engine, ready.staged), plan, warmed.found
         warmed = None  # its buffers are freed before the next one's are made

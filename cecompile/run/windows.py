@@ -30,7 +30,7 @@ class Judged:
         facts: what results.json says of them.
         plan: None for the reference engine.
         inference_s: seconds of each run of the inference phase.
-        warm_moments: see `Runtime`.
+        warm_moments: see `Warmup.moments`.
     """
 
     samples: list[Any] | Spool
@@ -66,7 +66,7 @@ def run_in_windows(
     moments: dict[str, float] = {}
     right: dict[str, bytearray | None] = {}
     reading, number = iter(windows), 0
-    with model.runtime.same_shapes():
+    with model.runtime.planner.same_shapes():
         clock.enter("preprocess")
         while (questions := next(reading, None)) is not None:
             progress("windows", number, windows.number)
@@ -98,7 +98,7 @@ def plan_in_windows(model: LanguageModel, questions: Sequence[Any] | Windows, fi
         return workload.plan, len(workload.sequences)
     totals: Totals | None = None
     sequences = 0
-    with model.runtime.same_shapes():
+    with model.runtime.planner.same_shapes():
         for window in questions:
             workload = model.prepare(window, fit=fit)
             assert workload.plan is not None
