@@ -64,7 +64,9 @@ def main() -> None:
                 keep_best(rows, f"hf, batch {size}", measure(theirs, task))
         if options.fidelity:
             options.questions = options.fidelity
-            exact = measure(backend(HFLM, options, device, tokenizer, "float32"), write_task(Path(folder), options))
+            stock = backend(HFLM, options, device, tokenizer, "float32")
+            stock.batch_size_per_gpu = max(options.batch_sizes, default=1)
+            exact = measure(stock, write_task(Path(folder), options))
             for row in rows.values():
                 row["error"] = float(np.abs(row["values"][: len(exact["values"])] - exact["values"]).mean())
     print_report(rows, options)
