@@ -64,7 +64,9 @@ def main() -> None:
                 keep_best(rows, f"hf, batch {size}", measure(theirs, task))
         if options.fidelity:
             options.questions = options.fidelity
-            exact = measure(backend(HFLM, options, device, tokenizer, "float32"), write_task(Path(folder), options))
+            stock = backend(HFLM, options, device, tokenizer, "float32")
+            stock.batch_size_per_gpu = max(options.batch_sizes, default=1)
+            exact = measure(stock, write_task(Path(folder), options))
             for row in rows.values():
                 row["error"] = float(np.abs(row["values"][: len(exact["values"])] - exact["values"]).mean())
     print_report(rows, options)
@@ -139,10 +141,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 8, 32], help="of hf")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--fidelity", type=int, default=0, help="rows on which both are held against float32")
+    parser.add_argument("--fidelity", type=int, default=0, help="rows compared with float32")
     options = parser.parse_args()
     if not options.model and not options.tokenizer:
         parser.error("--model, or --tokenizer for random weights")
+    if options.fidelity > options.questions:
+        parser.error(f"--fidelity: {options.fidelity} rows, but --questions is {options.questions}")
+    for path in (options.data, options.model):
+        if path and not Path(path).exists():
+            parser.error(f"{path}: not found")
     return options
 
 

