@@ -26,7 +26,7 @@ def compile_options(inputs_are_free: bool) -> dict[str, Any]:
     """Inductor options for compiling layers and head.
 
     Args:
-        inputs_are_free: whether a layer may overwrite the hidden states it is given (`forward.inputs_are_free`).
+        inputs_are_free: whether a layer may overwrite the hidden states it is given (`parts.inputs_are_free`).
     """
     options: dict[str, Any] = {"post_grad_custom_post_pass": _PASSES[inputs_are_free]}
     options["triton.autotune_pointwise"] = False  # which the warm cache does not keep: each run would time them anew

@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from cecompile.engine.attention import stock_attention
+from cecompile.engine.buffers import Readouts
 from cecompile.engine.decode import Decoder
-from cecompile.engine.forward import Engine, Readouts
+from cecompile.engine.forward import Engine
 from cecompile.engine.probe import ROUNDINGS, TOLERANCE
 from cecompile.engine.reference import rounding, stock_logits
 from cecompile.workload.decode_schedule import Step

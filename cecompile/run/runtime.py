@@ -17,7 +17,8 @@ from cecompile.compile_cache.key import compile_facts
 from cecompile.compile_cache.store import WARM, CompileCache, Entry
 from cecompile.engine import initialise
 from cecompile.engine.attention import attention_before, take_back
-from cecompile.engine.forward import Engine, compiled_parts
+from cecompile.engine.forward import Engine
+from cecompile.engine.parts import compiled_parts
 from cecompile.engine.probe import choose_attention
 from cecompile.errors import CheckError, UserError, printable
 from cecompile.model.checkpoint import checkpoint_files, load_checkpoint
