@@ -1,8 +1,8 @@
-"""The layers of a checkpoint, one after another and around again, in two places on the device: read while others run.
+"""The layers of a checkpoint, one after another and around again, in two places on the device.
 
-While a layer computes, threads read the next one's tensors from the safetensors files: on the CPU straight to where
-they are used, for a CUDA device into a few pinned buffers, from which a stream per place copies them. A place is
-written once all that was queued with what it held is done.
+While a layer computes, threads read the next layer's tensors from the safetensors files: on the CPU straight into its
+place, for a CUDA device into a few pinned buffers, from which a stream per place copies them. A place is written once
+all that uses its last layer is done.
 """
 
 import os
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import chain, cycle
 from pathlib import Path
 from time import perf_counter
 
@@ -26,14 +27,14 @@ from cecompile.model.safetensors_reader import StoredTensor
 from cecompile.model.structure import decoder_layers
 from cecompile.procfs import memory_left
 
-BLOCK = 8 * 2**20  # bytes read at once, and as many of what they become in another dtype
-BUFFERS = 2  # of BLOCK bytes per thread: one is read into while the other is copied from
-READERS = {"cuda": min(8, os.cpu_count() or 1), "cpu": 1}  # on the CPU the layers compute on all cores meanwhile
+BLOCK = 8 * 2**20  # most bytes read at once, as stored and as converted
+BUFFERS = 2  # pinned, per thread: one is read into while the other is copied from
+READERS = {"cuda": min(8, os.cpu_count() or 1), "cpu": 1}  # on the CPU all cores compute layers
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """What is read at once: `size` bytes from `start` of a file, of `dtype`, to `at` in the place."""
+    """One read: `size` bytes of `dtype` from `start` of a file, to byte `at` of the place."""
 
     file: Path
     start: int
@@ -43,14 +44,13 @@ class _Piece:
 
 
 class Files:
-    """A checkpoint's files, open, and as they were when they were opened.
+    """A checkpoint's open files, and their state when they were opened.
 
     Args:
-        model: named in errors.
-        paths: of the files.
+        model: its name, for errors.
 
     Raises:
-        UserError: one cannot be opened.
+        UserError: a file cannot be opened.
     """
 
     def __init__(self, model: str, paths: Sequence[Path]) -> None:
@@ -71,7 +71,7 @@ class Files:
         self._stack.close()
 
     def check_unchanged(self) -> None:
-        """Raises CheckError if a file is another, was written to, or is gone since it was opened."""
+        """Raises CheckError if a file was written to, replaced or removed since it was opened."""
         for path, descriptor in self.descriptors.items():
             states = [_state(os.fstat(descriptor))]
             with suppress(OSError):
@@ -87,32 +87,30 @@ def _state(found: os.stat_result) -> tuple[int, int, int, int]:
 def worth_keeping(size: int, device: torch.device) -> bool:
     """Whether files of `size` bytes are to stay in the page cache between sweeps.
 
-    Not where they would drive one another out of it, nor where the device's memory is the host's.
+    No where they do not all fit, or where the device's memory is the host's.
     """
-    if is_integrated(device):
-        return False
-    return size <= CACHED * memory_left()
+    return not is_integrated(device) and size <= CACHED * memory_left()
 
 
 class LayerFeed:
     """Brings the layers to the device, round after round.
 
-    Use: `rewind`, then for each layer in order `take`, queue what uses it, `give_back`; after the last the first comes
-    again. What comes next is being read all the while.
+    Call `rewind`; then for each layer in order `take`, queue all that uses the layer, and `give_back`. After the last
+    layer the first comes again. The next layers are read all the while.
 
     Args:
         name: the model's, for errors.
-        loaded: with none of its layers loaded.
-        files: those of the checkpoint, opened before it was loaded.
-        device: where to.
+        loaded: the model, without its layers' weights.
+        files: of the checkpoint, opened before `loaded` was.
+        device: where the layers go.
 
     Attributes:
         layout: of every layer.
         places: two tensors of (layout.size,) uint8 on the device.
-        layers: how many there are.
-        layer_bytes: read per layer, from the files.
-        read_seconds: in which something was being read, so far.
-        waited: seconds that the CPU stood still in `take`; a CUDA device waits by itself.
+        layers: their number.
+        layer_bytes: read from the files per layer.
+        read_seconds: during which something was being read, so far.
+        waited: seconds that the host waited in `take`; a CUDA device waits by itself.
 
     Raises:
         UserError: this model's layers cannot be streamed.
@@ -131,32 +129,30 @@ class LayerFeed:
         self._own = threading.local()
         self._threads = ThreadPoolExecutor(READERS[device.type], "feed")
         self._cuda = [_CudaSide(device) for _ in range(PLACES)] if device.type == "cuda" else None
-        self._coming: list[tuple[int, list[Future[None]]]] = []  # layers, the next first, and what reads them
-        self._taken = 0  # layers, since the first
-        self._turn = 0  # the place where the next one is to be read to
+        self._coming: list[list[Future[None]]] = []  # the reads of each layer to come, the next layer first
+        self._taken = self._begun = 0  # layers since the last start at the first: given back, and begun to be read
 
     def rewind(self) -> None:
-        """Makes the first layer the next, and begins to read it and the one after it."""
-        if self._coming and self._coming[0][0] != 0:
+        """Makes the first layer the next, and begins to read the first two."""
+        if self._taken % self.layers:
             self.settle()
             self._coming.clear()
         if not self._coming:
-            self._taken = self._turn = 0
+            self._taken = self._begun = 0
             for side in self._cuda or ():
                 side.left.record(torch.cuda.current_stream(self._device))
             for _ in range(PLACES):
                 self._read_next()
 
     def take(self) -> int:
-        """Waits for the next layer; the place in which it is, for what is queued from now on.
+        """Waits for the next layer; returns its place, for use by all that is queued from now on.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the layer cannot be read.
         """
         began = perf_counter()
-        _, reads = self._coming[0]
-        for one in reads:
-            one.result()
+        for read in self._coming[0]:
+            read.result()
         self.waited += perf_counter() - began
         place = self._taken % PLACES
         if self._cuda is not None:
@@ -164,7 +160,7 @@ class LayerFeed:
         return place
 
     def give_back(self) -> None:
-        """All that uses the layer taken last is queued: its place is free after that."""
+        """Frees the place of the layer taken last, once all that is queued by now is done."""
         self._coming.pop(0)
         if self._cuda is not None:
             self._cuda[self._taken % PLACES].left.record(torch.cuda.current_stream(self._device))
@@ -173,19 +169,18 @@ class LayerFeed:
 
     def settle(self) -> None:
         """Waits until nothing is being read or copied."""
-        for _, reads in self._coming:
-            for one in reads:
-                with suppress(UserError):
-                    one.result()
+        for read in chain(*self._coming):
+            with suppress(UserError):
+                read.result()
         for side in self._cuda or ():
             side.stream.synchronize()
 
     def _read_next(self) -> None:
-        layer = (self._coming[-1][0] + 1) % self.layers if self._coming else self._taken % self.layers
-        place, self._turn = self._turn, (self._turn + 1) % PLACES
+        pieces, place = self._pieces[self._begun % self.layers], self._begun % PLACES
+        self._begun += 1
         if self._cuda is not None:
             self._cuda[place].stream.wait_event(self._cuda[place].left)
-        self._coming.append((layer, [self._threads.submit(self._read, piece, place) for piece in self._pieces[layer]]))
+        self._coming.append([self._threads.submit(self._read, piece, place) for piece in pieces])
 
     def _read(self, piece: _Piece, place: int) -> None:
         values = piece.size // piece.dtype.itemsize
@@ -194,9 +189,8 @@ class LayerFeed:
             self._fill(piece, target)
             return
         if not hasattr(self._own, "buffers"):
-            self._own.buffers, self._own.turn = [_Pinned() for _ in range(BUFFERS)], 0
-        self._own.turn = (self._own.turn + 1) % BUFFERS
-        pinned: _Pinned = self._own.buffers[self._own.turn]
+            self._own.buffers = cycle([_Pinned() for _ in range(BUFFERS)])
+        pinned: _Pinned = next(self._own.buffers)
         pinned.copied.synchronize()
         part = pinned.content[: len(target)]
         self._fill(piece, part)
@@ -206,7 +200,7 @@ class LayerFeed:
             pinned.copied.record(stream)
 
     def _fill(self, piece: _Piece, target: Tensor) -> None:
-        """Reads a piece into host memory, (bytes,) uint8; where it is of another dtype by way of a buffer."""
+        """Reads a piece into host memory, (bytes,) uint8; by way of a buffer where it must be converted."""
         with self._lock:
             self._since = perf_counter() if self._reading == 0 else self._since
             self._reading += 1
@@ -240,14 +234,14 @@ class LayerFeed:
 
 
 class _CudaSide:
-    """What a place is copied to on, and when all that uses what it holds is done."""
+    """The stream that copies into a place, and the event after all uses of the place's last layer."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream, self.left = torch.cuda.Stream(device), torch.cuda.Event()
 
 
 class _Pinned:
-    """A host buffer of BLOCK bytes, and when what was in it is copied."""
+    """A host buffer of BLOCK bytes, and the event after its last copy to the device."""
 
     def __init__(self) -> None:
         self.content = torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True)
@@ -255,7 +249,7 @@ class _Pinned:
 
 
 def _pieces(loaded: Loaded, layout: Layout) -> list[list[_Piece]]:
-    """What is read of each layer, in the order of the files."""
+    """The reads for each layer, in the order of the files."""
     names = {module: name for name, module in loaded.model.named_modules()}
     out = []
     for layer in decoder_layers(loaded.model):
@@ -263,16 +257,14 @@ def _pieces(loaded: Loaded, layout: Layout) -> list[list[_Piece]]:
         for name in layout.shapes:
             source = loaded.left.get(f"{names[layer]}.{name}")
             if source is None:
-                raise UserError(
-                    f"{loaded.model.name_or_path}: {names[layer]}.{name} is not a layer's own: not streamed"
-                )
+                raise UserError(f"{loaded.model.name_or_path}: {names[layer]}.{name} is shared: cannot be streamed")
             pieces += _cut(loaded.checkpoint.tensors[source[0]], layout, layout.starts[name])
         out.append(sorted(pieces, key=lambda piece: (piece.file, piece.start)))
     return out
 
 
 def _cut(tensor: StoredTensor, layout: Layout, at: int) -> list[_Piece]:
-    """A tensor in pieces of at most BLOCK bytes, before and after conversion; `at` is where it goes."""
+    """A tensor as pieces of at most BLOCK bytes, before and after conversion; `at` is its start in the place."""
     stored, held = tensor.dtype.itemsize, layout.dtype.itemsize
     most, values = BLOCK // max(stored, held), tensor.size // stored
     return [
