@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cecompile.engine.attention import TreeMasks
 from cecompile.engine.head import Readout
@@ -24,32 +27,6 @@ class Readouts:
 
 
 Done = Callable[[StagedPass, Readouts], None]
-
-
-class BucketBuffers:
-    """A bucket's static buffers.
-
-    Attributes:
-        data: a pass's data, (n,) int32, and `part`, views of it by name.
-        masks: that read `part`.
-        logprob, argmax: outputs, (readouts, TARGETS) float32 and (readouts,) int32.
-    """
-
-    def __init__(self, bucket: Bucket, blocks: bool, device: torch.device) -> None:
-        self.bucket = bucket
-        self.data = torch.from_numpy(empty_pass(bucket, blocks)).to(device)
-        self.part: dict[str, Tensor] = views(self.data, bucket, blocks)
-        self.masks = TreeMasks(self.part)
-        self.logprob = torch.zeros(bucket.readouts, TARGETS, dtype=torch.float32, device=device)
-        self.argmax = torch.zeros(bucket.readouts, dtype=torch.int32, device=device)
-
-    def read_out(self, readout: Readout, hidden: Tensor, readouts: int, at_once: int) -> None:
-        """Computes the first `readouts` outputs, `at_once` by `at_once`, from the last hidden states."""
-        hidden = hidden.flatten(0, 1)
-        for at in range(0, readouts, at_once):
-            chunk = slice(at, at + at_once)
-            chosen = hidden.index_select(0, self.part["position"][chunk])
-            self.logprob[chunk], self.argmax[chunk] = readout(chosen, self.part["target"][chunk])
 
 
 class Inputs:
@@ -87,10 +64,10 @@ class Outputs:
         self._argmax = torch.empty(readouts, dtype=torch.int32, pin_memory=on_cuda)
         self._filled = torch.cuda.Event() if on_cuda else None
 
-    def fetch(self, buffers: BucketBuffers) -> None:
-        """Queues the copy of the bucket's outputs to the host."""
-        self._logprob.copy_(buffers.logprob, non_blocking=True)
-        self._argmax.copy_(buffers.argmax, non_blocking=True)
+    def fetch(self, logprob: Tensor, argmax: Tensor) -> None:
+        """Queues the copy of (readouts, TARGETS) and (readouts,) to the host."""
+        self._logprob.copy_(logprob, non_blocking=True)
+        self._argmax.copy_(argmax, non_blocking=True)
         if self._filled is not None:
             self._filled.record()
 
@@ -99,6 +76,44 @@ class Outputs:
         if self._filled is not None:
             self._filled.synchronize()
         return Readouts(self._logprob.numpy().reshape(-1)[one.entry], self._argmax.numpy()[one.entry // TARGETS])
+
+
+class BucketBuffers:
+    """A bucket's static buffers.
+
+    Attributes:
+        data: a pass's data, (n,) int32, and `part`, views of it by name.
+        masks: that read `part`.
+        logprob, argmax: outputs, (readouts, TARGETS) float32 and (readouts,) int32.
+    """
+
+    def __init__(self, bucket: Bucket, blocks: bool, device: torch.device) -> None:
+        self.bucket = bucket
+        self.data = torch.from_numpy(empty_pass(bucket, blocks)).to(device)
+        self.part: dict[str, Tensor] = views(self.data, bucket, blocks)
+        self.masks = TreeMasks(self.part)
+        self.logprob = torch.zeros(bucket.readouts, TARGETS, dtype=torch.float32, device=device)
+        self.argmax = torch.zeros(bucket.readouts, dtype=torch.int32, device=device)
+        self._outputs = cycle([Outputs(bucket.readouts, device) for _ in range(2)])
+
+    def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The decoder's arguments for the pass in the buffers."""
+        token_ids, depth = self.part["token_ids"].long(), self.part["depth"].long()
+        return {"token_ids": token_ids, "position_ids": depth, **self.masks.arguments(model)}
+
+    def read_out(self, readout: Readout, hidden: Tensor, readouts: int, at_once: int) -> None:
+        """Computes the first `readouts` outputs, `at_once` by `at_once`, from the last hidden states."""
+        hidden = hidden.flatten(0, 1)
+        for at in range(0, readouts, at_once):
+            chunk = slice(at, at + at_once)
+            chosen = hidden.index_select(0, self.part["position"][chunk])
+            self.logprob[chunk], self.argmax[chunk] = readout(chosen, self.part["target"][chunk])
+
+    def fetch(self) -> Outputs:
+        """Queues the copy of the outputs to host buffers, which serve until the next but one `fetch`."""
+        outputs = next(self._outputs)
+        outputs.fetch(self.logprob, self.argmax)
+        return outputs
 
 
 class Collector:

@@ -2,17 +2,18 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
 
 import torch
 from transformers import PreTrainedModel
 
 from cecompile.engine.attention import install
-from cecompile.engine.buffers import BucketBuffers, Collector, Done, Inputs, Outputs, Readouts
+from cecompile.engine.buffers import BucketBuffers, Collector, Done, Inputs, Readouts
 from cecompile.engine.cuda_graph import capture, settle
 from cecompile.engine.decode import Decoder
 from cecompile.engine.head import readout_of
 from cecompile.engine.longrope import Frequencies
-from cecompile.engine.parts import Part, WholeModel, compile_modules, compile_options, compiled_parts, inputs_are_free
+from cecompile.engine.parts import Part, compile_modules, compile_options, compiled_parts, inputs_are_free
 from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, views
@@ -29,12 +30,12 @@ class Engine:
         compiled: compile each decoder layer and the head.
         captured: on CUDA, capture each compiled bucket in a graph.
         readout_chunk: readouts whose logits are held at once; divides every bucket's readouts.
-        stage: the part of the model that runs here; all parts run the same passes. None is the whole model. A part
-            that does not end the model reads out zeros.
-        inputs_free: see `inputs_are_free`; None finds out, where it matters.
+        stage: the part of the model that runs here, None for all of it. All parts run the same passes, and all but the
+            last read out zeros.
+        inputs_free: see `inputs_are_free`; None finds out, when compiling for CUDA.
 
     Attributes:
-        inputs_free: as found; None where it does not matter.
+        inputs_free: as given or found; None where unknown.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Engine:
         modules = compiled_parts(model)
         for module in modules:
             module._compiled_call_impl = None  # another engine may have set it, and sets it again when it runs
-        self.stage: Part = stage or WholeModel(model)
+        self.stage = stage or Part(model)
         self.inputs_free = inputs_free
         if compiled and inputs_free is None and model.device.type == "cuda":
             self.inputs_free = inputs_are_free(model, self.stage.trial)
@@ -86,7 +87,7 @@ class Engine:
 
     @torch.inference_mode()
     def settle(self) -> None:
-        """Compiles and runs every bucket, largest first, whatever the weights hold yet: `warm_up` is left the rest."""
+        """Compiles and runs every bucket, largest first, before all weights are loaded; `warm_up` does the rest."""
         for slot in self._slots:
             forward = functools.partial(self._forward, slot, slot.bucket.readouts)
             if self._on_cuda:
@@ -132,7 +133,7 @@ class Engine:
             else:
                 self._forward(slot, int(one.entry.max()) // TARGETS + 1)
             self.stage.send(slot.bucket.shape)
-            collector.add(one, slot.unload())
+            collector.add(one, slot.fetch())
         collector.flush()
         return collector.out
 
@@ -142,11 +143,8 @@ class Engine:
 
     def _forward(self, slot: "_Slot", readouts: int) -> None:
         """Runs the pass, and where the model ends here, computes at least its first `readouts` readouts."""
-        part = slot.part
         with slot.masks.active(), self._rope.fixed():
-            hidden = self.stage(
-                part["token_ids"].long(), position_ids=part["depth"].long(), **slot.masks.arguments(self._model)
-            )
+            hidden = self.stage(**slot.arguments(self._model))
         if self.stage.ends:
             slot.read_out(self._readout, hidden, readouts, self._chunk)
 
@@ -159,23 +157,12 @@ class _Slot(BucketBuffers):
         self.settled = False
         self.graph: torch.cuda.CUDAGraph | None = None
         self._blocks = blocks
-        self._turns = [(Inputs(len(self.data), device), Outputs(bucket.readouts, device)) for _ in range(2)]
-        self._turn = 0
+        self._inputs = cycle([Inputs(len(self.data), device) for _ in range(2)])
 
     def load(self, one: StagedPass) -> None:
-        """Queues the copy of a pass's data into the static buffer.
-
-        The host buffers it takes served the pass before last, which has been collected.
-        """
-        self._turn ^= 1
-        self._turns[self._turn][0].send(one.data, self.data)
+        """Queues the copy of a pass's data, by way of a host buffer last used by a pass that has been collected."""
+        next(self._inputs).send(one.data, self.data)
 
     def deepest(self, one: StagedPass) -> int:
         """The depth of a pass's deepest token."""
         return int(views(one.data, self.bucket, self._blocks)["depth"].max())
-
-    def unload(self) -> Outputs:
-        """Queues the copy of the outputs to the host buffers, which are returned."""
-        outputs = self._turns[self._turn][1]
-        outputs.fetch(self)
-        return outputs

@@ -1,7 +1,7 @@
 """The parts of a model: what runs its layers, whole or in part, and which of its modules are compiled."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,17 @@ class MissingOptionError(Exception):
     """This version of torch lacks an option that compiling needs; the text names the option."""
 
 
-class Part(Protocol):
-    """A run of a model's layers. Hidden states come from the part before and go to the part after.
+class Part:
+    """A run of a model's layers, here all of them. Hidden states come from the part before and go to the part after.
 
     Attributes:
         ends: whether the model's last layer is in this part.
     """
 
-    ends: bool
+    ends = True
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._decoder = model.base_model
 
     def reserve(self, slots: int) -> None:
         """Makes the buffers for passes of up to `slots` tokens."""
@@ -35,7 +38,8 @@ class Part(Protocol):
         """Sends the hidden states computed last, of (rows, length) tokens, to the part after."""
 
     def trial(self, token_ids: Tensor) -> Tensor:
-        """The part's hidden states, (rows, length, width), computed from zeros instead of received ones."""
+        """The hidden states of `__call__`, computed from zeros instead of received ones."""
+        return self(token_ids)
 
     def __call__(self, token_ids: Tensor, **arguments: Any) -> Tensor:
         """The part's hidden states, (rows, length, width), computed from the received ones.
@@ -44,31 +48,6 @@ class Part(Protocol):
             token_ids: (rows, length) int64.
             arguments: of the decoder, beside the tokens.
         """
-
-
-class WholeModel:
-    """The part that is a whole model: nothing is received or sent."""
-
-    ends = True
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._decoder = model.base_model
-
-    def reserve(self, slots: int) -> None:
-        """See `Part`."""
-
-    def receive(self, shape: Sequence[int]) -> None:
-        """See `Part`."""
-
-    def send(self, shape: Sequence[int]) -> None:
-        """See `Part`."""
-
-    def trial(self, token_ids: Tensor) -> Tensor:
-        """See `Part`."""
-        return self(token_ids)
-
-    def __call__(self, token_ids: Tensor, **arguments: Any) -> Tensor:
-        """See `Part`."""
         hidden: Tensor = self._decoder(input_ids=token_ids, use_cache=False, **arguments).last_hidden_state
         return hidden
 
@@ -116,7 +95,7 @@ def inputs_are_free(model: PreTrainedModel, run: Callable[[Tensor], Tensor] | No
     Args:
         run: runs the model's layers on token ids; None runs the whole model.
     """
-    run = run or WholeModel(model).trial
+    run = run or Part(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     poisoned = 0
 

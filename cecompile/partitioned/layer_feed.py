@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, cycle
 from pathlib import Path
@@ -55,20 +55,18 @@ class Files:
 
     def __init__(self, model: str, paths: Sequence[Path]) -> None:
         self._model = model
-        self._stack = ExitStack()
         self.descriptors: dict[Path, int] = {}
         try:
             for path in paths:
                 self.descriptors[path] = os.open(path, os.O_RDONLY)
-                self._stack.callback(os.close, self.descriptors[path])
         except OSError as error:
-            self._stack.close()
             raise UserError(f"{model}: weights: {path.name}: {error.strerror}") from None
         self._before = {path: _state(os.fstat(d)) for path, d in self.descriptors.items()}
         self.size = sum(size for size, *_ in self._before.values())
 
     def __del__(self) -> None:
-        self._stack.close()
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
 
     def check_unchanged(self) -> None:
         """Raises CheckError if a file was written to, replaced or removed since it was opened."""
@@ -128,7 +126,9 @@ class LayerFeed:
         self._lock, self._reading, self._since = threading.Lock(), 0, 0.0
         self._own = threading.local()
         self._threads = ThreadPoolExecutor(READERS[device.type], "feed")
-        self._cuda = [_CudaSide(device) for _ in range(PLACES)] if device.type == "cuda" else None
+        # per place, the stream that copies into it, and the event after all uses of its last layer
+        places = range(PLACES if device.type == "cuda" else 0)
+        self._cuda = [(torch.cuda.Stream(device), torch.cuda.Event()) for _ in places]
         self._coming: list[list[Future[None]]] = []  # the reads of each layer to come, the next layer first
         self._taken = self._begun = 0  # layers since the last start at the first: given back, and begun to be read
 
@@ -139,8 +139,8 @@ class LayerFeed:
             self._coming.clear()
         if not self._coming:
             self._taken = self._begun = 0
-            for side in self._cuda or ():
-                side.left.record(torch.cuda.current_stream(self._device))
+            for _, left in self._cuda:
+                left.record(torch.cuda.current_stream(self._device))
             for _ in range(PLACES):
                 self._read_next()
 
@@ -155,15 +155,15 @@ class LayerFeed:
             read.result()
         self.waited += perf_counter() - began
         place = self._taken % PLACES
-        if self._cuda is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._cuda[place].stream)
+        if self._cuda:
+            torch.cuda.current_stream(self._device).wait_stream(self._cuda[place][0])
         return place
 
     def give_back(self) -> None:
         """Frees the place of the layer taken last, once all that is queued by now is done."""
         self._coming.pop(0)
-        if self._cuda is not None:
-            self._cuda[self._taken % PLACES].left.record(torch.cuda.current_stream(self._device))
+        if self._cuda:
+            self._cuda[self._taken % PLACES][1].record(torch.cuda.current_stream(self._device))
         self._taken += 1
         self._read_next()
 
@@ -172,32 +172,34 @@ class LayerFeed:
         for read in chain(*self._coming):
             with suppress(UserError):
                 read.result()
-        for side in self._cuda or ():
-            side.stream.synchronize()
+        for stream, _ in self._cuda:
+            stream.synchronize()
 
     def _read_next(self) -> None:
         pieces, place = self._pieces[self._begun % self.layers], self._begun % PLACES
         self._begun += 1
-        if self._cuda is not None:
-            self._cuda[place].stream.wait_event(self._cuda[place].left)
+        if self._cuda:
+            stream, left = self._cuda[place]
+            stream.wait_event(left)
         self._coming.append([self._threads.submit(self._read, piece, place) for piece in pieces])
 
     def _read(self, piece: _Piece, place: int) -> None:
         values = piece.size // piece.dtype.itemsize
         target = self.places[place][piece.at : piece.at + values * self.layout.dtype.itemsize]
-        if self._cuda is None:
+        if not self._cuda:
             self._fill(piece, target)
             return
-        if not hasattr(self._own, "buffers"):
-            self._own.buffers = cycle([_Pinned() for _ in range(BUFFERS)])
-        pinned: _Pinned = next(self._own.buffers)
-        pinned.copied.synchronize()
-        part = pinned.content[: len(target)]
+        if not hasattr(self._own, "buffers"):  # each with the event after its last copy to the device
+            pinned = [torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True) for _ in range(BUFFERS)]
+            self._own.buffers = cycle([(content, torch.cuda.Event()) for content in pinned])
+        content, copied = next(self._own.buffers)
+        copied.synchronize()
+        part = content[: len(target)]
         self._fill(piece, part)
-        stream = self._cuda[place].stream
+        stream, _ = self._cuda[place]
         with torch.cuda.stream(stream):
             target.copy_(part, non_blocking=True)
-            pinned.copied.record(stream)
+            copied.record(stream)
 
     def _fill(self, piece: _Piece, target: Tensor) -> None:
         """Reads a piece into host memory, (bytes,) uint8; by way of a buffer where it must be converted."""
@@ -231,21 +233,6 @@ class LayerFeed:
                 os.posix_fadvise(descriptor, piece.start, piece.size, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise UserError(f"{self._name}: weights: {piece.file.name}: {error.strerror}") from None
-
-
-class _CudaSide:
-    """The stream that copies into a place, and the event after all uses of the place's last layer."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream, self.left = torch.cuda.Stream(device), torch.cuda.Event()
-
-
-class _Pinned:
-    """A host buffer of BLOCK bytes, and the event after its last copy to the device."""
-
-    def __init__(self) -> None:
-        self.content = torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True)
-        self.copied = torch.cuda.Event()
 
 
 def _pieces(loaded: Loaded, layout: Layout) -> list[list[_Piece]]:

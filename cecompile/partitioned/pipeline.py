@@ -6,7 +6,8 @@ once, at the end of a run. The schedules of `torch.distributed.pipelining` drain
 and keep every output until then, so `isend` and `irecv` are used directly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from cecompile.device import is_out_of_memory
 from cecompile.engine.head import head_of
+from cecompile.engine.parts import Part
 from cecompile.errors import CheckError
 from cecompile.model.structure import LayerRange
 from cecompile.partitioned.span import Span
@@ -58,8 +60,8 @@ def places(stages: int, rank: int, size: int, own_device: bool) -> Place:
     return Place(before, after)
 
 
-class Stage:
-    """The `engine.parts.Part` that is one stage of a pipeline.
+class Stage(Part):
+    """The part of a model that is one stage of a pipeline.
 
     Args:
         model: with the weights of `share` on its device. Its other layers leave it for good.
@@ -87,8 +89,7 @@ class Stage:
     def reserve(self, slots: int) -> None:
         """See `Part`."""
         for _, sending in self._leaving:
-            if sending is not None:
-                _wait(sending)
+            _wait(sending)
         size = slots * self._span.width
         if not self._span.begins:
             self._come = torch.zeros(size, dtype=self._dtype, device=self._device)
@@ -121,8 +122,7 @@ class Stage:
         if self._to is None:
             return
         buffer, sending = self._leaving.pop(0)
-        if sending is not None:
-            _wait(sending)
+        _wait(sending)
         made = self._states(self._made, shape).view(-1)
         self._leaving.append((buffer, self._to.send(made, buffer[: len(made)])))
 
@@ -173,33 +173,31 @@ class _Wire:
     def send(self, values: Tensor, buffer: Tensor) -> Any:
         """Sends `values` from `buffer`, which is free again after the `wait` of the returned work."""
         buffer.copy_(values)
-        try:
+        with _noticing_loss():
             return dist.isend(buffer, self._rank, group=self._group)
-        except RuntimeError:
-            raise LostError("the stage after was lost") from None
 
     def receive(self, into: Tensor) -> None:
         """Waits for values that fill `into`."""
-        if not self._through_host:
-            _irecv(into, self._rank, self._group)
-            return
-        if self._arrival is None or len(self._arrival) < len(into):
-            self._arrival = self.buffer(len(into), into.dtype)
-        arrived = self._arrival[: len(into)]
-        _irecv(arrived, self._rank, self._group)
-        into.copy_(arrived)
+        arrived = into
+        if self._through_host:
+            if self._arrival is None or len(self._arrival) < len(into):
+                self._arrival = self.buffer(len(into), into.dtype)
+            arrived = self._arrival[: len(into)]
+        with _noticing_loss():
+            _wait(dist.irecv(arrived, self._rank, group=self._group))
+        if self._through_host:
+            into.copy_(arrived)
 
 
-def _irecv(into: Tensor, rank: int, group: Any) -> None:
+def _wait(sending: Any) -> None:
+    if sending is not None:
+        with _noticing_loss():
+            sending.wait()
+
+
+@contextmanager
+def _noticing_loss() -> Iterator[None]:
     try:
-        receiving = dist.irecv(into, rank, group=group)
-    except RuntimeError:
-        raise LostError("the stage before was lost") from None
-    _wait(receiving)
-
-
-def _wait(work: Any) -> None:
-    try:
-        work.wait()
+        yield
     except RuntimeError:
         raise LostError("a neighbouring stage was lost") from None

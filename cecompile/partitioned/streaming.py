@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cecompile.engine.attention import install
-from cecompile.engine.buffers import BucketBuffers, Collector, Done, Outputs, Readouts
+from cecompile.engine.buffers import BucketBuffers, Collector, Done, Readouts
 from cecompile.engine.cuda_graph import capture
 from cecompile.engine.head import readout_of
 from cecompile.engine.parts import compile_modules, compile_options, compiled_parts
@@ -171,7 +171,8 @@ class StreamingEngine:
 
     def _sweep(self, passes: Sequence[StagedPass], collector: Collector) -> float:
         """Runs some passes; returns the seconds that a CUDA device waited for layers."""
-        feed, waits = self.feed, _Waits(self._device)
+        feed = self.feed
+        waits: list[torch.cuda.Event] = []  # pairs: all before a layer is queued, and the layer has come
         at_work = [(self._places[i], self._shapes[one.bucket]) for i, one in enumerate(passes)]
         feed.rewind()
         with self.stations.open():
@@ -185,16 +186,23 @@ class StreamingEngine:
                     shape.begin.replay()
                     hidden.copy_(shape.hidden)
             for kind in self._kinds:
-                waits.mark()
+                self._mark(waits)
                 turn = feed.take()
-                waits.mark()
+                self._mark(waits)
                 for place, shape in at_work:
                     self._step(place, shape, kind, turn)
                 feed.give_back()
-            for number, (one, (place, shape)) in enumerate(zip(passes, at_work, strict=True)):
-                collector.add(one, self._finish(one, place, shape, number % 2))
+            for one, (place, shape) in zip(passes, at_work, strict=True):
+                self._finish(one, place, shape)
+                collector.add(one, shape.fetch())
             collector.flush()
-        return waits.seconds()
+        return sum(begun.elapsed_time(ended) for begun, ended in zip(waits[::2], waits[1::2], strict=True)) / 1000
+
+    def _mark(self, events: list[torch.cuda.Event]) -> None:
+        """Adds the end of a CUDA device's queue to some events."""
+        if self._device.type == "cuda":
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
 
     def _send(self, passes: Sequence[StagedPass]) -> None:
         """Copies the passes' data to the device, where nothing uses the data of the last sweep any more."""
@@ -215,8 +223,8 @@ class StreamingEngine:
             shape.steps[kind, turn].replay()
             hidden.copy_(shape.hidden)
 
-    def _finish(self, one: StagedPass, place: "_Place", shape: "_Shape", turn: int) -> Outputs:
-        """Reads one pass out; returns the host buffers that its outputs are being fetched to."""
+    def _finish(self, one: StagedPass, place: "_Place", shape: "_Shape") -> None:
+        """Reads one pass out."""
         shape.take(place)
         hidden = place.hidden_of(shape.bucket)
         if shape.finish is None or shape.hidden is None:
@@ -224,29 +232,20 @@ class StreamingEngine:
         else:
             shape.hidden.copy_(hidden)
             shape.finish.replay()
-        shape.outputs[turn].fetch(shape)
-        return shape.outputs[turn]
 
     def _embedded(self, shape: "_Shape") -> Tensor:
         with shape.masks.active():
-            return self.stations.begin(**self._arguments(shape))
+            return self.stations.begin(**shape.arguments(self._model))
 
     def _through(self, shape: "_Shape", kind: int, turn: int, hidden: Tensor) -> Tensor:
         with shape.masks.active():
             place, layer = self._kinds.index(kind), self._modules[kind][turn]
-            return self.stations.step(place, layer, received=hidden, **self._arguments(shape))
+            return self.stations.step(place, layer, received=hidden, **shape.arguments(self._model))
 
     def _read_out(self, shape: "_Shape", hidden: Tensor, readouts: int) -> None:
         with shape.masks.active():
-            hidden = self.stations.finish(received=hidden, **self._arguments(shape))
+            hidden = self.stations.finish(received=hidden, **shape.arguments(self._model))
         shape.read_out(self._readout, hidden, readouts, self._chunk)
-
-    def _arguments(self, shape: "_Shape") -> dict[str, Any]:
-        return {
-            "token_ids": shape.part["token_ids"].long(),
-            "position_ids": shape.part["depth"].long(),
-            **shape.masks.arguments(self._model),
-        }
 
 
 class _Shape(BucketBuffers):
@@ -260,7 +259,6 @@ class _Shape(BucketBuffers):
         self.hidden: Tensor | None = None
         if width:
             self.hidden = torch.zeros(*bucket.shape, width, dtype=model.dtype, device=model.device)
-        self.outputs = [Outputs(bucket.readouts, model.device) for _ in range(2)]
 
     def take(self, place: "_Place") -> None:
         """Copies a pass's data into the bucket's buffer."""
@@ -277,26 +275,6 @@ class _Place:
     def hidden_of(self, bucket: Bucket) -> Tensor:
         """The hidden states of a pass of this bucket, (rows, length, width)."""
         return self._hidden[: bucket.slots].view(*bucket.shape, -1)
-
-
-class _Waits:
-    """How long a CUDA device stood still between marks of its queue, taken in pairs; nothing on the CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
-        self._events: list[torch.cuda.Event] = []
-
-    def mark(self) -> None:
-        """Marks the end of the queue."""
-        if self._on_cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._events.append(event)
-
-    def seconds(self) -> float:
-        """The sum, once the device is done."""
-        pairs = zip(self._events[::2], self._events[1::2], strict=True)
-        return sum(begun.elapsed_time(ended) for begun, ended in pairs) / 1000
 
 
 def _module(model: PreTrainedModel, index: int, feed: LayerFeed, place: int) -> nn.Module:

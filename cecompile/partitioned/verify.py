@@ -32,9 +32,7 @@ def sweep_disagreement(
         last = [int(sequences.predicted[i]) for i in which]
         expected = dict(zip(which, run([sequences.inputs(i) for i in which], last), strict=True))
         few = list(picked[0])[:ROUNDED]
-        return distance(
-            model.dtype, sequences, picked, expected.__getitem__, lambda: rounding(model, sequences, few, run)
-        )
+        return distance(model, sequences, picked, lambda: rounding(model, sequences, few, run), expected)
 
 
 def stock_sweep(
@@ -84,4 +82,4 @@ def pipeline_disagreement(
         rounded = rounding(model, sequences, list(picked[0])[:ROUNDED], run)
         if not stage.suffices:
             return None
-        return distance(model.dtype, sequences, picked, expected.__getitem__, lambda: rounded) if stage.ends else 0.0
+        return distance(model, sequences, picked, lambda: rounded, expected) if stage.ends else 0.0
