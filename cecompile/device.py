@@ -1,4 +1,4 @@
-"""A device's memory: what there is of it, what is used, how it is limited, and what it looks like when it runs out."""
+"""A device's memory: how much is free and used, how it is limited, and which errors mean that it ran out."""
 
 import re
 import resource
@@ -9,17 +9,24 @@ import torch
 from cecompile.procfs import memory_left, read_status
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+OUT_OF_MEMORY = (  # in messages
+    "out of memory",
+    "NVML_SUCCESS == r INTERNAL ASSERT",
+    "NvMap",
+    "can't allocate memory",
+    "CUDA_ERROR_OUT_OF",
+)
 
 
 def available(device: torch.device) -> int:
-    """Bytes that this process may still take, of the device's memory.
+    """Bytes of the device's memory that this process may still take.
 
-    On an integrated GPU and on the CPU that is the system's MemAvailable, or less in a container with a limit:
-    `torch.cuda.mem_get_info` counts page cache as used, which the system gives up when asked.
+    On the CPU and on an integrated GPU they are the system's MemAvailable, or less in a container with a limit:
+    `torch.cuda.mem_get_info` counts the page cache as used, which the system gives up when asked.
     """
-    if not is_the_hosts(device):
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return memory_left()
+    if is_the_hosts(device):
+        return memory_left()
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def is_the_hosts(device: torch.device) -> bool:
@@ -29,23 +36,18 @@ def is_the_hosts(device: torch.device) -> bool:
 
 def used_already(device: torch.device) -> int:
     """Bytes that this process holds before it loads anything: on the CPU the interpreter and its libraries."""
-    if device.type == "cuda":
-        return 0
-    return read_status().get("VmRSS", 0)
+    return 0 if device.type == "cuda" else read_status().get("VmRSS", 0)
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes in use at once: reserved by torch on a CUDA device, resident in the process on the CPU.
+    """The most bytes in use at once: reserved by torch on a CUDA device, resident in the process on the CPU.
 
-    Linux says the latter as VmHWM; getrusage's figure may be that of the process this one was started from.
+    VmHWM comes first: getrusage's figure may be that of the process this one was started from.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    resident = read_status().get("VmHWM")
-    if resident is not None:
-        return resident
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    return read_status().get("VmHWM", most if sys.platform == "darwin" else most * 1024)
 
 
 def parse_size(text: str) -> int:
@@ -64,19 +66,12 @@ def enforce(device: torch.device, limit: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out; on Jetson boards it often comes as another kind of error."""
+    """Whether an error means that memory ran out; on Jetson boards the type of the error often does not say so."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    forms = (
-        "out of memory",
-        "NVML_SUCCESS == r INTERNAL ASSERT",
-        "NvMap",
-        "can't allocate memory",
-        "CUDA_ERROR_OUT_OF",
-    )
-    return isinstance(error, RuntimeError) and any(form in str(error) for form in forms)
+    return isinstance(error, RuntimeError) and any(form in str(error) for form in OUT_OF_MEMORY)
 
 
 def is_integrated(device: torch.device) -> bool:
-    """Whether it is a GPU whose memory is the host's."""
+    """Whether a device is a GPU whose memory is the host's."""
     return device.type == "cuda" and getattr(torch.cuda.get_device_properties(device), "is_integrated", False)

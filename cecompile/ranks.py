@@ -1,7 +1,7 @@
 """Ranks: the processes that share one evaluation, as torchrun starts them, on one machine or several.
 
-What they agree on goes through a gloo process group on the CPU, whatever the devices; what is handed out goes by
-counters in the group's store. Where a rank is lost, the others are told so instead of waiting for it.
+They agree through a gloo process group on the CPU, whatever the devices, and share work by counters in the group's
+store. Where a rank is lost, the others raise an error instead of waiting.
 """
 
 import hashlib
@@ -13,17 +13,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 from cecompile.errors import AlreadyReportedError, CheckError, UserError, first_line
 from cecompile.procfs import process_age
 
-JOIN = timedelta(minutes=5)  # for all ranks to come together
-WAIT = timedelta(minutes=30)  # for the slowest, which may have to compile what others have in their cache
-STEP = timedelta(seconds=5)  # for what should take no time
-POLL = 0.001  # seconds; signals are dealt with in between
+JOIN = timedelta(minutes=5)  # for all ranks to start
+WAIT = timedelta(minutes=30)  # for the slowest rank, which may have to compile what others have in their cache
+STEP = timedelta(seconds=5)  # for a single answer
+POLL = 0.001  # seconds; signals are handled in between
 NO_MORE = "none"
-AGENT = 5.0  # seconds that torchrun's agent has to stop this process after another one has failed
+AGENT = 5.0  # seconds for torchrun's agent to stop this process after another one has failed
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
@@ -31,19 +32,19 @@ Value = TypeVar("Value")
 
 
 class Ranks:
-    """One process alone. `from_environment` gives the group where there are more.
+    """One process alone; `Group` is several.
 
-    All ranks call the same methods in the same order, and each waits for the others; but `claim`, the tally and `says`
+    All ranks call the same methods in the same order, and each waits for the others. Only `claim`, the tally and `says`
     wait for nobody.
 
     Attributes:
-        rank, size: which of how many.
-        local_rank, local_size: which of how many on this machine.
-        attempt: how often torchrun has started the ranks again.
-        restarts: how often it would.
-        stages: of a pipeline, which are ranks side by side; `size` is a multiple.
+        rank, size: this process's number, and how many there are.
+        local_rank, local_size: the same on this machine.
+        attempt: how often torchrun has restarted the ranks.
+        restarts: how often torchrun may restart them.
+        stages: of a pipeline, whose ranks are consecutive; divides `size`.
         store: of the process group; None for one process alone.
-        passes, tokens: that this rank has run, where there are several.
+        passes, tokens: that this rank has run since `clear_tally`.
     """
 
     rank, size = 0, 1
@@ -55,17 +56,14 @@ class Ranks:
 
     @staticmethod
     def from_environment(stages: int = 1) -> "Ranks":
-        """The ranks that the environment names: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
-
-        Args:
-            stages: of a pipeline.
+        """The ranks of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which torchrun sets, in `stages` of a pipeline.
 
         Raises:
-            UserError: it is not complete, the ranks cannot be so many stages, or not all come.
+            UserError: a variable is missing, `stages` does not divide the ranks, or not all ranks start.
         """
         size = world_size()
         if stages > size or size % stages:
-            refusal = AlreadyReportedError if _number("RANK", 0) else UserError  # all find it
+            refusal = AlreadyReportedError if _number("RANK", 0) else UserError  # all ranks find it
             raise refusal(
                 f"--pipeline {stages}: {f'{size} processes are no multiple of it' if size > 1 else 'needs as many'}; "
                 f"torchrun --nproc-per-node {stages} -m cecompile eval --pipeline {stages} ... starts them"
@@ -74,87 +72,88 @@ class Ranks:
 
     @property
     def stage(self) -> int:
-        """This rank's stage of a pipeline."""
+        """This rank's stage of the pipeline."""
         return self.rank % self.stages
 
     @property
     def began(self) -> float:
-        """When the command was given, in seconds since 1970, the same however often torchrun starts its ranks."""
+        """When the command was given, in seconds since 1970; torchrun's restarts do not change it."""
         return time.time()
 
     def claim(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
-        """Items that no other rank takes, in order, the next whenever this one has time; together the ranks take all.
+        """Iterates over items that no other rank takes, in order; together the ranks take all.
 
-        `what` names them. All ranks give the same items. The stages of a pipeline take the same, as the first does.
+        All ranks give the same `items`, and the same name for them, `what`. All stages of a pipeline take the items
+        that its first stage takes.
         """
         return iter(items)
 
     def clear_tally(self) -> None:
-        """Sets what this rank has run to nothing."""
+        """Sets `passes` and `tokens` to 0."""
         self.passes = self.tokens = 0
 
     def tally(self, tokens: int) -> None:
-        """Counts a pass that this rank has run, and its tokens."""
+        """Counts a pass of `tokens` tokens."""
+        self.passes += 1
+        self.tokens += tokens
 
     def says(self, line: str) -> bool:
-        """Whether this rank is the first to say this to the user."""
+        """Whether this rank is the first to tell the user this line."""
         return True
 
     def lost(self, waited: float = 0.0) -> CheckError:
-        """The error of who finds another rank gone after `waited` seconds; torchrun may stop this one before."""
+        """The error to raise when another rank has disappeared, found after `waited` seconds.
+
+        Under torchrun this may not return: the agent stops this process first.
+        """
         return CheckError("another rank was lost")
 
     def gather(self, mine: Value) -> list[Value]:
-        """What each rank has, in their order."""
+        """The values of all ranks, in their order."""
         return [mine]
 
     def broadcast(self, mine: Value) -> Value:
-        """What rank 0 has."""
-        return mine
+        """Rank 0's value."""
+        return self.gather(mine)[0]
 
     def all_reduce_min(self, n: int) -> int:
         """The least of all ranks' numbers."""
-        return n
+        return min(self.gather(n))
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
-        return self.all_reduce_min(-int(flag)) < 0
+        """Whether `flag` is set on any rank."""
+        return True in self.gather(flag)
 
     def barrier(self) -> None:
         """Waits until all ranks are here."""
-        self.all_reduce_min(0)
+        self.gather(None)
 
     def collect(self, mine: Mapping[Key, Value]) -> dict[Key, Value]:
-        """What all ranks have, together; each has it then."""
-        union: dict[Key, Value] = {}
-        for part in self.gather(mine):
-            union.update(part)
-        return union
+        """The union of all ranks' mappings."""
+        return {key: value for part in self.gather(mine) for key, value in part.items()}
 
     def all_same(self, facts: Mapping[str, Any]) -> None:
-        """Raises UserError where not all ranks have the same facts, by name; says where they differ."""
-        every = self.gather(facts)
-        for rank, theirs in enumerate(every):
-            for what, value in every[0].items():
+        """Raises UserError for the first of the named facts that differs from rank 0's on any rank."""
+        first, *others = self.gather(facts)
+        for rank, theirs in enumerate(others, 1):
+            for what, value in first.items():
                 if theirs.get(what) != value:
                     raise UserError(f"rank {rank}: {what} is {theirs.get(what)}, rank 0 has {value}")
 
     def first_does(self, call: Callable[[], Value]) -> Value:
-        """What `call` returns on rank 0, which alone calls it.
+        """Calls `call` on rank 0 alone; returns its result on all ranks.
 
         Raises:
-            UserError: raised there; on other ranks, which need not say it again, ToldError.
+            UserError: raised by `call`; on the other ranks it is an AlreadyReportedError.
         """
-        refusal: UserError | None = None
         value: Any = None
         if self.rank == 0:
             try:
                 value = call()
             except UserError as error:
-                refusal = error
-        value, message = self.broadcast((value, None if refusal is None else str(refusal)))
-        if refusal is not None:
-            raise refusal
+                self.broadcast((None, str(error)))
+                raise
+        value, message = self.broadcast((value, None))
         if message is not None:
             raise AlreadyReportedError(message)
         result: Value = value
@@ -165,7 +164,7 @@ ALONE = Ranks()
 
 
 class Group(Ranks):
-    """Several processes, this one among them. Raises: see `Ranks.from_environment`."""
+    """Several processes, this one among them; see `Ranks.from_environment`."""
 
     def __init__(self, stages: int = 1) -> None:
         import torch
@@ -186,11 +185,11 @@ class Group(Ranks):
             dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=WAIT)
         except (RuntimeError, OSError) as error:
             raise UserError(f"{self.size} ranks at {address}:{port}: {first_line(error)}") from None
-        # some torchrun's agents count what made them start their ranks again, and others not
-        self.attempt = max(before, -self.all_reduce_min(-_number("TORCHELASTIC_RESTART_COUNT", 0)))
+        # not every agent of torchrun counts its restarts
+        self.attempt = max(before, *self.gather(_number("TORCHELASTIC_RESTART_COUNT", 0)))
 
     def _connected(self, address: str, port: int) -> Any:
-        """The store that torchrun's agent or rank 0 holds, once there is one."""
+        """Waits for the store that torchrun's agent or rank 0 holds, and connects to it."""
         hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         deadline = time.monotonic() + JOIN.total_seconds()
         while not hosts:
@@ -219,16 +218,16 @@ class Group(Ranks):
             numbers = self._followed(replica) if self.stage else self._announced(replica, numbers)
         return (items[number] for number in numbers)
 
-    def _numbers(self, key: str, count: int) -> Iterator[int]:
+    def _numbers(self, key: str, size: int) -> Iterator[int]:
         while True:
             with self._others():
                 number = self.store.add(key, 1)
-            if number > count:
+            if number > size:
                 return
             yield number - 1
 
     def _announced(self, key: str, numbers: Iterator[int]) -> Iterator[int]:
-        """Says each number to the later stages, and when there are no more."""
+        """Tells the later stages each number, and when there are no more."""
         at = 0
         for at, number in enumerate(numbers, 1):
             with self._others():
@@ -238,10 +237,8 @@ class Group(Ranks):
             self.store.set(f"{key}/{at + 1}", NO_MORE)
 
     def _followed(self, key: str) -> Iterator[int]:
-        """What the first stage has said, as soon as it does."""
-        at = 0
-        while True:
-            at += 1
+        """The numbers that the first stage tells."""
+        for at in count(1):
             with self._others():
                 while not self.store.check([f"{key}/{at}"]):
                     time.sleep(POLL)
@@ -249,10 +246,6 @@ class Group(Ranks):
             if said == NO_MORE:
                 return
             yield int(said)
-
-    def tally(self, tokens: int) -> None:
-        self.passes += 1
-        self.tokens += tokens
 
     def says(self, line: str) -> bool:
         try:
@@ -269,38 +262,18 @@ class Group(Ranks):
         parts = self._all_gathered(padded)
         return [pickle.loads(part[:size].numpy().data) for part, size in zip(parts, sizes, strict=True)]
 
-    def broadcast(self, mine: Value) -> Value:
-        data = pickle.dumps(mine) if self.rank == 0 else b""
-        size = self._torch.tensor([len(data)])
-        self._wait(lambda: self._dist.broadcast(size, 0, async_op=True))
-        content = self._torch.zeros(int(size), dtype=self._torch.uint8)
-        if self.rank == 0:
-            content[:] = self._torch.frombuffer(bytearray(data), dtype=self._torch.uint8)
-        self._wait(lambda: self._dist.broadcast(content, 0, async_op=True))
-        value: Value = pickle.loads(content.numpy().data)
-        return value
-
-    def all_reduce_min(self, n: int) -> int:
-        number = self._torch.tensor([n])
-        self._wait(lambda: self._dist.all_reduce(number, self._dist.ReduceOp.MIN, async_op=True))
-        return int(number)
-
     def _all_gathered(self, mine: Any) -> list[Any]:
         out = [self._torch.empty_like(mine) for _ in range(self.size)]
-        self._wait(lambda: self._dist.all_gather(out, mine, async_op=True))
-        return out
-
-    def _wait(self, begin: Callable[[], Any]) -> None:
-        """Not in the library's own way, which lets no signal through."""
         with self._others():
-            work = begin()
-            while not work.is_completed():
+            work = self._dist.all_gather(out, mine, async_op=True)
+            while not work.is_completed():  # `wait` alone lets no signal through
                 time.sleep(POLL)
             work.wait()
+        return out
 
     @contextmanager
     def _others(self) -> Iterator[None]:
-        """Raises CheckError where the others cannot be reached."""
+        """Raises CheckError where the other ranks cannot be reached."""
         began = time.monotonic()
         try:
             yield
@@ -309,22 +282,22 @@ class Group(Ranks):
 
     def lost(self, waited: float = 0.0) -> CheckError:
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            time.sleep(AGENT)  # its signal ends this
+            time.sleep(AGENT)  # the agent's signal ends this process
         silent = f", silent for {waited / 60:.0f} minutes" if waited >= WAIT.total_seconds() else ""
         return CheckError(f"another of the {self.size} ranks was lost{silent}")
 
 
 def meet(store: Any, rank: int, size: int) -> tuple[str, int]:
-    """Brings ranks together that are all alive, over a store in which others may have met before or tried to.
+    """Waits until all ranks are alive, over a store that earlier ranks may have used.
 
-    Each rank says who it is, rank 0 who all are, and once all have found themselves among those, that they may go.
-    Waits in small steps, so that signals are dealt with.
+    Each rank stores a token of its own. Rank 0 stores the list of all tokens under a new name, and once all ranks have
+    found their own in the list, allows them to go on.
 
     Returns:
-        A name for this meeting, and how many there were before it.
+        The list's name, and how often ranks have met before.
 
     Raises:
-        RuntimeError: not all come.
+        RuntimeError: not all ranks start within JOIN.
     """
     me, name, there = secrets.token_hex(8), "", [""] * size
     deadline = time.monotonic() + JOIN.total_seconds()
@@ -353,17 +326,17 @@ def meet(store: Any, rank: int, size: int) -> tuple[str, int]:
 
 
 def _said(store: Any, key: str) -> str:
-    """What is in a store; empty where nothing is."""
+    """The value in a store, or ""."""
     return str(store.get(key).decode()) if store.check([key]) else ""
 
 
 def world_size() -> int:
-    """How many ranks there are, by the environment."""
+    """The number of ranks, by the environment."""
     return _number("WORLD_SIZE", 1)
 
 
 def has_part_in(command: str) -> bool:
-    """Whether this process has anything to do: all ranks share `eval`, one per machine warms, rank 0 does the rest."""
+    """Whether this rank runs a command: all ranks run `eval`, one per machine `warm`, rank 0 any other."""
     if world_size() < 2 or command == "eval":
         return True
     return _number("LOCAL_RANK" if command == "warm" else "RANK", 0) == 0

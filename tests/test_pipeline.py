@@ -245,7 +245,7 @@ def tiny_layer(config) -> nn.Module:
 # ---- in this process
 
 
-ONLY = Place(0, 1, None, None)
+ONLY = Place(None, None)
 
 
 def whole_as_a_stage(kind: str = "llama"):

@@ -184,7 +184,7 @@ class ProbeResult:
 
     Attributes:
         attention: the implementation that computes the model exactly.
-        inputs_are_free: see `forward.inputs_are_free`; None where it was not asked.
+        inputs_are_free: see `parts.inputs_are_free`; None where it was not asked.
     """
 
     attention: str

@@ -1,8 +1,7 @@
 """Attention over token trees, as two attention implementations registered with `transformers`.
 
-A stock model asks `transformers` for its mask and its attention function by name. Under the names here it gets masks
-made from the static buffers of the bucket that is running, and attention functions that use them. Everything else of
-the model is its own code.
+A stock model asks `transformers` by name for its mask and its attention function. The names here give masks made from
+the static buffers of the running bucket, and attention functions for them. All else is the model's own code.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ _before: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
 def install(model: PreTrainedModel, attention: str) -> None:
-    """Makes `model` use our attention: "flex" or "sdpa". A model that does not ask by name keeps its own for "sdpa".
+    """Makes `model` use our attention, "flex" or "sdpa". With "sdpa" a model that does not ask by name keeps its own.
 
     Raises:
         NotImplementedError: "flex", for such a model.
@@ -41,21 +40,21 @@ def install(model: PreTrainedModel, attention: str) -> None:
 
 
 def take_back(model: PreTrainedModel) -> str:
-    """Undoes `install`; returns the implementation that the model has then."""
+    """Undoes `install`; returns the model's own implementation."""
     stock = attention_before(model)
     _use(model, stock)
     return stock
 
 
 def attention_before(model: PreTrainedModel) -> str:
-    """The implementation that a model has, or had before it was made to use ours."""
+    """The model's own implementation: the present one, or the one before `install`."""
     now: str = model.config._attn_implementation
     return _before.get(model, now) if now in NAMES.values() else now
 
 
 @contextmanager
 def stock_attention(model: PreTrainedModel, stock: str) -> Iterator[None]:
-    """While this lasts, the model runs as it was loaded, with the attention `stock` and nothing of ours."""
+    """While this lasts, the model runs uncompiled, with its own attention implementation `stock`."""
     now = model.config._attn_implementation
     _use(model, stock)
     try:
@@ -66,24 +65,24 @@ def stock_attention(model: PreTrainedModel, stock: str) -> Iterator[None]:
 
 
 def _use(model: PreTrainedModel, name: str) -> None:
-    if model.config._attn_implementation != name:  # some models take none
+    if model.config._attn_implementation != name:  # some models accept none
         model.set_attn_implementation(name)
 
 
 class Masks:
-    """What a model with our attention is told about who sees whom, while it is active."""
+    """The source of masks for a model with our attention, while it is active."""
 
     def get(self, window: int | None, dtype: torch.dtype) -> Tensor | BlockMask:
-        """The mask of layers that see `window` tokens back along their path (None: all of it)."""
+        """The mask of layers that see `window` tokens back along their path, or with None the whole path."""
         raise NotImplementedError
 
     def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
-        """What the model has to be given beside its tokens: our mask, where it does not ask for it."""
+        """The model's arguments beside its tokens: our mask, where the model does not ask for one by name."""
         return {} if takes_ours(model) else {"attention_mask": self.get(None, model.dtype)}
 
     @contextmanager
     def active(self) -> Iterator["Masks"]:
-        """While this lasts, a model with our attention asks this object for its masks."""
+        """While this lasts, models with our attention get their masks here."""
         global _active
         before, _active = _active, self
         try:
@@ -93,7 +92,7 @@ class Masks:
 
 
 def dense(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask for dense attention: (rows, 1, queries, keys), 0 where `visible` (without the 1), else minus infinity."""
+    """The mask for dense attention, (rows, 1, queries, keys): 0 where `visible` (without the 1), else -infinity."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)[:, None]
 
 
@@ -101,8 +100,8 @@ class TreeMasks(Masks):
     """The attention masks of one bucket, read from its static buffers.
 
     Args:
-        part: the bucket's buffers by name (`workload.stage.fields`), int32 on the device. Where they hold a tile
-            index the masks are block-sparse, for FlexAttention; else dense, for scaled dot-product attention.
+        part: the bucket's buffers by name (`workload.stage.fields`), int32 on the device. With a tile index among
+            them, masks are block-sparse, for FlexAttention; else dense, for scaled dot-product attention.
     """
 
     def __init__(self, part: Mapping[str, Tensor]) -> None:
@@ -111,7 +110,7 @@ class TreeMasks(Masks):
         self._made: dict[tuple[int | None, torch.dtype], Tensor | BlockMask] = {}
 
     def get(self, window: int | None, dtype: torch.dtype) -> Tensor | BlockMask:
-        """See `Masks`. Block-sparse masks are views of the buffers and made once, dense ones anew in every pass."""
+        """See `Masks`. Block-sparse masks, views of the buffers, are made once; dense masks once per pass."""
         key = (window, dtype)
         if key not in self._made:
             self._made[key] = self._block_mask(window) if self._blocks else self._dense_mask(window, dtype)
@@ -143,7 +142,7 @@ class TreeMasks(Masks):
         def path_within_window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (k <= q) & (q < end[b, k]) & (depth[b, q] - depth[b, k] < span)
 
-        # In full tiles nothing is asked of the mask function, so a window, which hides more, has none.
+        # The kernel asks no mask function in full tiles. A window hides more, so no tile counts as full then.
         kinds = ("partial", "full") if window is None else ("any",)
         return BlockMask.from_kv_blocks(
             *(self._part[f"{kind}_{what}"][:, None] for kind in kinds for what in ("count", "index")),  # type: ignore
@@ -170,14 +169,14 @@ def _flex(
     attention_mask: BlockMask | Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
-    s_aux: Tensor | None = None,  # (heads,) a sink's logit for each head, which takes its share and gives nothing
+    s_aux: Tensor | None = None,  # (heads,) the logit of each head's sink: one more key, without a value
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if isinstance(attention_mask, Tensor):  # a step of decoding
         return _sdpa(module, query, key, value, attention_mask, scaling, softcap, s_aux, **kwargs)
     _refuse_unknown(module, kwargs)
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex
-    if query.device.type == "cpu":  # where the kernel forgets a view's offset (seen in torch 2.13, fused projections)
+    if query.device.type == "cpu":  # its kernel forgets a view's offset (torch 2.13)
         query, key, value = (t.clone(memory_format=torch.contiguous_format) for t in (query, key, value))
     out = attend(
         query,
@@ -196,30 +195,30 @@ def _flex(
     return out.transpose(1, 2).contiguous(), None
 
 
-_shared_memory = 0  # bytes of a multiprocessor of the device, of which one block of threads may have all but 1 KiB
+_shared_memory = 0  # bytes per multiprocessor of the device; one block of threads may use all but 1 KiB
 
 
 def _kernel_options(query: Tensor, value: Tensor) -> Any:
-    """FlexAttention's tiles: the largest within ours, with as many stages of keys and values as pay and fit the device.
+    """FlexAttention's tiles: the largest that fit the device's shared memory, with the most stages that pay.
 
-    Measured inside passes of 7B and 1B models on an H100: 64 x 64 tiles with four warps and three stages took 0.71 and
-    0.75 times as long as the defaults with 128 x 128; eight warps about twice as long as four; the third stage paid for
-    heads of 128, not for those of 64.
+    Measured in passes of 7B and 1B models on an H100: 64 x 64 tiles with four warps and three stages took 0.71 and 0.75
+    times as long as the default 128 x 128 tiles; eight warps took about twice as long as four; the third stage paid for
+    heads of 128 but not of 64.
     """
     widths, size = (query.shape[-1], query.shape[-1] + value.shape[-1]), query.element_size()
     for queries, keys, stages in ((64, 64, 3), (64, 64, 2), (64, 32, 2), (32, 32, 1), (16, 16, 1)):
         if (size == 4 and keys == 64) or (stages == 3 and widths[0] < 128):
-            continue  # float32 is computed without matrix units, and short of registers
+            continue  # float32 does without matrix units, and lacks registers
         if size * (queries * widths[0] + stages * keys * widths[1]) <= 0.9 * _shared_memory:
             return {"BLOCK_M": queries, "BLOCK_N": keys, "num_stages": stages, "num_warps": 4}
     return None
 
 
-# The uncompiled operator computes every score of the dense matrix; the kernel exists compiled only.
+# Uncompiled, the operator computes every score of the dense matrix.
 _compiled_flex = torch.compile(flex_attention, dynamic=False)
-# All layers and all buckets share a code object: each shape and mask is one more graph of it.
+# All layers and buckets share a code object, and each shape and mask is another graph of it.
 for _name, _least in (("recompile_limit", 256), ("accumulated_recompile_limit", 4096)):
-    if hasattr(torch._dynamo.config, _name):  # else a run that needs more says that it ran uncompiled, and why
+    if hasattr(torch._dynamo.config, _name):  # without it, a run that exceeds the limit notes that it ran uncompiled
         setattr(torch._dynamo.config, _name, max(getattr(torch._dynamo.config, _name), _least))
 
 
@@ -243,14 +242,16 @@ def _sdpa(
 ) -> tuple[Tensor, None]:
     _refuse_unknown(module, kwargs)
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-    if groups > 1:  # with a mask, torch's grouped attention falls back to the slow path
+    if groups > 1:  # torch's grouped attention is slow with a mask
         if query.shape[2] == key.shape[2]:
             key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-        else:  # a few tokens of one row against a cache, which is read once as it lies
+        else:  # a few tokens of one row against a cache, which must not be copied
             query = query.reshape(1, key.shape[1], -1, query.shape[3])
             attention_mask = attention_mask.repeat(1, 1, groups, 1)
     if softcap is None and s_aux is None:
-        parts = [_attend(*strip, scaling) for strip in _strips(query, key, value, attention_mask)]
+        attend = nn.functional.scaled_dot_product_attention
+        strips = _strips(query, key, value, attention_mask)
+        parts = [attend(q, k, v, attn_mask=mask, scale=scaling) for q, k, v, mask in strips]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     else:
         scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -264,16 +265,11 @@ def _sdpa(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
-    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-
-
 def _strips(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The queries of token trees' rows in up to STRIPS parts, each with those keys alone that may be visible to it.
+    """The queries of a tree's rows in up to STRIPS strips, each with the keys, values and mask up to its own end.
 
-    No token looks at later ones, yet the kernel, given a mask, computes all scores. On a CPU it took rows of 512 and
-    1,024 tokens 0.75 and 0.69 times as long in four strips as in one. Steps of decoding look at a cache, which has more
-    slots than they have tokens.
+    No token sees later ones, yet a kernel with a mask computes all scores. On a CPU rows of 512 and 1,024 tokens took
+    0.75 and 0.69 times as long in four strips as in one. Steps of decoding, with more keys than queries, stay whole.
     """
     length = query.shape[2]
     if query.device.type != "cpu" or length != key.shape[2] or length <= BLOCK:
@@ -287,13 +283,13 @@ def _strips(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> list[tup
 
 
 def _sinks(logits: Tensor, scores: Tensor) -> Tensor:
-    """A sink's logit (heads,) for every row of scores (rows, heads or groups of them, queries, keys): one more key."""
+    """The sinks' logits (heads,) as one more key of scores (rows, heads or groups of them, queries, keys)."""
     tokens = scores.shape[2] * scores.shape[1] // len(logits)
     each = logits.to(scores.dtype).view(scores.shape[1], -1, 1).expand(-1, -1, tokens)
     return each.reshape(1, scores.shape[1], scores.shape[2], 1).expand(len(scores), -1, -1, -1)
 
 
-# Arguments that the mask already answers for, or that only matter in training or for other attention kernels.
+# Arguments that the mask covers, or that matter only in training or to other attention kernels.
 _ANSWERED = {"dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "cache_position", "layer_idx"}
 
 

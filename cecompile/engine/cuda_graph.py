@@ -8,7 +8,7 @@ import torch
 
 
 def settle(forward: Callable[[], None]) -> None:
-    """Runs `forward`, so that it is compiled and all libraries are set up."""
+    """Runs `forward` on a side stream, so that it is compiled and all libraries are set up."""
     stream = _beside(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -17,12 +17,12 @@ def settle(forward: Callable[[], None]) -> None:
 
 
 def capture(forward: Callable[[], None], pool: Any, settled: bool = False) -> torch.cuda.CUDAGraph:
-    """Captures `forward` in a graph, once it is settled. Meanwhile no other thread may use the device.
+    """Captures `forward` in a graph. Meanwhile no other thread may use the device.
 
     Args:
         forward: works on static buffers only.
-        pool: handle of the memory pool that graphs which never run at the same time share.
-        settled: it is.
+        pool: handle of a memory pool, shared by graphs that never run at the same time.
+        settled: `forward` has run already, by `settle`.
     """
     if not settled:
         settle(forward)
@@ -34,5 +34,5 @@ def capture(forward: Callable[[], None], pool: Any, settled: bool = False) -> to
 
 @functools.cache
 def _beside(device: int) -> torch.cuda.Stream:
-    """A stream to settle on, always the same: cuBLAS keeps a workspace of 32 MiB and more for each that it has seen."""
+    """One stream for all settling: cuBLAS keeps a workspace of 32 MiB and more for each stream that it has seen."""
     return torch.cuda.Stream(device)

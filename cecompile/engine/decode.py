@@ -1,9 +1,9 @@
 """Greedy decoding of many rows at once: the static pass with a key-value cache.
 
-All rows in flight share one cache, a row of `shape.slots` token slots in every layer, of which each has a segment of
-its own. A step reads a few tokens, each with its slot and the first slot of its segment; it sees its segment up to
-itself, and its position id is its place there. So one fixed shape serves any mix of prompts being read and answers
-being written, whatever their lengths, and the keys and values of the whole cache are read once a step, not once a row.
+All rows in flight share one cache of `shape.slots` token slots in every layer; each row has a segment of it. A step
+reads a few tokens, each with its slot and the first slot of its segment. A token sees its segment up to itself, and its
+position id is its place there. So one fixed shape serves any mix of prompts and answers, whatever their lengths, and a
+step reads the keys and values of the whole cache once, not once per row.
 """
 
 import functools
@@ -30,20 +30,21 @@ _Size = tuple[int, int]  # heads, head size
 
 
 class NotDecodableError(Exception):
-    """This model's layers do not take a key-value cache in the form that is used here; the text says why."""
+    """This model's layers take no key-value cache of the form used here; the text says why."""
 
 
 class Decoder:
     """A model ready to read and write a token at a time.
 
     Args:
-        model: with our attention installed and, where it is to be compiled, its layers compiled.
-        readout: the model's head, as `head.readout_of` makes it.
+        model: with our attention installed, and its layers compiled unless the decoder is to run uncompiled.
+        readout: of the model's head, see `head.readout_of`.
         shape: of the cache and of its steps.
-        pool: memory pool of the CUDA graphs that each size of step is captured in; None captures nothing.
+        pool: memory pool for a CUDA graph of each size of step; None captures none.
+        rope: the model's rotary frequencies.
 
     Raises:
-        NotDecodableError: the model has its own way with keys and values.
+        NotDecodableError: the model's layers take no key-value cache of the form used here.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Decoder:
 
     @torch.inference_mode()
     def warm_up(self, done: Callable[[int], None] = lambda _: None) -> None:
-        """Compiles, runs and captures every size of step, largest first. `done` is called with each."""
+        """Compiles, runs and captures every size of step, largest first. `done` is called after each."""
         for step in self._steps:
             forward = functools.partial(self._forward, step)
             if self._pool is not None:
@@ -78,7 +79,7 @@ class Decoder:
             done(step.size)
 
     def clear(self) -> None:
-        """Empties the cache. Due whenever the model has run anything else: captured passes work in its memory."""
+        """Empties the cache. Due whenever the model has run passes: captured ones use the cache's memory."""
         if self._clear is not None:
             self._clear.replay()
 
@@ -87,8 +88,7 @@ class Decoder:
         """Reads the step's tokens into the cache.
 
         Returns:
-            Per token read out (`step.read`), (n,) each: the log-probability of its target, natural logarithm, and the
-            token of the highest.
+            Per token in `step.read`, (n,) each: its target's log-probability (natural), and the most likely token.
         """
         buffers = next(b for b in reversed(self._steps) if b.size >= len(step.token_ids))
         buffers.load(step)
@@ -100,10 +100,9 @@ class Decoder:
         return buffers.collect(len(step.read))
 
     def _allocate(self, sizes: Sequence[tuple[_Size, _Size]]) -> list["_LayerCache"]:
-        """Every layer's cache, filled with zeros: what nobody sees is multiplied by zero, and must be a number.
+        """Every layer's cache, filled with zeros: unseen values are multiplied by 0, and must be numbers.
 
-        With a pool the memory is the pool's. There the activations of the passes captured before lie idle while
-        answers are decoded, and the cache takes their place.
+        With a pool the cache takes the memory of the captured passes' activations, which lie idle during decoding.
         """
         caches: list[_LayerCache] = []
 
@@ -136,17 +135,21 @@ class Decoder:
 
     @contextmanager
     def _caching(self, slot: Tensor) -> Iterator[None]:
-        """While this lasts, the decoder layers are called with their own part of the cache."""
+        """While this lasts, every decoder layer is called with its own cache."""
         slots = slot.long()
-        with ExitStack() as stack:
-            for layer, place, cache in zip(self._layers, self._places, self._caches, strict=True):
-                cache.slots = slots
-                stack.enter_context(_called_with(layer, place, cache))
+        calls = [layer._compiled_call_impl for layer in self._layers]
+        for layer, place, cache, call in zip(self._layers, self._places, self._caches, calls, strict=True):
+            cache.slots = slots
+            layer._compiled_call_impl = _with_cache(call or layer._call_impl, place, cache)
+        try:
             yield
+        finally:
+            for layer, call in zip(self._layers, calls, strict=True):
+                layer._compiled_call_impl = call
 
 
 class _LayerCache:
-    """One layer's keys and values, and what a layer calls to add to them."""
+    """One layer's keys and values, of the form in which a layer adds to its cache."""
 
     def __init__(self, slots: int, key: _Size, value: _Size, dtype: torch.dtype, device: torch.device) -> None:
         self.keys = torch.zeros(1, key[0], slots, key[1], dtype=dtype, device=device)
@@ -154,7 +157,7 @@ class _LayerCache:
         self.slots = torch.zeros(0, dtype=torch.long, device=device)
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Writes (1, heads, tokens, head size) at the step's slots; returns everything there is."""
+        """Writes (1, heads, tokens, head size) at the step's slots; returns the whole cache."""
         self.keys.index_copy_(2, self.slots, key)
         self.values.index_copy_(2, self.slots, value)
         return self.keys, self.values
@@ -182,8 +185,8 @@ class _StepBuffers:
     def __init__(self, size: int, shape: DecodeShape, device: torch.device) -> None:
         self.size = size
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._unused = shape.slots - 1
         lengths = {"token_ids": size, "slot": size, "first": size, "read": shape.lanes, "target": shape.lanes}
+        self._unused = dict.fromkeys(lengths, 0) | dict.fromkeys(("slot", "first"), shape.slots - 1)
         on_cuda = device.type == "cuda"
         self._host = torch.zeros(sum(lengths.values()), dtype=torch.int32, pin_memory=on_cuda)
         self._data = self._host.to(device, copy=True)
@@ -193,15 +196,12 @@ class _StepBuffers:
         self.argmax = torch.zeros(shape.lanes, dtype=torch.int32, device=device)
 
     def load(self, step: Step) -> None:
-        """Copies a step into the static buffers; slots that it does not use read a token nobody sees."""
-        used, read = len(step.token_ids), len(step.read)
-        for name, values in (("token_ids", step.token_ids), ("slot", step.slot), ("first", step.first)):
-            self._given[name][:used] = values
-            self._given[name][used:] = 0 if name == "token_ids" else self._unused
-        self._given["read"][:read] = step.read
-        self._given["read"][read:] = 0
-        self._given["target"][:read] = step.target
-        self._data.copy_(self._host)  # waits: a step without readouts returns before the device has read its tokens
+        """Copies a step into the static buffers; unused entries write to the last slot, which no row sees."""
+        for name, unused in self._unused.items():
+            values = getattr(step, name)
+            self._given[name][: len(values)] = values
+            self._given[name][len(values) :] = unused
+        self._data.copy_(self._host)  # not `non_blocking`: the next `load` may come before the device has read this one
 
     def collect(self, read: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """The outputs in use, on the host."""
@@ -209,38 +209,32 @@ class _StepBuffers:
         return logprob, argmax
 
 
-@contextmanager
-def _called_with(layer: nn.Module, place: _Place, cache: Any) -> Iterator[None]:
-    """Passes `cache` to `layer` as its key-value cache, whenever the layer is called while this lasts."""
-    call: Callable[..., Any] | None = layer._compiled_call_impl
+def _with_cache(call: Callable[..., Any], place: _Place, cache: _LayerCache) -> Callable[..., Any]:
+    """A layer's `call` with `cache` as its key-value cache."""
 
     def with_cache(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = _put(cache, place, args, kwargs)
-        return (call or layer._call_impl)(*args, **kwargs)
+        return call(*args, **kwargs)
 
-    layer._compiled_call_impl = with_cache
-    try:
-        yield
-    finally:
-        layer._compiled_call_impl = call
+    return with_cache
 
 
 def _put(value: Any, place: _Place, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The arguments of a call, with `value` as the one at `place`."""
+    """A call's arguments with `value` at `place`."""
     if isinstance(place, str):
         return args, kwargs | {place: value}
     return (*args[:place], value, *args[place + 1 :]), kwargs
 
 
 class _Recorder:
-    """Replaces the cache that a layer is called with, and notes the argument's place and what is added."""
+    """Replaces the cache that a layer is called with. Notes the argument's place, and the sizes that the layer adds."""
 
     def __init__(self) -> None:
         self.places: list[_Place] = []
         self.sizes: list[tuple[_Size, _Size]] = []
 
     def replace(self, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Hook to run before a layer: names of arguments differ between architectures and versions."""
+        """A layer's pre-hook. Arguments' names differ between architectures and versions, so all are looked at."""
         given: dict[_Place, Any] = {**dict(enumerate(args)), **kwargs}
         for place in (place for place, value in given.items() if isinstance(value, Cache)):
             self.places.append(place)
@@ -254,12 +248,12 @@ class _Recorder:
 
 
 def _probe(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[tuple[_Place, tuple[_Size, _Size]]]:
-    """Per layer, the place of its cache among its arguments, and the sizes of its keys and of its values.
+    """Per layer, the place of the cache among its arguments, and the sizes of its keys and of its values.
 
-    One token through the model shows them: with the model's own cache, which each layer's call has exchanged.
+    They are found by one token through the model, with the model's own cache, which a recorder replaces in each layer.
 
     Raises:
-        NotDecodableError: a layer takes no cache, or not in this form.
+        NotDecodableError: a layer takes no cache, or none of this form.
     """
     zero = torch.zeros(1, dtype=torch.int32, device=model.device)
     one = zero.long()[None]
@@ -274,7 +268,7 @@ def _probe(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[tuple[_P
             model.base_model(input_ids=one, position_ids=one, use_cache=True, **masks.arguments(model))
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a probe: whatever a layer asks of its cache means no
+        except Exception as error:  # a layer may ask anything of its cache; any failure means no
             raise NotDecodableError(f"{type(model).__name__} with a key-value cache: {first_line(error)}") from None
     for layer, recorder in zip(layers, recorders, strict=True):
         if len(recorder.places) != 1:

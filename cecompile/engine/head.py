@@ -1,4 +1,4 @@
-"""The model's own head, over hidden states that are already there."""
+"""The model's own head, over given hidden states."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ PART = 256  # logits
 
 
 class _Output:
-    """Hidden states as a decoder returns them; anything else that a model's head looks for, by any name, is None."""
+    """Hidden states as a decoder returns them. Any other attribute that a model's head looks for is None."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -28,11 +28,11 @@ class _Output:
 
 
 class _GivenHiddenStates(nn.Module):
-    """Stands where the decoder stands, and returns what it is given."""
+    """Replaces the decoder, and returns its input embeddings as the hidden states."""
 
     @property
     def decoder(self) -> "_GivenHiddenStates":
-        """What OPT calls instead of the base model."""
+        """OPT calls this instead of the base model."""
         return self
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
@@ -42,8 +42,8 @@ class _GivenHiddenStates(nn.Module):
 def head_of(model: PreTrainedModel) -> Head:
     """A function from hidden states (n, width) to logits (n, vocabulary), float32.
 
-    They come from the causal model's own `forward`, with its decoder replaced by the given hidden states in a shallow
-    copy, so biases, scales and soft caps of the head are its own code.
+    The logits come from the causal model's own `forward`, in a shallow copy whose decoder returns the given hidden
+    states. So the head's biases, scales and soft caps are the model's own code.
     """
     head = copy.copy(model)
     head._modules = dict(model._modules)
@@ -57,9 +57,9 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def readout_of(model: PreTrainedModel) -> Readout:
-    """A function from hidden states (n, width) and targets (n, k) to their log-probabilities and the argmax (n,).
+    """A function from hidden states (n, width) and targets (n, k) to log-probabilities (n, k) and the argmax (n,).
 
-    Log-probabilities of the logits of `head_of`, float32, natural logarithm; the argmax is int32, the first of equals.
+    Log-probabilities are the targets', float32 and natural; the argmax is int32, the first of equals.
     """
     head = head_of(model)
     highest_of = max_by_parts if model.device.type == "cpu" else _max
@@ -79,10 +79,10 @@ def _max(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def max_by_parts(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each row of (n, m) and where it first stands, both (n, 1).
+    """Each row's maximum of (n, m) and its first index, both (n, 1).
 
-    Compiled for a CPU, a search for where a maximum stands takes three times as long as one for how large it is. So
-    the latter is made over all of a row, in parts, and the former within one part.
+    Compiled for a CPU, finding a maximum's index takes three times as long as finding the maximum. So the maximum is
+    found over the whole row, in parts, and the index within one part.
     """
     size = logits.shape[1]
     width = min(PART, size)

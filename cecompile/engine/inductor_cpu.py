@@ -1,9 +1,8 @@
 """Compiling for the CPU: linear layers through oneDNN.
 
-Inductor sends float32 matrix products to MKL. On the shapes here, few rows and a wide output, oneDNN's inner product is
-faster with the weights as they lie: 128 to 512 rows of 256 by 32,000 ran at 1.5 to 2 times MKL's rate on two cores of
-an AMD EPYC with AVX-512 (torch 2.13). So a pass over the graph being compiled exchanges one for the other. The
-arithmetic is float32 either way, and the weights are read in place.
+Inductor sends float32 matrix products to MKL. With few rows and a wide output, oneDNN's inner product is faster on
+weights as they lie: 128 to 512 rows of 256 by 32,000 ran at 1.5 to 2 times MKL's rate on two cores of an AMD EPYC with
+AVX-512 (torch 2.13). So a pass over the graph being compiled replaces them. Both compute in float32.
 """
 
 import logging
@@ -16,7 +15,7 @@ from torch.fx import Graph, Node
 
 aten = torch.ops.aten
 
-# Inductor imports this to find a C++ compiler; on a machine without a GPU, a torch built for CUDA then warns of that.
+# Inductor imports this to find a C++ compiler, and a torch built for CUDA then warns on a machine without a GPU.
 logging.getLogger("torch.utils.cpp_extension").addFilter(
     lambda record: not record.getMessage().startswith("No CUDA runtime is found")
 )
@@ -42,7 +41,7 @@ def compile_options(model: Any) -> dict[str, Any]:
 
 
 class LinearThroughOneDnn(CustomGraphPass):
-    """Exchanges x @ w.T (+ bias) in float32 for oneDNN's linear operator."""
+    """Replaces x @ w.T (+ bias) in float32 by oneDNN's linear operator."""
 
     def __call__(self, graph: Graph) -> None:
         for node in list(graph.nodes):
@@ -66,7 +65,7 @@ class LinearThroughOneDnn(CustomGraphPass):
         return "cecompile.LinearThroughOneDnn.1"
 
 
-_LINEAR_THROUGH_ONEDNN = LinearThroughOneDnn()  # one object: Dynamo takes options apart by identity
+_LINEAR_THROUGH_ONEDNN = LinearThroughOneDnn()  # one object: Dynamo compares options by identity
 
 
 def _untransposed(node: Node) -> Any:

@@ -1,10 +1,10 @@
-"""Compiling for CUDA: passes over memory that Inductor's code for a decoder layer makes and need not.
+"""Compiling for CUDA: sparing a decoder layer two passes over memory that Inductor's code makes.
 
-- `x + down(...)` writes the product to memory, and another kernel reads it and x back and writes the sum. cuBLAS can
-  add to what its output buffer holds, before it rounds; so a product is accumulated into the residual wherever nothing
-  else reads that any more.
-- FlexAttention's result is laid out as its query is, and Inductor lays the query out head by head, so that the output
-  projection needs a transposed copy. With the query laid out token by token, as the model computes it, it does not.
+- `x + down(...)` writes the product to memory, and another kernel reads both and writes the sum. cuBLAS can add to the
+  contents of its output buffer before it rounds. So a product is accumulated into the residual wherever no later
+  operation reads the residual.
+- FlexAttention's result has the layout of its query. Inductor lays the query out head by head, so the output projection
+  needs a transposed copy. A query laid out token by token, as the model computes it, needs none.
 
 Both leave the arithmetic as it is, but for one rounding less per residual.
 """
@@ -19,24 +19,20 @@ aten = torch.ops.aten
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _IN_PLACE = aten.addmm_.default
-_FRESH = (aten.add.Tensor, aten.mm.default, aten.addmm.default)  # their results are buffers of the graph's own
+_FRESH = (aten.add.Tensor, aten.mm.default, aten.addmm.default)  # their results are the graph's own buffers
 
 
 def compile_options(inputs_are_free: bool) -> dict[str, Any]:
-    """Inductor options for compiling layers and head.
-
-    Args:
-        inputs_are_free: whether a layer may overwrite the hidden states it is given (`forward.inputs_are_free`).
-    """
+    """Inductor options for compiling layers and head; `inputs_are_free` as in `parts`."""
     options: dict[str, Any] = {"post_grad_custom_post_pass": _PASSES[inputs_are_free]}
-    options["triton.autotune_pointwise"] = False  # which the warm cache does not keep: each run would time them anew
-    if hasattr(torch._inductor.config, "deterministic"):  # else which sums are taken how depends on what was timed
+    options["triton.autotune_pointwise"] = False  # the warm cache keeps no timings: each run would measure again
+    if hasattr(torch._inductor.config, "deterministic"):  # without it, timings decide how sums are taken
         options["deterministic"] = True
     return options
 
 
 class FewerMemoryPasses(CustomGraphPass):
-    """The pass over a graph being compiled that does what this module says."""
+    """The pass over a graph being compiled that applies both changes."""
 
     def __init__(self, inputs_are_free: bool) -> None:
         self._inputs_are_free = inputs_are_free
@@ -45,9 +41,9 @@ class FewerMemoryPasses(CustomGraphPass):
         for node in list(graph.nodes):
             if node.target is torch.ops.higher_order.flex_attention:
                 _lay_out_by_token(graph, node)
-        from torch._inductor import lowering  # slow to import, and there already when anything is compiled
+        from torch._inductor import lowering  # slow to import, but loaded already whenever code is compiled
 
-        if _IN_PLACE not in lowering.lowerings:  # else Inductor does the same, but fails where $CI is set
+        if _IN_PLACE not in lowering.lowerings:  # Inductor would do the same, but fails where $CI is set
             lowering.make_fallback(_IN_PLACE, warn=False)
         _Accumulation(graph, self._inputs_are_free).apply()
 
@@ -56,7 +52,7 @@ class FewerMemoryPasses(CustomGraphPass):
         return f"cecompile.FewerMemoryPasses.1.{self._inputs_are_free}"
 
 
-_PASSES = {free: FewerMemoryPasses(free) for free in (True, False)}  # Dynamo takes options apart by identity
+_PASSES = {free: FewerMemoryPasses(free) for free in (True, False)}  # Dynamo compares options by identity
 
 
 def _lay_out_by_token(graph: Graph, attention: Node) -> None:
@@ -71,7 +67,7 @@ def _lay_out_by_token(graph: Graph, attention: Node) -> None:
 
 
 class _Accumulation:
-    """Exchanges residual + a @ b for an in-place product into the residual, where that changes what nobody reads."""
+    """Replaces residual + a @ b by an in-place product into the residual, where no other node reads the residual."""
 
     def __init__(self, graph: Graph, inputs_are_free: bool) -> None:
         self._graph = graph
@@ -90,7 +86,7 @@ class _Accumulation:
         self._graph.eliminate_dead_code()
 
     def _accumulate(self, node: Node, residual: Node, product: Node) -> None:
-        """Puts the in-place product before `node`, whose users read the residual's buffer instead."""
+        """Puts the in-place product before `node`, and lets the users of `node` read the residual's buffer."""
         with self._graph.inserting_before(node):
             rows = self._graph.call_function(aten.reshape.default, (residual, list(product.meta["val"].shape)))
             rows.meta["val"] = product.meta["val"]
@@ -102,7 +98,7 @@ class _Accumulation:
         self._graph.erase_node(node)
 
     def _may_overwrite(self, residual: Node, product: Node, addition: Node) -> bool:
-        """Whether all who read the residual's buffer have done so before `product`, and it is free to be written."""
+        """Whether the residual's buffer may be written, and all its readers run before `product`."""
         base, value, added = _behind_views(residual), residual.meta["val"], product.meta["val"]
         free = base.target in _FRESH or (self._inputs_are_free and base.op == "placeholder" and value.dim() == 3)
         same_rows = value.dtype == added.dtype and value.is_contiguous() and value.shape[-1] == added.shape[-1]
@@ -112,7 +108,7 @@ class _Accumulation:
         return all(reader is addition or reader in before for reader in _readers(base))
 
     def _ancestors(self, node: Node) -> set[Node]:
-        """What has run when `node` runs: its inputs, theirs, and what wrote into those buffers until then."""
+        """The nodes that run before `node`: its inputs, theirs, and all writers of these buffers until then."""
         seen: set[Node] = set()
         to_visit = [node]
         while to_visit:
@@ -126,7 +122,7 @@ class _Accumulation:
 
 
 def _is_product(node: Node) -> bool:
-    """Whether this is a product without bias, or a view of one, and nothing else reads either."""
+    """Whether `node` is a product without bias, or a view of one, that has one reader."""
     while len(node.users) == 1 and node.target in _VIEWS:
         node = node.args[0]  # type: ignore[assignment]
     return len(node.users) == 1 and node.target is aten.mm.default
@@ -139,7 +135,7 @@ def _behind_views(node: Node) -> Node:
 
 
 def _readers(base: Node) -> set[Node]:
-    """Who reads this buffer, through views too."""
+    """The readers of a buffer, also through views."""
     out: set[Node] = set()
     for user in base.users:
         out |= _readers(user) if user.target in _VIEWS else {user}

@@ -1,8 +1,8 @@
-"""What has to be done once a process before anything compiles or runs, done while weights are read.
+"""Set-up that a process needs once before it compiles or runs, done while weights are read.
 
-Inductor's cache keys hold hashes over all sources of torch and Triton, and on a CPU it builds and loads a small program
-for each instruction set it might use; on CUDA cuBLAS has to be set up. And Dynamo, from Python 3.11 on, reads the whole
-source of whatever it traces to say which function a line is in. Reading weights leaves a core free for that.
+Inductor hashes all sources of torch and Triton for its cache keys, and on a CPU builds and loads a small program per
+instruction set. On CUDA cuBLAS is set up. Dynamo, from Python 3.11 on, reads the whole source of each file that it
+traces, to name the function of a line.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-# the longest that decoder layers are traced through
+# the longest of the files that Dynamo traces for decoder layers
 TRACED = ("transformers.modeling_utils", "transformers.activations", "torch.nn.attention.flex_attention")
 
 
 @functools.cache
 def begin(device: torch.device) -> threading.Thread:
-    """Starts on it, for this device; whoever compiles joins the thread first."""
-    if device.type == "cpu":  # here: two threads that import at once may each see half of a module
+    """Starts the set-up for `device` in a thread; join the thread before compiling."""
+    if device.type == "cpu":  # not in the thread: of two that import at once, each may see half of a module
         with contextlib.suppress(ImportError):
             for name in ("torch._inductor.cpp_builder", "torch.utils.cpp_extension"):
                 importlib.import_module(name)
@@ -35,28 +35,20 @@ def begin(device: torch.device) -> threading.Thread:
 
 
 def _do(device: torch.device) -> None:
+    def inductor(name: str) -> Any:
+        return importlib.import_module(f"torch._inductor.{name}")
+
     steps: list[Callable[[], object]] = [
-        lambda: _codecache().torch_key(),
-        lambda: _codecache().CacheBase.get_system(),
-        _pick_instructions if device.type == "cpu" else lambda: _set_up_cublas(device),
+        lambda: inductor("codecache").torch_key(),
+        lambda: inductor("codecache").CacheBase.get_system(),
+        lambda: inductor("cpu_vec_isa").pick_vec_isa() if device.type == "cpu" else _set_up_cublas(device),
         _read_sources,
     ]
-    # They keep their results. A failure is met again, and told, where the result is needed; a name that torch has no
-    # more costs the head start.
+    # All keep their results. A failure recurs, and is reported, where the result is needed; a name that torch lacks
+    # costs the head start only.
     for step in steps:
         with contextlib.suppress(Exception):
             step()
-
-
-def _codecache() -> Any:
-    """Inductor's module of that name."""
-    return importlib.import_module("torch._inductor.codecache")
-
-
-def _pick_instructions() -> None:
-    from torch._inductor import cpu_vec_isa
-
-    cpu_vec_isa.pick_vec_isa()
 
 
 def _read_sources() -> None:

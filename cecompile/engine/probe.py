@@ -15,23 +15,23 @@ from cecompile.workload.stage import stage_all, views
 from cecompile.workload.tree import TARGETS
 
 # Root mean square of the logits' differences, in standard deviations of the logits. Rounding alone gave up to 0.06 in
-# bfloat16 over 32 random layers 4,096 wide; a wrong mask gives about 1.
+# bfloat16, over 32 random layers of width 4,096; a wrong mask gives about 1.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.02}
-ROUNDINGS = 3  # and where that is exceeded, how many times what rounding does to this model
+ROUNDINGS = 3  # tolerated beyond: so many times the difference that rounding alone makes in this model
 
 
 def choose_attention(model: PreTrainedModel, wanted: str) -> tuple[str, str | None]:
-    """The attention implementation to use, after checking that it computes what the stock model computes.
-
-    Returns:
-        "flex" or "sdpa", and why it is not the one that comes first, if so.
+    """The attention implementation to use, checked against the stock model.
 
     Args:
         model: on its device, as loaded.
         wanted: "flex", "sdpa", or "auto": flex on CUDA where it compiles and agrees, else sdpa.
 
+    Returns:
+        "flex" or "sdpa", and why the first choice was rejected, if so.
+
     Raises:
-        UserError: what is wanted does not compute this model exactly.
+        UserError: no wanted implementation computes this model exactly.
         CheckError: the stock model's logits are not numbers.
     """
     candidates = [wanted] if wanted != "auto" else (["flex", "sdpa"] if model.device.type == "cuda" else ["sdpa"])
@@ -47,7 +47,7 @@ def choose_attention(model: PreTrainedModel, wanted: str) -> tuple[str, str | No
 
 
 def _problem(model: PreTrainedModel, attention: str) -> str | None:
-    """Why a small tree's logits are not the stock model's, or None if they are."""
+    """Why a small tree's logits differ from the stock model's; None if they agree."""
     known = refusal(model)
     if known:
         return known
@@ -58,17 +58,16 @@ def _problem(model: PreTrainedModel, attention: str) -> str | None:
         got = _tree_logits(model, sequences, blocks=attention == "flex")
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a probe: whatever a compiler, driver or model raises means no
+    except Exception as error:  # a compiler, driver or model may raise anything; any failure means no
         return f"{type(error).__name__}: {first_line(error)}"
     finally:
         model.set_attn_implementation(stock)
-    expected = torch.cat([stock_logits(model, sequences, i) for i in range(len(sequences))])
+    every = range(len(sequences))
+    expected = torch.cat([stock_logits(model, sequences, i) for i in every])
     if (expected.isnan() | expected.isposinf()).any():
         raise CheckError(f"{type(model).__name__}: the stock model's logits are not numbers; no result was written")
     difference = ((got - expected).square().mean().sqrt() / expected.std()).item()
-    if difference <= TOLERANCE[model.dtype]:
-        return None
-    if difference <= ROUNDINGS * rounding(model, sequences, range(len(sequences))):
+    if difference <= TOLERANCE[model.dtype] or difference <= ROUNDINGS * rounding(model, sequences, every):
         return None
     return f"logits differ by {difference:.2g} of their standard deviation"
 

@@ -1,6 +1,6 @@
 """The reference: each choice alone, unpadded, through the stock model with stock attention.
 
-It shares none of the tree, packing or attention code, so that the other engines can be checked against it.
+It shares no tree, packing or attention code with the other engines, which are checked against it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from cecompile.workload.sequences import Ints, Sequences
 
-ROUNDED, READ = 256, 8  # tokens of a sequence, and of the last how many the logits, that show what rounding does
+ROUNDED, READ = 256, 8  # `rounding` runs a sequence's first 256 tokens, and compares the logits of the last 8
 
-AllLogits = Callable[[Sequence[Ints], Sequence[int]], list[Tensor]]  # of inputs, those of their last so many tokens
+AllLogits = Callable[[Sequence[Ints], Sequence[int]], list[Tensor]]  # inputs, and how many last tokens' logits of each
 
 
 @torch.inference_mode()
@@ -25,7 +25,7 @@ def stock_logits(model: PreTrainedModel, sequences: Sequences, i: int) -> Tensor
 
 
 def _logits(model: PreTrainedModel, tokens: Ints, last: int) -> Tensor:
-    """(last, vocabulary), float32: those of the `last` of some tokens."""
+    """The logits of the `last` tokens: (last, vocabulary), float32."""
     input_ids = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
     return model(input_ids=input_ids[None], use_cache=False).logits[0, -last:].float()
 
@@ -34,24 +34,26 @@ def _logits(model: PreTrainedModel, tokens: Ints, last: int) -> Tensor:
 def rounding(
     model: PreTrainedModel, sequences: Sequences, which: Iterable[int], all_logits: AllLogits | None = None
 ) -> float:
-    """How far rounding alone moves the stock model's logits: 0 where it has one attention implementation only.
+    """How far rounding alone moves the stock model's logits; 0 for a model with one attention implementation.
 
-    That is the root mean square of what they differ by between two of its own implementations of the same arithmetic,
-    "eager" and the one it is loaded with, in standard deviations of the logits. One rounding that differs at the first
-    layer makes all later ones differ. `all_logits` is how the model is run; by default whole, one by one.
+    Measured between the model's own attention and another of the same arithmetic ("eager", or "sdpa" where that is the
+    own): the root mean square of the differences, in standard deviations of the logits.
+
+    Args:
+        which: the sequences to run.
+        all_logits: runs the model; by default whole, one sequence after another.
     """
     own = model.config._attn_implementation
     other = "eager" if own != "eager" else "sdpa"
-
     run = all_logits or (
         lambda inputs, last: [_logits(model, tokens, n) for tokens, n in zip(inputs, last, strict=True)]
     )
-    beginnings = [sequences.inputs(i)[:ROUNDED] for i in which]  # eager attention holds a matrix of tokens
+    beginnings = [sequences.inputs(i)[:ROUNDED] for i in which]  # eager attention needs memory for their square
     expected = run(beginnings, [READ] * len(beginnings))
     try:
         model.set_attn_implementation(other)
         got = run(beginnings, [READ] * len(beginnings))
-    except ValueError:  # it has none
+    except ValueError:  # the model has no other
         return 0.0
     finally:
         model.set_attn_implementation(own)
@@ -61,7 +63,7 @@ def rounding(
 
 @torch.inference_mode()
 def score_alone(model: PreTrainedModel, sequences: Sequences, i: int) -> tuple[float, bool]:
-    """The loglikelihood of sequence `i`'s readouts (natural logarithm), and whether each is the argmax."""
+    """The loglikelihood (natural) of sequence `i`'s predicted tokens, and whether each is the argmax."""
     target = torch.from_numpy(sequences.targets(i).astype(np.int64)).to(model.device)
     logits = stock_logits(model, sequences, i)
     logprobs = torch.log_softmax(logits, dim=-1)
@@ -70,6 +72,6 @@ def score_alone(model: PreTrainedModel, sequences: Sequences, i: int) -> tuple[f
 
 
 def score_one_by_one(model: PreTrainedModel, sequences: Sequences) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """`score_alone` for all of n sequences: (n,) float64 and (n,) bool. `model`: a stock one in evaluation mode."""
+    """`score_alone` of all n sequences, (n,) float64 and (n,) bool; `model` is stock, in evaluation mode."""
     scores = [score_alone(model, sequences, i) for i in range(len(sequences))]
     return np.array([s[0] for s in scores]), np.array([s[1] for s in scores], dtype=bool)

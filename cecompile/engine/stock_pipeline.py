@@ -1,7 +1,7 @@
-"""`transformers`' own text generation: what an answer has to equal, and what is left to it.
+"""`transformers`' own text generation, which every answer must equal.
 
-The 2024 contest times `pipeline("text-generation", ...)` with greedy decoding, and only output of that form counts. So
-text is made from tokens by the pipeline's own code, whatever version of it is installed.
+The 2024 contest times `pipeline("text-generation", ...)` with greedy decoding, and accepts its output alone. So the
+pipeline's own code, of the installed version, makes text from tokens.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from transformers.pipelines.text_generation import ReturnType
 
 from cecompile.errors import UserError
 
-# What of a generation config makes greedy decoding take another token than the most likely, or stop elsewhere; the
-# values are those that change nothing.
+# Fields of a generation config that make greedy decoding take another token than the most likely, or stop elsewhere,
+# with the values that change nothing.
 _PLAIN: dict[str, Any] = {
     "num_beams": 1,
     "repetition_penalty": 1.0,
@@ -38,25 +38,20 @@ _PLAIN: dict[str, Any] = {
 
 
 class StockPipeline:
-    """The text-generation pipeline around a model that is loaded already.
-
-    Args:
-        model: on its device.
-        tokenizer: the model's.
-    """
+    """The text-generation pipeline around a model on its device, and the model's tokenizer."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
         self._model = model
         self._pipeline = TextGenerationPipeline(model=model, tokenizer=tokenizer, device=model.device)
 
     def answer(self, messages: list[dict[str, str]], new_tokens: int) -> str:
-        """What the pipeline says to a conversation, greedily, in at most `new_tokens` tokens."""
+        """The pipeline's greedy answer to a conversation, of at most `new_tokens` tokens."""
         options = {"max_new_tokens": new_tokens, "return_full_text": False, "do_sample": False}
         text: str = self._pipeline(messages, **options)[0]["generated_text"]
         return text
 
     def text(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-        """What the pipeline makes of these new tokens after this prompt."""
+        """The pipeline's text for the new `tokens` after a prompt."""
         outputs = {
             "generated_sequence": torch.tensor([[[*prompt, *tokens]]]),
             "input_ids": torch.tensor([list(prompt)]),
@@ -66,7 +61,7 @@ class StockPipeline:
         return records[0]["generated_text"]
 
     def continued(self, tokens: Sequence[int], new_tokens: int) -> list[int]:
-        """The tokens that greedy decoding puts after these, at most `new_tokens`."""
+        """Greedy decoding's next tokens, at most `new_tokens`."""
         ids = torch.tensor([list(tokens)], device=self._model.device)
         pad = self._model.generation_config.pad_token_id
         out = self._model.generate(
@@ -78,14 +73,10 @@ class StockPipeline:
 
 
 def stop_tokens(name: str, config: GenerationConfig) -> frozenset[int]:
-    """The tokens at which a model's answers end.
-
-    Args:
-        name: the model's, for the message.
-        config: the model's.
+    """The tokens at which a model's answers end; `name` is the model's, for the message.
 
     Raises:
-        UserError: it asks for more than the most likely token each time.
+        UserError: `config` asks for more than the most likely token each time.
     """
     for field, plain in _PLAIN.items():
         value = getattr(config, field, None)

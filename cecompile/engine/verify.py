@@ -1,10 +1,9 @@
-"""A check before any score is trusted: does the warm engine compute what the stock model computes?
+"""A check before any score is trusted: does the warm engine agree with the stock model?
 
-Compilers have bugs, and a wrong score looks like any other. So of one real pass of each bucket a few sequences are
-scored again, one by one, by the stock model.
+Compilers have bugs, and a wrong score looks like any other. So the stock model scores a few sequences of one real pass
+per bucket again, one by one.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,49 +16,49 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from cecompile.engine.attention import stock_attention
+from cecompile.engine.buffers import Readouts
 from cecompile.engine.decode import Decoder
-from cecompile.engine.forward import Engine, Readouts
+from cecompile.engine.forward import Engine
 from cecompile.engine.probe import ROUNDINGS, TOLERANCE
 from cecompile.engine.reference import rounding, stock_logits
 from cecompile.workload.decode_schedule import Step
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import StagedPass
 
-# cuDNN's plans each length anew, which takes longer than to run it once
+# without cuDNN, which plans each length anew: slower than running it once
 _PLANNED_FOR_NO_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-CHECKED = 4  # sequences of a pass
-ROUNDED = 2  # of them, on which is measured what rounding does to the model
+CHECKED = 4  # sequences per pass
+ROUNDED = 2  # sequences on which `rounding` is measured
 
-Got = Mapping[int, NDArray[np.float32]]  # log-probabilities of a sequence's last tokens, by sequence
+Got = Mapping[int, NDArray[np.float32]]  # by sequence, log-probabilities of its last tokens
 
 
 @torch.inference_mode()
 def disagreement(
     engine: Engine, model: PreTrainedModel, stock: str, sequences: Sequences, staged: Sequence[StagedPass]
 ) -> float:
-    """How far a warm engine is from the stock model, over what is tolerated: fine up to 1.
+    """How far a warm engine is from the stock model, as a multiple of the tolerance; up to 1 is fine.
 
-    Measured is the root mean square of the log-probabilities' differences, in standard deviations of the logits.
-    Tolerated is a share of these that depends on the dtype, or some times what rounding does to this very model. A
-    model whose logits are not finite is not judged here: 0.
+    The distance is the root mean square of the log-probabilities' differences, in standard deviations of the logits.
+    The tolerance is TOLERANCE, or ROUNDINGS times what `rounding` finds in this model. Where the model's logits are not
+    finite the distance is 0.
 
     Args:
         engine: warm.
         model: the engine's model.
-        stock: the stock model's attention implementation.
+        stock: the model's own attention implementation.
         sequences: all sequences.
-        staged: their passes, of which the first of each bucket is run.
+        staged: their passes; the first of each bucket is run.
     """
     picked = picked_of(engine.run, sequences, staged)
     with as_stock(model, stock):
-        expected = functools.partial(stock_logits, model, sequences)
         few = list(picked[0])[:ROUNDED]
-        return distance(model.dtype, sequences, picked, expected, lambda: rounding(model, sequences, few))
+        return distance(model, sequences, picked, lambda: rounding(model, sequences, few))
 
 
 @torch.inference_mode()
 def decoding_disagreement(decoder: Decoder, model: PreTrainedModel, stock: str, sequences: Sequences) -> float:
-    """The same of a decoder, which reads a few sequences: all but the last token at once, then that one."""
+    """`disagreement` of a decoder. It reads a few sequences: all but the last token at once, then the last."""
     got: dict[int, NDArray[np.float32]] = {}
     decoder.clear()
     for i in _spread(np.arange(len(sequences)), sequences):
@@ -72,13 +71,12 @@ def decoding_disagreement(decoder: Decoder, model: PreTrainedModel, stock: str, 
         zero = np.zeros(1, dtype=np.int32)
         got[i], _ = decoder.run(Step(inputs[-1:], slots[-1:], zero, zero, target))
     with as_stock(model, stock):
-        expected = functools.partial(stock_logits, model, sequences)
-        return distance(model.dtype, sequences, [got], expected, lambda: rounding(model, sequences, got))
+        return distance(model, sequences, [got], lambda: rounding(model, sequences, got))
 
 
 @contextmanager
 def as_stock(model: PreTrainedModel, stock: str) -> Iterator[None]:
-    """While this lasts, the model is the stock model, whose attention implementation is `stock`."""
+    """While this lasts, the model is the stock model, with its own attention implementation `stock`."""
     with stock_attention(model, stock), sdpa_kernel(_PLANNED_FOR_NO_LENGTH):
         yield
 
@@ -86,14 +84,14 @@ def as_stock(model: PreTrainedModel, stock: str) -> Iterator[None]:
 def picked_of(
     run: Callable[[Iterable[StagedPass]], list[Readouts]], sequences: Sequences, staged: Sequence[StagedPass]
 ) -> list[Got]:
-    """Runs the first pass of each bucket: of a few sequences of each, the log-probabilities."""
+    """Runs the first pass of each bucket; returns the log-probabilities of a few sequences of each."""
     first = {one.bucket: one for one in reversed(staged)}.values()
     ran = zip(first, run(first), strict=True)
     return [{i: out.logprob[one.choice == i] for i in _spread(np.unique(one.choice), sequences)} for one, out in ran]
 
 
 def _spread(among: NDArray[Any], sequences: Sequences) -> list[int]:
-    """A few of them, of the shorter half: the stock model computes them beside all that is warm already."""
+    """A few of the sequences `among`, from the shorter half, to spare memory beside the warm engine."""
     lengths = sequences.input_lengths[among]
     short = among[lengths <= np.median(lengths)]
     chosen: list[int] = short[np.linspace(0, len(short) - 1, min(CHECKED, len(short))).astype(int)].tolist()
@@ -101,21 +99,21 @@ def _spread(among: NDArray[Any], sequences: Sequences) -> list[int]:
 
 
 def distance(
-    dtype: torch.dtype, sequences: Sequences, picked: Iterable[Got], expected: Callable[[int], Tensor],
-    rounded: Callable[[], float],
+    model: PreTrainedModel, sequences: Sequences, picked: Iterable[Got], rounded: Callable[[], float],
+    expected: Mapping[int, Tensor] | None = None,
 ) -> float:  # fmt: skip
-    """How far off log-probabilities of sequences are, by the worst of the passes that they were picked of.
+    """The `disagreement` of the worst pass.
 
     Args:
-        picked: of each pass, by sequence, the log-probabilities of its last tokens.
-        expected: a sequence's logits, as `stock_logits` gives them.
-        rounded: what rounding does to this model, as `rounding` says; asked for where it matters.
+        picked: the log-probabilities of each pass.
+        rounded: gives the result of `rounding`; called where it matters.
+        expected: the `stock_logits` by sequence; None computes them.
     """
-    tolerated, worst = TOLERANCE[dtype], 0.0
+    tolerated, worst = TOLERANCE[model.dtype], 0.0
     for got in picked:
         errors, spread = [], []
         for i, ours in got.items():
-            logits = expected(i)
+            logits = stock_logits(model, sequences, i) if expected is None else expected[i]
             target = torch.from_numpy(sequences.targets(i).astype(np.int64)).to(logits.device)
             logprob = logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
             errors.append(torch.from_numpy(ours) - logprob.cpu()[-len(ours) :])

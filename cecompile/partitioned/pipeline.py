@@ -1,13 +1,13 @@
-"""Pipeline parallel: a model's layers on several devices, one after another.
+"""Pipeline parallelism: a model's layers on several devices, one after another.
 
-Each stage has some of the decoder layers. Buckets are the micro-batches: every stage makes the same plan, and hands
-only hidden states on. `torch.distributed.pipelining` has schedules of a fixed number of micro-batches a step, between
-which the pipeline drains, and keeps every output until its step is over. Passes here come as long as there are any,
-from a counter that other replicas take from too; so what those schedules are made of is used directly,
-`torch.distributed.isend` and `irecv`, and the pipeline drains once, at the end of a run.
+Each stage has some of the decoder layers. Passes are the micro-batches. Every stage makes the same plan, so only hidden
+states go from stage to stage. Passes come from a counter that other replicas take from too, and the pipeline drains
+once, at the end of a run. The schedules of `torch.distributed.pipelining` drain after a fixed number of micro-batches
+and keep every output until then, so `isend` and `irecv` are used directly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,37 +18,35 @@ from transformers import PreTrainedModel
 
 from cecompile.device import is_out_of_memory
 from cecompile.engine.head import head_of
+from cecompile.engine.parts import Part
 from cecompile.errors import CheckError
 from cecompile.model.structure import LayerRange
 from cecompile.partitioned.span import Span
 
 
 class LostError(CheckError):
-    """A stage beside this one is gone."""
+    """A neighbouring stage is gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where in a pipeline this process stands.
+    """This process's neighbours in a pipeline.
 
     Attributes:
-        stage, stages: its stage, of how many.
         before, after: the ranks that hidden states come from and go to, with the group of each pair; None at an end.
     """
 
-    stage: int
-    stages: int
     before: tuple[int, Any] | None
     after: tuple[int, Any] | None
 
 
 def places(stages: int, rank: int, size: int, own_device: bool) -> Place:
-    """Connects every stage with the next, in each of the replicas; all ranks call it.
+    """Connects every stage with the next, in each replica; all ranks call this.
 
     Args:
-        stages: of a replica, which are ranks side by side; divides `size`.
-        rank, size: of the default process group, which is there.
-        own_device: whether each rank has a CUDA device of its own, so that NCCL connects them; else it is Gloo.
+        stages: of a replica, whose ranks are consecutive; divides `size`.
+        rank, size: of the default process group.
+        own_device: each rank has a CUDA device of its own, so NCCL connects them; else Gloo does.
     """
     before = after = None
     for left in range(size - 1):
@@ -59,19 +57,19 @@ def places(stages: int, rank: int, size: int, own_device: bool) -> Place:
             after = left + 1, group
         elif rank == left + 1:
             before = left, group
-    return Place(rank % stages, stages, before, after)
+    return Place(before, after)
 
 
-class Stage:
-    """A stage's layers, and the hidden states that come and go.
+class Stage(Part):
+    """The part of a model that is one stage of a pipeline.
 
     Args:
-        model: with the weights of its share on its device. Its other layers are taken out for good.
-        share: these.
-        place: in the pipeline.
+        model: with the weights of `share` on its device. Its other layers leave it for good.
+        share: the stage's layers.
+        place: the stage's neighbours.
 
     Attributes:
-        begins, ends: whether it is the first or the last.
+        ends: whether this is the last stage.
         suffices: False once memory did not suffice for a sequence `alone`.
     """
 
@@ -79,7 +77,7 @@ class Stage:
 
     def __init__(self, model: PreTrainedModel, share: LayerRange, place: Place) -> None:
         self._span = Span.of(model, share)
-        self.begins, self.ends = self._span.begins, self._span.ends
+        self.ends = self._span.ends
         self._head = head_of(model) if self.ends else None
         self._device, self._dtype = model.device, model.dtype
         self._from = None if place.before is None else _Wire(*place.before, model.device)
@@ -89,10 +87,11 @@ class Stage:
 
     @torch.inference_mode()
     def reserve(self, slots: int) -> None:
-        """Makes the buffers for passes of up to so many tokens."""
-        self.wait()
+        """See `Part`."""
+        for _, sending in self._leaving:
+            _wait(sending)
         size = slots * self._span.width
-        if not self.begins:
+        if not self._span.begins:
             self._come = torch.zeros(size, dtype=self._dtype, device=self._device)
         if not self.ends:
             assert self._to is not None
@@ -100,51 +99,41 @@ class Stage:
             self._leaving = [(self._to.buffer(size, self._dtype), None) for _ in range(2)]
 
     def __call__(self, token_ids: Tensor, **arguments: Any) -> Tensor:
-        """The hidden states after this stage's layers, (rows, length, width), from those that have come.
-
-        Args: see `Span`.
-        """
+        """See `Part`."""
         hidden = self._span(token_ids, self._states(self._come, token_ids.shape), **arguments)
         if not self.ends:
             self._states(self._made, token_ids.shape).copy_(hidden)
         return hidden
 
     def trial(self, token_ids: Tensor) -> Tensor:
-        """The same, of hidden states that are all 0."""
+        """See `Part`."""
         shape = (*token_ids.shape, self._span.width)
         return self._span(token_ids, torch.zeros(shape, dtype=self._dtype, device=self._device))
 
     @torch.inference_mode()
     def receive(self, shape: Sequence[int]) -> None:
-        """Takes what the stage before has sent, of (rows, length) tokens."""
+        """See `Part`."""
         if self._from is not None:
             self._from.receive(self._states(self._come, shape).view(-1))
 
     @torch.inference_mode()
     def send(self, shape: Sequence[int]) -> None:
-        """Hands on what was made last, of (rows, length) tokens; it may be made anew at once."""
+        """See `Part`. The hidden states may be overwritten at once."""
         if self._to is None:
             return
         buffer, sending = self._leaving.pop(0)
-        if sending is not None:
-            _wait(sending)
+        _wait(sending)
         made = self._states(self._made, shape).view(-1)
         self._leaving.append((buffer, self._to.send(made, buffer[: len(made)])))
-
-    def wait(self) -> None:
-        """Until all that was sent has arrived."""
-        for _, sending in self._leaving:
-            if sending is not None:
-                _wait(sending)
 
     @torch.inference_mode()
     def alone(self, token_ids: Tensor) -> Tensor:
         """Runs one sequence, (1, n) int64, through all stages, each of which calls this.
 
-        Where memory runs out it goes on with anything: the stages after it wait for it.
+        A stage that runs out of memory still sends: the next stage waits for its hidden states.
 
         Returns:
-            In the last stage the logits, (1, n, vocabulary) float32; zeros of (1, n, 1) before.
+            The logits, (1, n, vocabulary) float32, in the last stage; zeros of (1, n, 1) in the others.
         """
         logits = torch.zeros(*token_ids.shape, 1)
         self.receive(token_ids.shape)
@@ -160,7 +149,7 @@ class Stage:
         return logits
 
     def _states(self, buffer: Tensor, shape: Sequence[int]) -> Tensor:
-        """The beginning of a buffer as hidden states; one that is not there is of any shape."""
+        """The beginning of a buffer as hidden states; an empty buffer as it is."""
         if not len(buffer):
             return buffer
         rows, length = shape
@@ -168,48 +157,47 @@ class Stage:
 
 
 class _Wire:
-    """To or from another rank. Where Gloo connects CUDA devices, which it cannot read, through pinned host memory."""
+    """Sends to another rank, or receives from it. Gloo cannot read CUDA memory, so pinned host memory is between."""
 
     def __init__(self, rank: int, group: Any, device: torch.device) -> None:
         self._rank, self._group = rank, group
         through_host = device.type == "cuda" and dist.get_backend(group) == "gloo"
+        self._through_host = through_host
         self._device = torch.device("cpu") if through_host else device
         self._arrival: Tensor | None = None
-        self._through_host = through_host
 
     def buffer(self, size: int, dtype: torch.dtype) -> Tensor:
-        """What can be sent from."""
+        """A buffer to `send` from."""
         return torch.zeros(size, dtype=dtype, device=self._device, pin_memory=self._through_host)
 
     def send(self, values: Tensor, buffer: Tensor) -> Any:
-        """Sends `values` from `buffer`, which is free again after the `wait` of what this returns."""
+        """Sends `values` from `buffer`, which is free again after the `wait` of the returned work."""
         buffer.copy_(values)
-        try:
+        with _noticing_loss():
             return dist.isend(buffer, self._rank, group=self._group)
-        except RuntimeError:
-            raise LostError("the stage after was lost") from None
 
     def receive(self, into: Tensor) -> None:
-        if not self._through_host:
-            _irecv(into, self._rank, self._group)
-            return
-        if self._arrival is None or len(self._arrival) < len(into):
-            self._arrival = self.buffer(len(into), into.dtype)
-        arrived = self._arrival[: len(into)]
-        _irecv(arrived, self._rank, self._group)
-        into.copy_(arrived)
+        """Waits for values that fill `into`."""
+        arrived = into
+        if self._through_host:
+            if self._arrival is None or len(self._arrival) < len(into):
+                self._arrival = self.buffer(len(into), into.dtype)
+            arrived = self._arrival[: len(into)]
+        with _noticing_loss():
+            _wait(dist.irecv(arrived, self._rank, group=self._group))
+        if self._through_host:
+            into.copy_(arrived)
 
 
-def _irecv(into: Tensor, rank: int, group: Any) -> None:
+def _wait(sending: Any) -> None:
+    if sending is not None:
+        with _noticing_loss():
+            sending.wait()
+
+
+@contextmanager
+def _noticing_loss() -> Iterator[None]:
     try:
-        receiving = dist.irecv(into, rank, group=group)
+        yield
     except RuntimeError:
-        raise LostError("the stage before was lost") from None
-    _wait(receiving)
-
-
-def _wait(work: Any) -> None:
-    try:
-        work.wait()
-    except RuntimeError:
-        raise LostError("a stage beside this one was lost") from None
+        raise LostError("a neighbouring stage was lost") from None

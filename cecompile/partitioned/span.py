@@ -1,14 +1,14 @@
-"""A part of a model: some of its decoder layers, within the stock forward.
+"""A part of a model: some of its decoder layers, run within the stock forward.
 
-A model that does not fit one device is run a few layers at a time. The model's own forward runs all the same, masks,
-position embeddings and all; layers that are not there hand on what they are given, and the one before the first that
-is there hands on the hidden states that another part has computed.
+A model that does not fit one device runs a few layers at a time. The model's own forward still runs, with its masks and
+position embeddings. Layers that are absent pass their input through, and the one before the first that is present
+passes on the hidden states that another part has computed.
 """
 
 import ast
 import inspect
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,20 +20,18 @@ from cecompile.model.structure import LayerRange, decoder_layers, own_tensors
 
 
 class Span:
-    """The stock decoder, of which only the layers from `first` to before `last` are there.
-
-    The others are taken out of the model for good.
+    """The stock decoder with only the layers from `first` to before `last`; the others leave the model for good.
 
     Args:
-        model: with the weights of these layers and of what is beside the layers on its device.
+        model: with the weights of these layers, and of all beside the layers, on its device.
         first, last: indices of decoder layers.
 
     Attributes:
-        begins, ends: whether the first and the last layer of the model are part of this.
-        width: of the hidden states that are handed on.
+        begins, ends: whether the model's first and last layer are in this span.
+        width: of the hidden states between two parts.
 
     Raises:
-        UserError: this model's layers are not in one list.
+        UserError: the model's layers are not in one list.
     """
 
     def __init__(self, model: PreTrainedModel, first: int, last: int) -> None:
@@ -42,24 +40,19 @@ class Span:
         self.width: int = model.config.get_text_config().hidden_size
         self._body = model.base_model
         self._name = type(model).__name__
+        self._no_embeddings = no_embeddings(model)
         held, places = list_of(model, layers)
-        self._before: PassThroughLayer | None = None
-        self._after: PassThroughLayer | None = None
+        absent: dict[int, PassThroughLayer] = {}
         for i, layer in enumerate(layers):
-            if first <= i < last:
-                continue
-            held[places[i]] = standing = PassThroughLayer(layer, keeps=i == last)
-            if i == first - 1:
-                self._before = standing
-            if i == last:
-                self._after = standing
-        dtype, size = model.dtype, model.get_input_embeddings().embedding_dim
-        self._nothing = torch.zeros((), dtype=dtype, device=model.device)
-        self._given = size
+            if not first <= i < last:
+                held[places[i]] = absent[i] = PassThroughLayer(layer)
+        self._before, self._after = absent.get(first - 1), absent.get(last)
+        if self._after is not None:
+            self._after.keeps = True
 
     @classmethod
     def of(cls, model: PreTrainedModel, share: LayerRange) -> "Span":
-        """The span of a share; the embedding and the head are taken out too where they are not held.
+        """The span of a share. The embedding and the head leave the model too, where the share lacks them.
 
         Raises:
             UserError: see `Span`.
@@ -75,56 +68,65 @@ class Span:
 
         Args:
             token_ids: (rows, length) int64.
-            received: (rows, length, width), after the layers before; None where this `begins`.
-            arguments: what else the decoder is called with.
+            received: (rows, length, width), after the layers before; unused where this `begins`.
+            arguments: of the decoder, beside the tokens.
 
         Raises:
-            UserError: this model's layers do not hand on hidden states alone.
+            UserError: the model's layers do not hand on hidden states alone.
         """
-        given: dict[str, Tensor]
-        if self._before is None:
-            given = {"input_ids": token_ids}
-        else:
+        given = {"input_ids": token_ids}
+        if self._before is not None:
             self._before.instead = received
-            given = {"inputs_embeds": self._nothing.expand(*token_ids.shape, self._given)}
+            given = {"inputs_embeds": self._no_embeddings(token_ids)}
         try:
-            out = self._body(**given, use_cache=False, **arguments).last_hidden_state
+            hidden = self._body(**given, use_cache=False, **arguments).last_hidden_state
         finally:
             if self._before is not None:
                 self._before.instead = None
-        if self._after is None:
-            hidden = out
-        else:
-            hidden, self._after.given = self._after.given, None
-        if not isinstance(hidden, Tensor) or hidden.shape != (*token_ids.shape, self.width):
-            raise UserError(f"{self._name}: its layers do not hand on hidden states alone: cannot be run in parts")
-        return hidden
+        if self._after is not None:
+            hidden, self._after.taken = self._after.taken, None
+        return checked(hidden, (*token_ids.shape, self.width), self._name)
 
 
 class PassThroughLayer(nn.Module):
-    """Stands where a decoder layer stood, and hands on what it is given, or what is there `instead`."""
+    """Replaces a decoder layer: passes its input through, unless told otherwise.
 
-    def __init__(self, layer: nn.Module, keeps: bool) -> None:
+    Attributes:
+        instead: hidden states that take the place of the input; None for the input.
+        layer: what the hidden states go through, in a tuple, so that it is no submodule; None for nothing.
+        keeps: whether the result is kept as `taken`.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.instead: Tensor | None = None
-        self.given: Any = None
-        self._keeps = keeps
-        self._more = _hands_on_more(layer)
         plain = (str, int, float, bool, type(None))
-        for name, value in vars(layer).items():  # such as what kind of mask the decoder is to give it
+        for name, value in vars(layer).items():  # such as the kind of mask that the decoder is to pass
             if not name.startswith("_") and isinstance(value, plain) and name != "training":
                 setattr(self, name, value)
+        self.instead: Tensor | None = None
+        self.layer: tuple[Callable[..., Any]] | None = None
+        self.keeps = False
+        self.taken: Any = None
+        self._returns_pair = _returns_pair(layer)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        hidden_states = (*arguments, *named.values())[0]  # by whatever name
-        if self._keeps:
-            self.given = hidden_states
-        handed_on = hidden_states if self.instead is None else self.instead
-        return (handed_on, None) if self._more else handed_on
+        hidden = (*arguments, *named.values())[0]  # its name differs between architectures
+        if self.instead is not None:
+            hidden = self.instead
+        if self.layer is not None:
+            if arguments:
+                arguments = (hidden, *arguments[1:])
+            else:
+                named[next(iter(named))] = hidden
+            hidden = self.layer[0](*arguments, **named)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        if self.keeps:
+            self.taken = hidden
+        return (hidden, None) if self._returns_pair else hidden
 
 
 class _Absent(nn.Module):
-    """Stands where the embedding or the head stood, which nobody calls; of the same width."""
+    """Replaces an embedding or head that nobody calls; of the same width."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -138,17 +140,34 @@ def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def _hands_on_more(layer: nn.Module) -> bool:
-    """Whether a layer returns a pair, of hidden states and attention weights, as its code says."""
+def _returns_pair(layer: nn.Module) -> bool:
+    """Whether a layer's code returns a pair: hidden states and attention weights."""
     code = ast.parse(textwrap.dedent(inspect.getsource(type(layer).forward)))
     return any(isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) for node in ast.walk(code))
 
 
 def list_of(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[nn.ModuleList, list[int]]:
-    """The list that holds the layers, and where in it each is."""
+    """The list that holds the layers, and each layer's index in it."""
     for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(layers) and layers[0] in list(module):
-            held = list(module)
-            if all(layer in held for layer in layers):
-                return module, [held.index(layer) for layer in layers]
+        held = list(module) if isinstance(module, nn.ModuleList) else []
+        if layers and all(layer in held for layer in layers):
+            return module, [held.index(layer) for layer in layers]
     raise UserError(f"{type(model).__name__}: its layers are not in one list: cannot be run in parts")
+
+
+def no_embeddings(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """A function from token ids to embeddings that are all 0, for a forward in which nobody reads them."""
+    zero = torch.zeros((), dtype=model.dtype, device=model.device)
+    size = model.get_input_embeddings().embedding_dim
+    return lambda token_ids: zero.expand(*token_ids.shape, size)
+
+
+def checked(hidden: Any, shape: Sequence[int], name: str) -> Tensor:
+    """Returns `hidden`, which must be hidden states of a shape that begins with `shape`.
+
+    Raises:
+        UserError: it is not; names the model.
+    """
+    if not isinstance(hidden, Tensor) or hidden.shape[: len(shape)] != tuple(shape):
+        raise UserError(f"{name}: its layers do not hand on hidden states alone: cannot be run in parts")
+    return hidden

@@ -24,7 +24,7 @@ from cecompile.workload.stage import StagedPass
 def sweep_disagreement(
     engine: StreamingEngine, model: PreTrainedModel, stock: str, sequences: Sequences, staged: Sequence[StagedPass]
 ) -> float:
-    """`disagreement` of an engine whose layers are streamed: the stock layers, too, run in one sweep over all."""
+    """`disagreement` of a streaming engine; the stock layers, too, run in one sweep over all sequences."""
     picked = picked_of(engine.run, sequences, staged)
     run = functools.partial(stock_sweep, model, engine.stations, engine.feed)
     which = sorted({i for ours in picked for i in ours})
@@ -32,17 +32,15 @@ def sweep_disagreement(
         last = [int(sequences.predicted[i]) for i in which]
         expected = dict(zip(which, run([sequences.inputs(i) for i in which], last), strict=True))
         few = list(picked[0])[:ROUNDED]
-        return distance(
-            model.dtype, sequences, picked, expected.__getitem__, lambda: rounding(model, sequences, few, run)
-        )
+        return distance(model, sequences, picked, lambda: rounding(model, sequences, few, run), expected)
 
 
 def stock_sweep(
     model: PreTrainedModel, stations: LayerwiseModel, feed: LayerFeed, inputs: Sequence[Ints], last: Sequence[int]
 ) -> list[Tensor]:
-    """What the stock model computes for some inputs at their `last` tokens: logits (last, vocabulary), float32.
+    """The stock model's logits at the `last` tokens of each input, (last, vocabulary) float32.
 
-    Each layer is the model's own, where it stands, with the weights that the feed brings.
+    Each layer is the model's own, called with the weights that the feed brings.
     """
     tokens = [torch.from_numpy(one.astype(np.int64)).to(model.device)[None] for one in inputs]
     feed.rewind()
@@ -65,10 +63,10 @@ def pipeline_disagreement(
     engine: Engine, stage: Stage, model: PreTrainedModel, stock: str, sequences: Sequences,
     staged: Sequence[StagedPass],
 ) -> float | None:  # fmt: skip
-    """`disagreement` of the engine of a stage, through all stages of the pipeline, each of which calls this.
+    """`disagreement` of a stage's engine, through all stages of the pipeline, each of which calls this.
 
-    All compute all, as only the last knows what of it is needed. Those before the last find nothing: 0. None from a
-    stage whose memory does not suffice for it.
+    Returns:
+        0 from all stages but the last, which alone has logits to compare. None from a stage with too little memory.
     """
     picked = picked_of(engine.run, sequences, staged)
 
@@ -84,4 +82,4 @@ def pipeline_disagreement(
         rounded = rounding(model, sequences, list(picked[0])[:ROUNDED], run)
         if not stage.suffices:
             return None
-        return distance(model.dtype, sequences, picked, expected.__getitem__, lambda: rounded) if stage.ends else 0.0
+        return distance(model, sequences, picked, lambda: rounded, expected) if stage.ends else 0.0

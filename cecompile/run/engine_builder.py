@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from cecompile.compile_cache.store import WARM, Entry, ProbeResult
 from cecompile.device import is_out_of_memory
 from cecompile.engine.decode import Decoder, NotDecodableError
-from cecompile.engine.forward import Engine, MissingOptionError
+from cecompile.engine.forward import Engine
+from cecompile.engine.parts import MissingOptionError
 from cecompile.engine.verify import decoding_disagreement, disagreement
 from cecompile.errors import CheckError, UserError, first_line, printable
 from cecompile.partitioned.layer_feed import LayerFeed

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from cecompile.engine.attention import attention_before, take_back
-from cecompile.engine.forward import Engine, compiled_parts
+from cecompile.engine.forward import Engine
+from cecompile.engine.parts import compiled_parts
 from cecompile.errors import UserError
 from cecompile.model.checkpoint import checkpoint_files, load_checkpoint
 from cecompile.model.load import Loaded
