@@ -200,13 +200,14 @@ def test_equals_the_hf_backend(kind, engine, tasks, tmp_path):
 def test_several_tasks_are_one_plan_and_examples_are_shared(tasks, tmp_path, monkeypatch):
     ours = CecompileLM(pretrained=str(save_model(tmp_path, "llama")), device="cpu", engine="eager")
     plans = []
-    plan = type(ours._scorer.runtime).plan
+    planner = type(ours._scorer.runtime.planner)
+    plan = planner.plan
 
     def remember(self, *args, **kwargs):
         plans.append(plan(self, *args, **kwargs))
         return plans[-1]
 
-    monkeypatch.setattr(type(ours._scorer.runtime), "plan", remember)
+    monkeypatch.setattr(planner, "plan", remember)
     five = [task for task in tasks if task["task"] in ("hs_5", "qa_5", "lines_5")]
     run(ours, five)
     assert len(plans) == 1

@@ -40,12 +40,12 @@ class Span:
         self.width: int = model.config.get_text_config().hidden_size
         self._body = model.base_model
         self._name = type(model).__name__
-        self._no_embeddings = no_embeddings(model)
         held, places = list_of(model, layers)
         absent: dict[int, PassThroughLayer] = {}
         for i, layer in enumerate(layers):
             if not first <= i < last:
                 held[places[i]] = absent[i] = PassThroughLayer(layer)
+        self._no_embeddings = no_embeddings(model)  # on the device of what is left
         self._before, self._after = absent.get(first - 1), absent.get(last)
         if self._after is not None:
             self._after.keeps = True
