@@ -300,7 +300,7 @@ def test_a_link_is_refused(tmp_path):
 WRITER = """
 import os, sys
 from pathlib import Path
-from cecompile.compile_cache.store import CompileCache, Found
+from cecompile.compile_cache.store import CompileCache, ProbeResult
 from cecompile.workload.plan import Bucket, Geometry
 place, name = Path(sys.argv[1]), sys.argv[2]
 facts = {"model": "a model", "dtype": "float32", "versions": {"torch": "1"}}
@@ -311,7 +311,7 @@ def write(files):
     work = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     for n in range(files):
         (work / f"{name}{n}").write_text(f"content of {name}{n} " * 500)
-    entry.publish([Bucket(1, 128 * (1 + ord(name) - ord("a")), 256)], Geometry(1, 128, 256, False), Found("sdpa"))
+    entry.publish([Bucket(1, 128 * (1 + ord(name) - ord("a")), 256)], Geometry(1, 128, 256, False), ProbeResult("sdpa"))
 """
 
 TEN_TIMES = """

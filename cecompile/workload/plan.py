@@ -8,7 +8,7 @@ from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.order import Order, sort_sequences
 from cecompile.workload.pack import MIN_SHARED, fill_rows, split_items
 from cecompile.workload.sequences import Longs, Sequences, shared_prefixes, stretched
-from cecompile.workload.tree import Layout, lay_out
+from cecompile.workload.tree import TreeLayout, lay_out
 
 BLOCK = 128  # row lengths are multiples of it
 DENSE_ROW = (512, 1024)  # shortest and longest row of dense attention, where the sequences leave the choice
@@ -56,7 +56,7 @@ class Pass:
     """One run of a bucket, the first rows of which are in use."""
 
     bucket: int
-    rows: tuple[Layout, ...]
+    rows: tuple[TreeLayout, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ def make_plan(
     if sequences.input_lengths.max() > geometry.length:
         raise ValueError(f"a sequence of {sequences.input_lengths.max()} tokens in rows of {geometry.length}")
     order = order or sort_sequences(sequences)
-    rows: list[Layout] = []
+    rows: list[TreeLayout] = []
     shapes: Shaped = []
     for side in [order] if boundary is None else order.sides(sequences, boundary):
         items = split_items(sequences, side, geometry.length)
@@ -175,7 +175,7 @@ def make_plan(
     )
 
 
-def _rows(sequences: Sequences, order: Order, start: Longs, filled: list[list[int]]) -> list[Layout]:
+def _rows(sequences: Sequences, order: Order, start: Longs, filled: list[list[int]]) -> list[TreeLayout]:
     """Each row's items' sequences as trees; items that share less than MIN_SHARED tokens stay apart."""
     items = np.concatenate([np.array(row, dtype=np.int64) for row in filled])
     sizes = start[items + 1] - start[items]
@@ -190,10 +190,10 @@ def _rows(sequences: Sequences, order: Order, start: Longs, filled: list[list[in
     return lay_out(sequences, members, shared, first)
 
 
-Shaped = list[tuple[tuple[int, int], tuple[Layout, ...]]]  # ((rows, length), the rows in use) of each pass
+Shaped = list[tuple[tuple[int, int], tuple[TreeLayout, ...]]]  # ((rows, length), the rows in use) of each pass
 
 
-def _cover(rows: list[Layout], geometry: Geometry) -> Shaped:
+def _cover(rows: list[TreeLayout], geometry: Geometry) -> Shaped:
     """Passes over all rows with the fewest shapes whose padding is small, else with the least padding."""
     useful = sum(len(r.token_ids) for r in rows)
     rows = sorted(rows, key=lambda r: -len(r.token_ids))
@@ -206,7 +206,7 @@ def _cover(rows: list[Layout], geometry: Geometry) -> Shaped:
     return candidates[slots.index(min(slots))]
 
 
-def _cover_as_before(rows: list[Layout], geometry: Geometry, buckets: tuple[Bucket, ...]) -> Shaped:
+def _cover_as_before(rows: list[TreeLayout], geometry: Geometry, buckets: tuple[Bucket, ...]) -> Shaped:
     """Passes over all rows in the shapes of these buckets and, where one is too long for them, the geometry's own."""
     shapes = [(b.rows, b.length) for b in buckets]
     rows = sorted(rows, key=lambda r: -len(r.token_ids))
@@ -245,7 +245,7 @@ def every_bucket(geometry: Geometry) -> tuple[Bucket, ...]:
     return tuple(Bucket(r, n, -(-r * n // chunk) * chunk) for r, n in ladder(geometry))
 
 
-def _cover_with(rows: list[Layout], shapes: list[tuple[int, int]]) -> Shaped:
+def _cover_with(rows: list[TreeLayout], shapes: list[tuple[int, int]]) -> Shaped:
     """The cover of least padding, then of fewest passes, by dynamic programming over rows sorted fullest first."""
     cost = [(0, 0)] * (len(rows) + 1)  # of rows[at:]: (slots, passes)
     choice = [shapes[0]] * len(rows)

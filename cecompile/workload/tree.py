@@ -15,7 +15,7 @@ TARGETS = 4  # tokens that one readout looks up: the model's head runs once for 
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class TreeLayout:
     """Trees side by side in preorder, and where their sequences are read out.
 
     A readout is a node and up to TARGETS tokens that may follow it; a node with more has several readouts.
@@ -37,7 +37,7 @@ class Layout:
     entry: Ints
 
 
-def lay_out(sequences: Sequences, members: Longs, shared: Longs, rows: Longs) -> list[Layout]:
+def lay_out(sequences: Sequences, members: Longs, shared: Longs, rows: Longs) -> list[TreeLayout]:
     """Merges `members` into trees, row by row.
 
     Args:
@@ -83,7 +83,7 @@ def lay_out(sequences: Sequences, members: Longs, shared: Longs, rows: Longs) ->
     out = []
     for r in range(len(rows)):
         n, o, p = (slice(bound[r], bound[r + 1]) for bound in bounds)
-        out.append(Layout(*(x[n] for x in nodes), *(x[o] for x in readouts), *(x[p] for x in predictions)))
+        out.append(TreeLayout(*(x[n] for x in nodes), *(x[o] for x in readouts), *(x[p] for x in predictions)))
     return out
 
 
@@ -113,7 +113,7 @@ def _follow(step: Longs, shared: Longs, member: Longs, depth: Longs) -> Longs:
 
 
 def _readouts(node: Longs, token: Ints) -> tuple[Ints, Ints, Ints]:
-    """Gathers the predictions (node, token) into readouts: position, target and entry of a `Layout`."""
+    """Gathers the predictions (node, token) into readouts: position, target and entry of a `TreeLayout`."""
     pairs, pair_of = np.unique((node << 32) | token, return_inverse=True)
     of_node, token_of = (pairs >> 32).astype(np.int32), (pairs & 0xFFFFFFFF).astype(np.int32)
     new_node = np.diff(of_node, prepend=-1) != 0
