@@ -1,4 +1,4 @@
-"""What a tokenizer is, in one digest."""
+"""A digest that identifies a tokenizer."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 (hex) of all that turns text into token ids and chats into text: the same wherever it was loaded from.
+    """SHA-256 (hex) of all that turns text into token ids and chats into text, wherever the tokenizer came from.
 
     Args:
         tokenizer: of `transformers`, fast or slow.
@@ -26,7 +26,7 @@ def _vocabulary(tokenizer: Any) -> list[bytes]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         serialised: str = backend.to_str()
-        # before it: how batches are padded and cut, which every call may set anew
+        # the part before is padding and truncation, which every call may set anew
         start = max(0, serialised.find('"added_tokens"'))
         return [serialised[start:].encode()]
     with tempfile.TemporaryDirectory() as directory:
