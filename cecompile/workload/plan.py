@@ -149,18 +149,14 @@ def make_plan(
     if sequences.input_lengths.max() > geometry.length:
         raise ValueError(f"a sequence of {sequences.input_lengths.max()} tokens in rows of {geometry.length}")
     order = order or sort_sequences(sequences)
-    rows: list[TreeLayout] = []
     shapes: Shaped = []
     for side in [order] if boundary is None else order.sides(sequences, boundary):
         items = split_items(sequences, side, geometry.length)
         filled = fill_rows(items, geometry.length)
-        own = [
-            row
-            for at in range(0, len(filled), ROWS_AT_ONCE)
-            for row in _rows(sequences, side, items.start, filled[at : at + ROWS_AT_ONCE])
-        ]
-        shapes += _cover_as_before(own, geometry, buckets) if buckets else _cover(own, geometry)
-        rows += own
+        parts = (filled[at : at + ROWS_AT_ONCE] for at in range(0, len(filled), ROWS_AT_ONCE))
+        rows = [row for part in parts for row in _rows(sequences, side, items.start, part)]
+        rows.sort(key=lambda row: -len(row.token_ids))
+        shapes += _cover_as_before(rows, geometry, buckets) if buckets else _cover(rows, geometry)
     buckets, passes = _passes(shapes, geometry, every_bucket(geometry) if all_buckets else buckets)
     new_question = np.diff(sequences.questions[order.sequence], prepend=-1) != 0
     lengths = sequences.input_lengths
@@ -168,7 +164,7 @@ def make_plan(
         geometry,
         buckets,
         passes,
-        useful_tokens=sum(len(r.token_ids) for r in rows),
+        useful_tokens=sum(len(row.token_ids) for one in passes for row in one.rows),
         unshared_tokens=int(lengths.sum()),
         question_tree_tokens=int(lengths.sum() - order.shared[~new_question].sum()),
         prefix_tree_tokens=order.prefix_tree_tokens,
@@ -194,9 +190,8 @@ Shaped = list[tuple[tuple[int, int], tuple[TreeLayout, ...]]]  # ((rows, length)
 
 
 def _cover(rows: list[TreeLayout], geometry: Geometry) -> Shaped:
-    """Passes over all rows with the fewest shapes whose padding is small, else with the least padding."""
+    """Passes over rows, fullest first, with the fewest shapes whose padding is small, else with the least padding."""
     useful = sum(len(r.token_ids) for r in rows)
-    rows = sorted(rows, key=lambda r: -len(r.token_ids))
     shapes = ladder(geometry)
     candidates = [_cover_with(rows, shapes[: n + 1]) for n in range(len(shapes))]
     slots = [sum(height * length for (height, length), _ in c) for c in candidates]
@@ -209,7 +204,6 @@ def _cover(rows: list[TreeLayout], geometry: Geometry) -> Shaped:
 def _cover_as_before(rows: list[TreeLayout], geometry: Geometry, buckets: tuple[Bucket, ...]) -> Shaped:
     """Passes over all rows in the shapes of these buckets; for a row too long for them, the geometry's shape too."""
     shapes = [(b.rows, b.length) for b in buckets]
-    rows = sorted(rows, key=lambda r: -len(r.token_ids))
     if len(rows[0].token_ids) > max(length for _, length in shapes):
         shapes.insert(0, (geometry.rows, geometry.length))
     return _cover_with(rows, shapes)
