@@ -24,16 +24,10 @@ SOURCES = (
 def compile_facts(config: Any, dtype: str, device: torch.device, attention: str, readout_chunk: int) -> dict[str, Any]:
     """Everything that changes the compiled code except the bucket shapes, as plain JSON values.
 
-    Args:
-        config: the model's configuration.
-        dtype: as asked for; "auto" is the configuration's.
-        device: where the model runs.
-        attention: as asked for.
-        readout_chunk: readouts whose logits are held at once.
+    `dtype` and `attention` are as asked for; `readout_chunk` is the number of readouts whose logits are held at once.
     """
     asked = str(getattr(config, "dtype", None)).removeprefix("torch.") if dtype == "auto" else dtype
-    described = {k: v for k, v in config.to_dict().items() if k not in _IDLE}
-    text = repr(sorted(described.items()))
+    text = repr(sorted((k, v) for k, v in config.to_dict().items() if k not in _IDLE))
     return {
         "model": f"{config.model_type} {hashlib.sha256(text.encode()).hexdigest()[:12]}",
         "dtype": asked,

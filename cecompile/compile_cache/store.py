@@ -22,7 +22,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ _ENTRY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}")
 _NOT_KEPT = (".lock", ".tmp", ".pid")
 
 Shape = tuple[int, ...]
+Compiled = Bucket | DecodeShape
 
 
 class NoCacheError(UserError):
@@ -120,20 +121,16 @@ class CompileCache:
         """All entries; an unusable one has a `problem`."""
         out = []
         for path in self.manifests():
-            facts, shapes, size, problem = {}, [], 0, None
+            one = Summary(path.stem, {}, [], 0, path.lstat().st_mtime, None)
             try:
                 manifest = _read_manifest(path)
-                files = self.directory / manifest["directory"]
-                facts, shapes, size = (
-                    manifest["facts"],
-                    sorted(_shapes(manifest, "buckets"), reverse=True),
-                    _size(files),
-                )
+                files, shapes = self.directory / manifest["directory"], _shapes(manifest, "buckets")
+                one = replace(one, facts=manifest["facts"], buckets=sorted(shapes, reverse=True), size=_size(files))
                 for name, checksum in manifest["files"].items():
                     _read(files / name, checksum)
-            except UnusableError as error:
-                problem = str(error)
-            out.append(Summary(path.stem, facts, shapes, size, path.lstat().st_mtime, problem))
+            except UnusableError as problem:
+                one = replace(one, problem=str(problem))
+            out.append(one)
         return out
 
     def remove(self, keys: Iterable[str]) -> int:
@@ -202,7 +199,7 @@ class Entry:
         self._opened = manifest["directory"]
         self.found = ProbeResult(**manifest["found"])
 
-    def state(self, buckets: Iterable[Bucket | DecodeShape]) -> tuple[str, str]:
+    def state(self, buckets: Iterable[Compiled]) -> tuple[str, str]:
         """ "warm", "partly warm" or "cold" for these buckets, and why."""
         wanted = {bucket.shape for bucket in buckets}
         missing = sorted(wanted - self._shapes, reverse=True)
@@ -216,9 +213,7 @@ class Entry:
             return COLD, f"compiled before were buckets of {shown(sorted(self._shapes, reverse=True))} only"
         return COLD, self._nearest_miss()
 
-    def publish(
-        self, buckets: Iterable[Bucket | DecodeShape], geometry: Geometry, found: ProbeResult, tuned: bool = False
-    ) -> None:
+    def publish(self, buckets: Iterable[Compiled], geometry: Geometry, found: ProbeResult, tuned: bool = False) -> None:
         """Writes the code that this process has compiled as the entry, merged with the entry on disk.
 
         Args:
@@ -335,7 +330,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             manifest["schema"] == SCHEMA
             and key_of(manifest["facts"]) == path.stem
             and re.fullmatch(rf"{path.stem}-[0-9a-f]{{8}}", manifest["directory"])
-            and all(_SAFE_PATH.fullmatch(name) for name in manifest["files"])
+            and all(_SAFE_PATH.fullmatch(name) and isinstance(f, str) for name, f in manifest["files"].items())
             and all(len(b) >= 2 and all(isinstance(x, int) for x in b) for b in manifest["buckets"])
             and isinstance(found.attention, str)
             and found.inputs_are_free in (True, False, None)

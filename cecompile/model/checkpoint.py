@@ -1,4 +1,4 @@
-"""Loading a checkpoint unchanged, and its fingerprint."""
+"""Loads a model, its configuration and its tokenizer from a directory or the hub, all unchanged."""
 
 import gc
 import json
@@ -53,11 +53,7 @@ def load_tokenizer(model: str) -> Any:
 
 
 def load_generation_config(model: str, config: Any) -> GenerationConfig:
-    """The model's generation config, from its file, else from its configuration.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """The model's generation config, from its file, else from `config`. Raises UserError: the file cannot be read."""
     with _one_line(model, "generation config"):
         with suppress(OSError):
             return GenerationConfig.from_pretrained(model)
@@ -72,9 +68,7 @@ def load_checkpoint(
 
     Args:
         model: a directory or a hub id with safetensors files.
-        config: as `load_config` returned it.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
-        device: where the weights go.
         share, read_all, keep_cached, while_reading: see `load_plainly`.
 
     Raises:
@@ -131,14 +125,7 @@ def _load_by_transformers(model: str, config: Any, dtype: str, device: torch.dev
 
 
 def check_vocabulary(model: str, tokenizer: Any, config: Any, used: int) -> None:
-    """Refuses a tokenizer whose ids go past the model's embedding.
-
-    Args:
-        used: the highest token id in the data.
-
-    Raises:
-        UserError: `used` is not below the vocabulary's size.
-    """
+    """Raises UserError if `used`, the highest token id in the data, is not below the vocabulary's size."""
     size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
     if size is not None and used >= size:
         raise UserError(
@@ -211,7 +198,7 @@ def _find(model: str, name: str) -> Path | None:
 
 @contextmanager
 def _one_line(model: str, part: str) -> Iterator[None]:
-    """Turns whatever a reader raises at damaged files into one line."""
+    """Turns any error that a reader raises into one line."""
     try:
         yield
     except (torch.OutOfMemoryError, UserError, NeedsTransformersLoader):

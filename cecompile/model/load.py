@@ -72,7 +72,7 @@ class Loaded:
 
     @property
     def fingerprint(self) -> str:
-        """Of the checkpoint's tensors."""
+        """The fingerprint of the checkpoint's tensors."""
         return self.checkpoint.fingerprint
 
 
@@ -85,9 +85,7 @@ def load_plainly(
 
     Args:
         model: named in errors, and the model's `name_or_path`.
-        config: the checkpoint's; is not changed.
         dtype: of the parameters; None is the checkpoint's.
-        device: where the weights go.
         files: all safetensors files of the checkpoint.
         share: the part to load; the rest stays on the meta device. None loads all.
         read_all: read all tensors, for the fingerprint. Otherwise only the loaded ones are read, and in the share that

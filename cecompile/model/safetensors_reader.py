@@ -48,12 +48,7 @@ class StoredTensor:
     """A tensor in a safetensors file.
 
     Attributes:
-        name: the tensor's key, unique in its file.
-        dtype: of the stored elements.
-        shape: row-major.
-        file: where the tensor is stored.
-        start: first byte, counted from the file's beginning.
-        size: in bytes.
+        start, size: first byte, counted from the file's beginning, and number of bytes; row-major.
         aligned: whether the tensor starts at a multiple of its element's size, from the first tensor's first byte.
     """
 
@@ -67,10 +62,7 @@ class StoredTensor:
 
 
 def read_header(model: str, file: Path) -> list[StoredTensor]:
-    """The tensors of a safetensors file, in file order; there are no gaps between them.
-
-    Args:
-        model: named in errors.
+    """The tensors of a safetensors file, in file order; there are no gaps between them. Errors name `model`.
 
     Raises:
         UserError: the file cannot be read, is cut off, has a damaged header, or has a dtype that torch lacks.
@@ -98,12 +90,7 @@ def _stored(model: str, file: Path, origin: int, name: str, entry: Any) -> Store
 
 
 def digest_of(tensors: Sequence[StoredTensor], digests: Sequence[str]) -> str:
-    """SHA-256 (hex) over all tensors' names, dtypes, shapes and contents, whatever their files and order.
-
-    Args:
-        tensors: all of a checkpoint.
-        digests: SHA-256 (hex) of each tensor's bytes.
-    """
+    """SHA-256 (hex) over all tensors' names, dtypes, shapes and `digests` of their bytes, whatever their order."""
     lines = (f"{t.name} {t.dtype} {t.shape} {digest}" for t, digest in zip(tensors, digests, strict=True))
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 

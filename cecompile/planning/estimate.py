@@ -1,4 +1,4 @@
-"""How long a plan would take on a device: an estimate from counts and public figures, never a measurement.
+"""Estimates the time of a plan on a device, from counts and public figures; nothing is measured.
 
 A pass takes the time of its linear layers (arithmetic, or reading the weights if that is longer), of attention, of
 elementwise kernels' memory traffic, of the head on the readouts, and an overhead per layer and per pass. Each other
@@ -106,13 +106,10 @@ def inference_seconds(profile: Profile, sizes: Sizes, runs: Runs, keys: int) -> 
 
 
 def phase_seconds(profile: Profile, sizes: Sizes, plan: Plan | Totals, sequences: int) -> dict[str, float]:
-    """Seconds of each phase; of warm-up without and with a warm cache, of which a run has one.
+    """Seconds of each phase of a plan for `sequences` sequences; of warm-up both without and with a warm cache.
 
     The checkpoint is read while libraries are imported, as `prefetch` does. With a warm cache, compiling overlaps
     loading.
-
-    Args:
-        sequences: how many sequences the plan packs.
     """
     keys = keys_per_query(plan, sequences)
     settle = sum(WARMUP_PASSES * pass_seconds(profile, sizes, bucket, keys) for bucket in plan.buckets)
@@ -167,9 +164,7 @@ def estimate(
 
     Args:
         name: one of PROFILES.
-        config: the model's transformers configuration.
-        plan: made for the device (see `as_planned_on`).
-        sequences: how many sequences the plan packs.
+        plan: made for the device (see `as_planned_on`) and `sequences` sequences.
         streaming: the plan's, where layers are streamed.
 
     Raises:
@@ -197,7 +192,7 @@ def estimate(
 
 
 def weights_fit(name: str, parameters: int) -> bool:
-    """Whether a device's memory holds so many weights, in 16 bits."""
+    """Whether a device's memory holds this number of weights, in 16 bits."""
     return parameters * VALUE < PROFILES[name].memory
 
 

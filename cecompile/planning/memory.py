@@ -23,7 +23,7 @@ MiB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How a run's memory follows from its shapes.
+    """The factors between a run's shapes and its memory.
 
     Attributes:
         widths: hidden states held at once, in the model's width; three more in the MLP's width are always counted.
@@ -70,7 +70,7 @@ class Budget:
 
     @property
     def total(self) -> int:
-        """The peak: reading is over when the rest begins."""
+        """The peak. Reading ends before the rest begins."""
         passes = self.activations + self.mask + self.head
         working = max(passes, self.cache) if self.in_turns else passes + self.cache
         return self.weights + max(self.loading, self.hidden + working + self.fixed)

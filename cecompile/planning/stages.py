@@ -1,4 +1,4 @@
-"""How a model's layers are divided among the stages of a pipeline."""
+"""The division of a model's layers among the stages of a pipeline."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

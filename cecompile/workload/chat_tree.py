@@ -120,20 +120,15 @@ def _forms(
         if prompt[len(prompt) - len(known[tail]) :] != known[tail]:  # the tail alone is tokenised differently
             tails[number] = texts[number]
             known[texts[number]] = prompt
-    wanted: dict[str, None] = {}
-    for question, tail in zip(questions, tails, strict=True):
-        for choice in question.choices:
-            wanted |= dict.fromkeys((tail + choice, f"{tail} {choice}", choice))
+    pairs = list(zip(questions, tails, strict=True))
+    wanted = dict.fromkeys(t for q, tail in pairs for c in q.choices for t in (tail + c, f"{tail} {c}", c))
     ids = dict(zip(wanted, _ids(tokenizer, list(wanted)), strict=True))
     out = []
-    for question, tail in zip(questions, tails, strict=True):
+    for question, tail in pairs:
         head = known[tail]
-        forms = {tuple(ids[choice]) for choice in question.choices}
-        for choice in question.choices:
-            for whole in (ids[tail + choice], ids[f"{tail} {choice}"]):
-                if whole[: len(head)] == head:
-                    forms.add(tuple(whole[len(head) :]))
-        out.append(forms - {()})
+        wholes = [ids[text] for choice in question.choices for text in (tail + choice, f"{tail} {choice}")]
+        after_prompt = {tuple(whole[len(head) :]) for whole in wholes if whole[: len(head)] == head}
+        out.append((after_prompt | {tuple(ids[choice]) for choice in question.choices}) - {()})
     return out
 
 

@@ -31,11 +31,6 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_length: int) -> En
     context alone has. An empty context becomes the BOS token, else EOS. The tokenizer's default special tokens are
     added unless the text already begins with BOS. Inputs longer than `max_length` are cut on the left.
 
-    Args:
-        questions: any number of questions.
-        tokenizer: a `transformers` tokenizer.
-        max_length: the most tokens the model can read.
-
     Raises:
         UserError: a choice has no tokens of its own or more than `max_length`, or the tokenizer has neither BOS nor
             EOS where an empty context needs one.

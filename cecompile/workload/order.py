@@ -14,7 +14,7 @@ from cecompile.workload.sequences import Longs, Sequences, shared_prefixes
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Sequences sorted so that what can share a prefix is adjacent, each question's sequences side by side.
+    """Sequences sorted so that those sharing a prefix are adjacent, and each question's sequences stay together.
 
     Attributes:
         sequence: (n,) the sequence at each place.
@@ -33,7 +33,7 @@ class Order:
         return int(np.median(self.shared[boundaries])) if len(boundaries) else 0
 
     def sides(self, sequences: Sequences, boundary: int) -> list["Order"]:
-        """The order of the sequences of at most `boundary` inputs, and that of the longer ones; neither is empty."""
+        """The order of the sequences of at most `boundary` inputs, and that of the longer ones, without empty ones."""
         long = sequences.input_lengths[self.sequence] > boundary
         sides = [self.sequence[side] for side in (~long, long) if side.any()]
         return [Order(side, _shared_with_previous(sequences, side), self.prefix_tree_tokens) for side in sides]
