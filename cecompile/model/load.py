@@ -42,7 +42,7 @@ class NeedsTransformersLoader(Exception):  # noqa: N818  (nothing is wrong)
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """The result `made` while tensors were read, and the ends of both by `time.perf_counter()`."""
+    """The result `made` while tensors were read, and when each was done by `time.perf_counter()`."""
 
     made: Any
     read_at: float
@@ -54,8 +54,7 @@ class Loaded:
     """A model ready for inference.
 
     Attributes:
-        model: the stock model with the checkpoint's weights.
-        checkpoint: tensors and digests of its files.
+        checkpoint: tensors and digests of the checkpoint's files.
         fallback: why `from_pretrained` loaded the model; None where tensors were copied by their names.
         sources: by the first name of each loaded parameter and persistent buffer, indices into the checkpoint's
             tensors: one, or several for tied weights. Empty after a fallback.

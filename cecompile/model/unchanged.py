@@ -48,10 +48,9 @@ def made_buffers(model: PreTrainedModel) -> dict[str, Content]:
 
 
 class Proof:
-    """A model's contents right after loading, to compare with later.
+    """A model's contents right after loading, before anything ran, to compare with later.
 
     Args:
-        model: as loaded, before anything ran.
         loaded: the result of loading; None for a model that the caller loaded.
         made: the earlier `made_buffers`, where the model ran before its parameters were there.
 
@@ -73,11 +72,10 @@ class Proof:
         self.verified = _verified(loaded)
 
     def check(self, name: str, model: PreTrainedModel, together: Together = dict) -> str:
-        """Digests the model on its device and compares.
+        """Digests the model on its device after the run, and compares.
 
         Args:
             name: the model's, for the message.
-            model: after the run.
             together: merges this part's entries with those of all other parts, where the model is divided.
 
         Returns:

@@ -33,17 +33,12 @@ PREPROCESS_RATE = 0.5e6  # tokens a second, before sharing: tokenise, merge, pac
 COMPILE = {"cold": 10.0, "warm": 2.5}  # seconds a bucket shape: the layer and the head, without and with a warm cache
 WARMUP_PASSES = 3  # of each bucket: two before it is captured, one that is checked against the stock model
 
-Runs = Sequence[tuple[Bucket, int]]  # each bucket, and how often it runs
-
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """An inference phase measured on an H100 SXM 80GB, in bfloat16 with captured passes.
+    """An inference phase measured on an H100 SXM 80GB, in bfloat16 with captured passes of one bucket.
 
-    Attributes:
-        config: of the model, as `AutoConfig.for_model` takes it.
-        bucket, runs: the plan's only bucket, and how often it ran.
-        seconds: measured.
+    `config` is that of `AutoConfig.for_model`.
     """
 
     config: dict[str, Any]
@@ -100,8 +95,8 @@ def pass_seconds(profile: Profile, sizes: Sizes, bucket: Bucket, keys: int) -> f
     return linear + attention + elementwise + head + overhead
 
 
-def inference_seconds(profile: Profile, sizes: Sizes, runs: Runs, keys: int) -> float:
-    """Seconds of all passes."""
+def inference_seconds(profile: Profile, sizes: Sizes, runs: Sequence[tuple[Bucket, int]], keys: int) -> float:
+    """Seconds of all passes; `runs` says how often each bucket runs."""
     return sum(n * pass_seconds(profile, sizes, bucket, keys) for bucket, n in runs)
 
 
@@ -138,12 +133,7 @@ def model_error() -> float:
 
 
 def streamed_seconds(profile: Profile, streaming: dict[str, int], layers: int, inference: float) -> dict[str, Any]:
-    """The inference phase with streamed layers.
-
-    Args:
-        streaming: the plan's.
-        layers: of the model.
-        inference: seconds of the phase with all weights in memory.
+    """The inference phase with streamed layers, from its seconds with all weights in memory.
 
     Returns:
         read_s: of one layer; compute_s: of one layer for the passes of a sweep; inference: seconds of the phase;

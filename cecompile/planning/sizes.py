@@ -47,13 +47,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """Counts of layers that are streamed.
-
-    Attributes:
-        layers: how many there are.
-        layer_bytes: of each, on the device.
-        passes: under way at once.
-    """
+    """Counts of streamed layers, each of `layer_bytes` on the device, with `passes` under way at once."""
 
     layers: int
     layer_bytes: int
@@ -72,7 +66,6 @@ def model_sizes(config: Any, dtype: str, share: LayerRange | None = None) -> Siz
     """Counts a model on the meta device: no weight is loaded or allocated.
 
     Args:
-        config: a transformers configuration of a causal model.
         dtype: "auto" (the configuration's), "float32", "bfloat16" or "float16".
         share: the weights that a stage holds; None is all.
 
@@ -106,12 +99,7 @@ def model_sizes(config: Any, dtype: str, share: LayerRange | None = None) -> Siz
 
 
 class StageSizes:
-    """The `Sizes` of any stage of a pipeline, counted once.
-
-    Args:
-        config, dtype: see `model_sizes`.
-        stages: how many, at least two.
-    """
+    """The `Sizes` of any stage of a pipeline of at least two, counted once. See `model_sizes`."""
 
     def __init__(self, config: Any, dtype: str, stages: int) -> None:
         self._layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(on_meta(config))]

@@ -19,12 +19,7 @@ from cecompile.workload.sequences import Ints, Sequences
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """An answer as far as the tree holds it.
-
-    Attributes:
-        tokens: of the answer, each the most likely one after those before.
-        complete: whether the answer ends with them.
-    """
+    """The most likely `tokens` of an answer as far as the tree holds them; `complete` if the answer ends there."""
 
     tokens: list[int]
     complete: bool
@@ -40,7 +35,6 @@ def graft(questions: Sequence[ChatQuestion], tokenizer: Any, max_length: int, ne
 
     Args:
         questions: at least one.
-        tokenizer: a `transformers` tokenizer with a chat template.
         max_length: the most tokens the model can read. Longer sequences are left out.
         new_tokens: the most tokens an answer may have; longer choices are cut.
 
@@ -74,12 +68,10 @@ def prompts_of(sequences: Sequences) -> list[Ints]:
 
 
 def walk(sequences: Sequences, argmax: Ints, stop: frozenset[int], new_tokens: int) -> list[Walk]:
-    """Per question, the answer as far as its tree holds it.
+    """Per question, the answer as far as its tree holds it. Tokens in `stop` end an answer.
 
     Args:
-        sequences: from `graft`.
         argmax: (predictions,) the most likely token for every predicted token of every sequence, in order.
-        stop: tokens that end an answer.
         new_tokens: the most tokens an answer may have; at least 1.
     """
     begin = np.concatenate(([0], np.cumsum(sequences.predicted)))

@@ -60,13 +60,11 @@ class _Lane:
 
 
 class DecodeSchedule:
-    """The host's part of greedy decoding.
+    """The host's part of greedy decoding. Tokens in `stop` end an answer.
 
     Args:
         prompts: per row, at least one token to read first.
         room: per row, the most tokens to write; at least 1.
-        stop: tokens that end an answer.
-        shape: of the decoder.
 
     Attributes:
         written: per row, the finished answer's tokens.

@@ -64,7 +64,6 @@ class Plan:
     """All passes, and the counts that say how good they are.
 
     Attributes:
-        geometry: as asked for.
         buckets: the shapes used, largest first.
         passes: in the order they run, largest bucket first.
         useful_tokens: nodes in all rows.
@@ -113,7 +112,6 @@ def choose_geometry(
         blocks: attention skips empty tiles, so one row as long as the bucket packs best. Without, attention is dense:
             longer rows cost more, shorter rows share less. Then a row is an eighth of the bucket, within DENSE_ROW, or
             longer where that pays.
-        readout_chunk: see `Geometry`.
         shared: tokens that neighbouring questions typically share; every row computes them once.
         key_cost: cost of a token looking at one more key, relative to all other cost of a token.
     """
@@ -136,7 +134,6 @@ def make_plan(
 
     Args:
         sequences: at least one.
-        geometry: what to pack for.
         order: the sequences', where it is known already.
         all_buckets: include all buckets of `every_bucket`, used or not, as warmed up for data not yet seen.
         buckets: of an earlier plan of this geometry. The plan includes them, used or not, with more readouts where it
