@@ -126,15 +126,11 @@ def _read_overlapped(
 ) -> tuple[Checkpoint, Overlap]:
     """Calls `read` on a thread, and `make` on this one."""
     given_up = threading.Event()
-    read_at = 0.0
 
-    def in_thread() -> Checkpoint:
-        nonlocal read_at
+    def in_thread() -> tuple[Checkpoint, float]:
         if device.type == "cuda":  # each thread has its own current device
             torch.cuda.set_device(device)
-        checkpoint = read(given_up=given_up)
-        read_at = time.perf_counter()
-        return checkpoint
+        return read(given_up=given_up), time.perf_counter()
 
     interval = sys.getswitchinterval()
     with ThreadPoolExecutor(1, "load") as thread:
@@ -142,7 +138,7 @@ def _read_overlapped(
         try:
             sys.setswitchinterval(SWITCH)
             made, made_at = make(), time.perf_counter()
-            checkpoint = reading.result()
+            checkpoint, read_at = reading.result()
         except BaseException:
             given_up.set()
             raise

@@ -199,7 +199,7 @@ class _Piece:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Block:
     """At most BLOCK bytes of a file, read at once."""
 
@@ -211,25 +211,21 @@ class _Block:
 
 def _blocks(tensors: Sequence[StoredTensor], only: Collection[int]) -> Iterator[_Block]:
     """Cuts files into blocks. BLOCK is a multiple of every element size: aligned tensors are cut between elements."""
-    pieces: list[_Piece] = []
-    start = filled = 0
+    block: _Block | None = None
     for index in sorted(only):
-        tensor = tensors[index]
-        begin, end = tensor.start, tensor.start + tensor.size
-        if pieces and (start + filled != begin or tensor.file != tensors[pieces[0].tensor].file):
-            yield _Block(tensors[pieces[0].tensor].file, start, filled, pieces)
-            pieces = []
-        while begin < end:
-            if not pieces:
-                start, filled = begin, 0
-            size = min(end - begin, BLOCK - filled)
-            pieces.append(_Piece(index, begin - tensor.start, filled, size))
-            begin, filled = begin + size, filled + size
-            if filled == BLOCK:
-                yield _Block(tensor.file, start, filled, pieces)
-                pieces = []
-    if pieces:
-        yield _Block(tensors[pieces[0].tensor].file, start, filled, pieces)
+        tensor, done = tensors[index], 0
+        while done < tensor.size:
+            begin = tensor.start + done
+            if block is None or block.size == BLOCK or (block.file, block.start + block.size) != (tensor.file, begin):
+                if block is not None:
+                    yield block
+                block = _Block(tensor.file, begin, 0, [])
+            size = min(tensor.size - done, BLOCK - block.size)
+            block.pieces.append(_Piece(index, done, block.size, size))
+            block.size += size
+            done += size
+    if block is not None:
+        yield block
 
 
 @contextmanager
@@ -334,8 +330,7 @@ class _Hashing:
         """`sizes`: of each tensor, in bytes; `stack` ends the threads."""
         self.hashes = [hashlib.sha256() for _ in sizes]
         self._threads = [stack.enter_context(ThreadPoolExecutor(1, "hash")) for _ in range(HASHERS)]
-        self._thread_of = []
-        load = [0] * HASHERS
+        self._thread_of, load = [], [0] * HASHERS
         for size in sizes:
             lightest = load.index(min(load))
             load[lightest] += size
