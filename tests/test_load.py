@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cecompile.errors import UserError
 from cecompile.model import load, prefetch
 from cecompile.model import safetensors_reader as streaming
-from cecompile.model.checkpoint import fingerprint, load_checkpoint, load_config, load_model
+from cecompile.model.checkpoint import load_checkpoint, load_config, read_checkpoint
 from cecompile.model.safetensors_reader import Checkpoint
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def test_same_bits_as_from_pretrained(kind, dtype, tmp_path):
     loaded = load_checkpoint(str(path), load_config(str(path)), dtype, CPU)
     assert loaded.fallback is None or kind in RENAMED
     assert_same(loaded.model, stock(path, dtype))
-    assert loaded.fingerprint == fingerprint(str(path))
+    assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
@@ -100,7 +100,7 @@ def test_tensors_cut_by_blocks(tmp_path, monkeypatch):
         loaded = load_checkpoint(str(path), load_config(str(path)), dtype, CPU)
         assert loaded.fallback is None
         assert_same(loaded.model, stock(path, dtype))
-        assert loaded.fingerprint == fingerprint(str(path))
+        assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint
 
 
 def test_fingerprint_is_over_names_dtypes_shapes_and_bytes(tmp_path):
@@ -115,7 +115,7 @@ def test_fingerprint_is_over_names_dtypes_shapes_and_bytes(tmp_path):
     }
     save_file(contents, tmp_path / "model.safetensors")
     lines = [f"{n} {t.dtype} {tuple(t.shape)} {hashlib.sha256(bits(t)).hexdigest()}" for n, t in contents.items()]
-    assert fingerprint(str(tmp_path)) == hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    assert read_checkpoint(str(tmp_path)).fingerprint == hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def test_other_dtypes_of_torch_have_their_names():
@@ -148,7 +148,7 @@ def test_tied_weights_stored_twice(equal, tmp_path):
     assert (loaded.fallback is None) == equal
     assert (loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight) == equal
     assert_same(loaded.model, stock(path))
-    assert loaded.fingerprint == fingerprint(str(path))
+    assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint
 
 
 def test_what_was_made_beside_reading_is_dropped_with_the_model_it_was_made_for(tmp_path):
@@ -325,7 +325,7 @@ def test_tied_weights_stored_by_the_other_name(tmp_path):
 
 def test_tensors_the_model_has_not_are_ignored_but_fingerprinted(tmp_path):
     path = save(tmp_path, "llama")
-    plain = fingerprint(str(path))
+    plain = read_checkpoint(str(path)).fingerprint
     tensors = load_file(path / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     tensors["model.layers.0.self_attn.bias"] = torch.ones(3, 3, dtype=torch.bool)
@@ -333,7 +333,7 @@ def test_tensors_the_model_has_not_are_ignored_but_fingerprinted(tmp_path):
     loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
     assert loaded.fallback is None
     assert_same(loaded.model, stock(path))
-    assert loaded.fingerprint == fingerprint(str(path)) != plain
+    assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint != plain
 
 
 def test_tensors_out_of_step_with_their_elements_are_left_to_transformers(tmp_path):
@@ -357,7 +357,7 @@ def test_merged_experts_are_left_to_transformers(tmp_path):
     loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
     assert loaded.fallback.startswith("transformers converts ")
     assert_same(loaded.model, stock(path))
-    assert loaded.fingerprint == fingerprint(str(path))
+    assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint
 
 
 def test_old_names_are_left_to_transformers(tmp_path):
@@ -390,9 +390,9 @@ def damage(path: Path, change, before: bytes = b"") -> None:
 
 
 def refused(path: Path) -> str:
-    """The one line that load_model and fingerprint both end with."""
+    """The one line that loading ends with."""
     with pytest.raises(UserError) as loading:
-        load_model(str(path), load_config(str(path)), "auto", CPU)
+        load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
     message = str(loading.value)
     assert message.startswith(f"{path}: weights: ")
     assert len(message.splitlines()) == 1
@@ -527,7 +527,7 @@ class TestOnCuda:
         loaded = load_checkpoint(str(path), load_config(str(path)), dtype, torch.device("cuda", 0))
         assert loaded.fallback is None
         assert {tensor.device.type for tensor in (*loaded.model.parameters(), *loaded.model.buffers())} == {"cuda"}
-        assert loaded.fingerprint == fingerprint(str(path))
+        assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint
         assert_same(loaded.model.cpu(), stock(path, dtype))
 
     def test_weights_are_allocated_once_and_buffers_are_given_back(self, tmp_path):

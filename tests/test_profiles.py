@@ -12,27 +12,22 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cecompile.cli import cli
 from cecompile.planning.estimate import (
     MEASURED,
-    ModelSizes,
     inference_seconds,
     keys_per_query,
     model_error,
-    model_sizes,
     pass_seconds,
     phase_seconds,
 )
 from cecompile.planning.profiles import PROFILES
+from cecompile.planning.sizes import Sizes, model_sizes
 from cecompile.workload.plan import Bucket, Geometry, Plan
 
-LLAMA = {"model_type": "llama", "vocab_size": 32_000}
-CONFIGS = {
-    "llama-7b": LLAMA
-    | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "llama-1b": LLAMA
-    | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-       "num_key_value_heads": 4},
-    "phi3-medium": {"model_type": "phi3", "vocab_size": 32_064, "hidden_size": 5120, "intermediate_size": 17_920,
-                    "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 10},
-}  # fmt: skip
+# name: (weights, those in the decoder layers' matrices)
+WEIGHTS = {
+    "llama-7b": (6_738_415_616, 6_476_005_376),
+    "llama-1b": (1_100_048_384, 968_884_224),
+    "phi3-medium": (13_960_238_080, 13_631_488_000),
+}
 # (model, rows, length, readouts, runs, seconds of the inference phase), bfloat16 on an H100 SXM
 H100_RUNS = (
     ("llama-7b", 1, 8192, 7168, 216, 37.72),
@@ -41,8 +36,8 @@ H100_RUNS = (
 )
 
 
-def sizes_of(name: str) -> ModelSizes:
-    return model_sizes(AutoConfig.for_model(**CONFIGS[name]))
+def sizes_of(name: str) -> Sizes:
+    return model_sizes(AutoConfig.for_model(**MEASURED[name].config), "bfloat16")
 
 
 @pytest.mark.parametrize(("name", "rows", "length", "readouts", "runs", "seconds"), H100_RUNS)
@@ -52,9 +47,11 @@ def test_estimate_is_near_what_was_measured(name, rows, length, readouts, runs, 
     assert abs(estimated / seconds - 1) <= model_error()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_measured_runs_have_the_models_real_sizes(name):
-    assert MEASURED[name].sizes == sizes_of(name)
+    sizes = sizes_of(name)
+    assert (sizes.parameters, sizes.layer_parameters) == WEIGHTS[name]
+    assert sizes.active_parameters == sizes.layer_parameters
 
 
 def test_model_error_is_the_largest_deviation():
@@ -66,19 +63,20 @@ def test_model_error_is_the_largest_deviation():
 
 
 def test_sizes_are_those_of_the_linear_layers():
-    config = AutoConfig.for_model(**CONFIGS["llama-1b"] | {"num_hidden_layers": 2, "tie_word_embeddings": True})
+    smaller = {"num_hidden_layers": 2, "tie_word_embeddings": True}
+    config = AutoConfig.for_model(**MEASURED["llama-1b"].config | smaller)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     linear = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, nn.Linear))
-    sizes = model_sizes(config)
-    assert (sizes.layers, sizes.hidden, sizes.vocabulary) == (2, 2048, 32_000)
+    sizes = model_sizes(config, "auto")
+    assert (sizes.layers, sizes.width, sizes.vocabulary) == (2, 2048, 32_000)
     assert sizes.layer_parameters == sizes.active_parameters == linear
     assert sizes.parameters == linear + 32_000 * 2048 + 5 * 2048  # the embedding once, and the norms
 
 
 def test_matrices_that_are_not_linear_layers_count_too():
     config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=3, n_head=4)
-    assert model_sizes(config).layer_parameters == 3 * 12 * 64 * 64
+    assert model_sizes(config, "auto").layer_parameters == 3 * 12 * 64 * 64
 
 
 def test_a_token_meets_only_its_experts():
@@ -87,30 +85,30 @@ def test_a_token_meets_only_its_experts():
         num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, vocab_size=100,
     )  # fmt: skip
     attention, router, expert = 2 * 64 * 64 + 2 * 64 * 32, 8 * 64, 3 * 64 * 96
-    sizes = model_sizes(config)
+    sizes = model_sizes(config, "auto")
     assert sizes.layer_parameters == 2 * (attention + router + 8 * expert)
     assert sizes.active_parameters == 2 * (attention + router + 2 * expert)
 
 
 def test_counting_leaves_the_configuration_as_it_is():
-    config = AutoConfig.for_model(**CONFIGS["llama-1b"])
+    config = AutoConfig.for_model(**MEASURED["llama-1b"].config)
     before = config.to_dict()
-    model_sizes(config)
+    model_sizes(config, "auto")
     assert config.to_dict() == before
 
 
 def test_checkpoint_of_32_bits_takes_twice_as_long_to_read():
-    config = AutoConfig.for_model(**CONFIGS["llama-1b"])
+    config = AutoConfig.for_model(**MEASURED["llama-1b"].config)
     config.dtype = torch.float32
-    assert model_sizes(config).checkpoint_value == 4
+    assert model_sizes(config, "auto").itemsize == 4
     config.dtype = torch.float16
-    assert model_sizes(config).checkpoint_value == 2
+    assert model_sizes(config, "auto").itemsize == 2
 
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_no_pass_is_faster_than_the_device(name):
     profile, sizes = PROFILES[name], sizes_of("llama-7b")
-    flops = 2 * sizes.layer_parameters * 4096 + 2 * sizes.hidden * sizes.vocabulary * 1024
+    flops = 2 * sizes.layer_parameters * 4096 + 2 * sizes.width * sizes.vocabulary * 1024
     assert pass_seconds(profile, sizes, Bucket(1, 4096, 1024), 256) > flops / profile.peak_flops
     assert pass_seconds(profile, sizes, Bucket(1, 128, 128), 256) > 2 * sizes.layer_parameters / profile.peak_bandwidth
 

@@ -1,1 +1,1 @@
-"""Compiled code that later processes may run: where it is kept, and under which key."""
+"""The compile cache: compiled code for later processes, and the key it is stored under."""

@@ -1,4 +1,4 @@
-"""What compiled code depends on, for the compile cache's key."""
+"""The facts that compiled code depends on, for the compile cache's key."""
 
 import functools
 import hashlib
@@ -14,26 +14,20 @@ import torch
 
 PACKAGE = Path(__file__).parents[1]
 _IDLE = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "_attn_implementation"}
-# What changes compiled code, or what it is called with. What only plans, loads, stores or shows does not belong here:
-# who updates it keeps a warm cache.
+# Modules that change compiled code or its inputs. Modules that only plan, load, store or show are left out, so that an
+# update of those leaves users' caches warm.
 SOURCES = (
     "engine", "workload", "partitioned", "model/structure.py", "model/support.py", "model/layer_layout.py",
 )  # fmt: skip
 
 
 def compile_facts(config: Any, dtype: str, device: torch.device, attention: str, readout_chunk: int) -> dict[str, Any]:
-    """Everything that changes the compiled code but the bucket shapes, as plain JSON values.
+    """Everything that changes the compiled code except the bucket shapes, as plain JSON values.
 
-    Args:
-        config: the model's configuration.
-        dtype: as asked for; "auto" is the configuration's.
-        device: where the model runs.
-        attention: as asked for.
-        readout_chunk: readouts whose logits are held at once.
+    `dtype` and `attention` are as asked for; `readout_chunk` is the number of readouts whose logits are held at once.
     """
     asked = str(getattr(config, "dtype", None)).removeprefix("torch.") if dtype == "auto" else dtype
-    described = {k: v for k, v in config.to_dict().items() if k not in _IDLE}
-    text = repr(sorted(described.items()))
+    text = repr(sorted((k, v) for k, v in config.to_dict().items() if k not in _IDLE))
     return {
         "model": f"{config.model_type} {hashlib.sha256(text.encode()).hexdigest()[:12]}",
         "dtype": asked,
@@ -58,11 +52,8 @@ def _versions() -> dict[str, str]:
 def _device(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
-        return {
-            "name": found.name,
-            "capability": f"{found.major}.{found.minor}",
-            "cuda": str(torch.version.cuda),
-        }
+        capability = f"{found.major}.{found.minor}"
+        return {"name": found.name, "capability": capability, "cuda": str(torch.version.cuda)}
     return {
         "name": "cpu",
         "machine": platform.machine(),
@@ -74,7 +65,7 @@ def _device(device: torch.device) -> dict[str, str]:
 
 @functools.cache
 def _compiler() -> str:
-    """The C++ compiler's first line about itself, or "none"."""
+    """The first line of the C++ compiler's `--version`, or "none"."""
     found = shutil.which(os.environ.get("CXX", "g++"))
     if found is None:
         return "none"
@@ -84,7 +75,7 @@ def _compiler() -> str:
 
 @functools.cache
 def source_digest(package: Path = PACKAGE) -> str:
-    """Digest over the modules that make the compiled code and its inputs."""
+    """A digest over the modules that make the compiled code and its inputs."""
     digest = hashlib.sha256()
     for path in hashed_files(package):
         digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
@@ -92,11 +83,11 @@ def source_digest(package: Path = PACKAGE) -> str:
 
 
 def hashed_files(package: Path) -> list[Path]:
-    """The files of SOURCES, those of folders with all below them."""
+    """The files of SOURCES; of a folder, all Python files below it."""
     places = [package / name for name in SOURCES]
     return sorted(file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place]))
 
 
 def is_outdated(facts: dict[str, Any]) -> bool:
-    """Whether these facts are of other library versions, or of another version of this engine, than now."""
+    """Whether these facts have other library versions, or another version of this engine, than now."""
     return facts.get("versions") != _versions() or facts.get("engine") != source_digest()

@@ -1,4 +1,4 @@
-"""The compile cache: compiled code that a later process may run, trusted only if nobody else could have touched it.
+"""The compile cache: compiled code that a later process may run, trusted only if no other user could have touched it.
 
     DIRECTORY/                     mode 0700, owned by the user
         lock                       held while an entry is written
@@ -6,10 +6,10 @@
         KEY-XXXXXXXX/              its files, never changed once the manifest names them
         work-XXXXXXXX/             a running process's own copy, where the compiler reads and writes
 
-KEY is a digest over everything that changes the compiled code, but for the bucket shapes, which the manifest lists. A
-process copies an entry's files into a directory of its own, checking each on the way, and points the compiler there. So
-no file is read that was not checked, two processes never write to one file, and a process killed at any moment leaves
-entries whole. What was compiled anew is written as a new directory, and one rename of the manifest makes it the entry.
+KEY is a digest over everything that changes the compiled code except the bucket shapes, which the manifest lists. A
+process checks an entry's files, copies them into a directory of its own, and points the compiler there. So every file
+is checked before the compiler reads it, two processes never write to one file, and a process killed at any moment
+leaves entries whole. New code is written to a new directory, and renaming the manifest makes that the entry.
 """
 
 import atexit
@@ -21,44 +21,35 @@ import re
 import secrets
 import shutil
 import stat
-import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from cecompile.errors import UserError, printable
-from cecompile.workload.plan import Geometry
+from cecompile.workload.decode_schedule import DecodeShape
+from cecompile.workload.plan import Bucket, Geometry
 
-SCHEMA = 3
+SCHEMA = 4
 WARM, PARTLY, COLD = "warm", "partly warm", "cold"
 _SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _ENTRY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}")
 _NOT_KEPT = (".lock", ".tmp", ".pid")
 
 Shape = tuple[int, ...]
-
-
-class HasShape(Protocol):
-    """What is compiled for a fixed shape."""
-
-    @property
-    def shape(self) -> Shape:
-        """Tells it from others of the same model."""
+Compiled = Bucket | DecodeShape
 
 
 class NoCacheError(UserError):
-    """There can be no cache directory here; whoever did not ask for one does without."""
+    """No cache directory can be had here; a run whose user did not name one continues without."""
 
 
 def default_directory() -> Path:
     """CECOMPILE_CACHE, else the user's cache directory as the XDG base directory specification has it."""
-    named = os.environ.get("CECOMPILE_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "cecompile"
+    of_user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return Path(os.environ.get("CECOMPILE_CACHE") or of_user / "cecompile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,79 +69,68 @@ class CompileCache:
 
     Raises:
         NoCacheError: the directory cannot be made or written.
-        UserError: it is open to other users: what lies there would be run.
+        UserError: the directory is open to other users, and code that lies there would be run.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        try:
+        with self.file_errors():
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = directory.lstat() if directory.is_symlink() else directory.stat()
-        except OSError as error:
-            raise NoCacheError(f"{directory}: cache directory: {error.strerror}") from None
+            found = directory.lstat()
+        where, mode = f"{directory}: cache directory", stat.S_IMODE(found.st_mode)
         if not stat.S_ISDIR(found.st_mode):
-            raise UserError(f"{directory}: cache directory: is a symbolic link; name what it points to")
+            raise UserError(f"{where}: is a symbolic link; name what it points to")
         if found.st_uid != os.geteuid():
-            raise UserError(
-                f"{directory}: cache directory: belongs to another user: sudo chown -R $(id -u) {directory}"
-            )
-        if found.st_mode & 0o077:
-            mode = stat.S_IMODE(found.st_mode)
-            raise UserError(
-                f"{directory}: cache directory: open to other users (mode {mode:04o}): chmod 700 {directory}"
-            )
+            raise UserError(f"{where}: belongs to another user: sudo chown -R $(id -u) {directory}")
+        if mode & 0o077:
+            raise UserError(f"{where}: open to other users (mode {mode:04o}): chmod 700 {directory}")
         if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
-            raise NoCacheError(f"{directory}: cache directory: cannot be written")
+            raise NoCacheError(f"{where}: cannot be written")
 
     def open(self, facts: dict[str, Any]) -> "Entry":
-        """The entry for what `facts` describe, there or not; from now on this process compiles in its own copy.
-
-        Raises:
-            NoCacheError: the file system refuses.
-        """
-        try:
+        """The entry for `facts`, there or not; this process now compiles in its own copy. Raises NoCacheError."""
+        with self.file_errors():
             return Entry(self, facts)
-        except OSError as error:
-            raise NoCacheError(f"{self.directory}: cache directory: {error.strerror}") from None
 
     def recorded(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """What an entry's manifest says beside its files; empty without one."""
-        try:
+        """The manifest of an entry; empty without one."""
+        with contextlib.suppress(UnusableError):
             return _read_manifest(self.manifest_path(key_of(facts)))
-        except UnusableError:
-            return {}
+        return {}
 
     def manifest_path(self, key: str) -> Path:
         return self.directory / f"{key}.json"
 
+    def locked(self) -> FileLock:
+        """The lock that a process holds while writing entries."""
+        return FileLock(self.directory / "lock")
+
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """While this lasts, no other process writes entries."""
-        with FileLock(self.directory / "lock"):
+    def file_errors(self) -> Iterator[None]:
+        """Raises NoCacheError where the file system refuses."""
+        try:
             yield
+        except OSError as error:
+            raise NoCacheError(f"{self.directory}: cache directory: {error.strerror}") from None
 
     def manifests(self) -> list[Path]:
         """Every entry's manifest, usable or not."""
         return sorted(p for p in self.directory.glob("*.json") if re.fullmatch(r"[0-9a-f]{32}", p.stem))
 
     def entries(self) -> list[Summary]:
-        """All entries, those that cannot be used with the reason."""
+        """All entries; an unusable one has a `problem`."""
         out = []
         for path in self.manifests():
+            one = Summary(path.stem, {}, [], 0, path.lstat().st_mtime, None)
             try:
                 manifest = _read_manifest(path)
+                files, shapes = self.directory / manifest["directory"], _shapes(manifest, "buckets")
+                one = replace(one, facts=manifest["facts"], buckets=sorted(shapes, reverse=True), size=_size(files))
+                for name, checksum in manifest["files"].items():
+                    _read(files / name, checksum)
             except UnusableError as problem:
-                out.append(Summary(path.stem, {}, [], 0, path.lstat().st_mtime, str(problem)))
-                continue
-            problem_text = None
-            try:
-                for name, (_, checksum) in manifest["files"].items():
-                    _check(self.directory / manifest["directory"] / name, checksum)
-            except UnusableError as problem:
-                problem_text = str(problem)
-            shapes = sorted(_shapes(manifest, "buckets"), reverse=True)
-            size = sum(size for size, _ in manifest["files"].values())
-            out.append(Summary(path.stem, manifest["facts"], shapes, size, manifest["built"], problem_text))
+                one = replace(one, problem=str(problem))
+            out.append(one)
         return out
 
     def remove(self, keys: Iterable[str]) -> int:
@@ -163,7 +143,7 @@ class CompileCache:
             return before - _size(self.directory)
 
     def sweep(self) -> None:
-        """Removes directories that no manifest names and no living process works in. Call it locked."""
+        """Removes directories that no manifest names and no living process works in. Call with the lock held."""
         named = set()
         for path in self.manifests():
             with contextlib.suppress(UnusableError):
@@ -174,17 +154,15 @@ class CompileCache:
                     shutil.rmtree(path, ignore_errors=True)
             elif _ENTRY.fullmatch(path.name) and path.name not in named:
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.name.startswith(".new-"):
-                path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """What was found out by trying before code was compiled. It need not be tried again to use that code.
+    """Probe results that code was compiled under; a run that uses the code skips the probes.
 
     Attributes:
         attention: the implementation that computes the model exactly.
-        inputs_are_free: see `parts.inputs_are_free`; None where it was not asked.
+        inputs_are_free: see `parts.inputs_are_free`; None where this was not probed.
     """
 
     attention: str
@@ -192,11 +170,11 @@ class ProbeResult:
 
 
 class Entry:
-    """One entry of a cache, opened: its files checked and copied to where this process compiles.
+    """One entry of a cache, opened: its files are checked and copied to this process's own directory.
 
     Attributes:
-        note: what was wrong with the entry on disk, in one line, or None.
-        found: what its code was compiled by; None without any.
+        note: the fault of the entry on disk, in one line, or None.
+        found: the probe results that its code was compiled under; None without code.
     """
 
     def __init__(self, cache: CompileCache, facts: dict[str, Any]) -> None:
@@ -209,11 +187,11 @@ class Entry:
         self.note: str | None = None
         self.found: ProbeResult | None = None
         path = cache.manifest_path(self._key)
-        if not path.is_symlink() and not path.exists():
+        if not os.path.lexists(path):
             return
         try:
             manifest = _read_manifest(path)
-            _copy_checked(cache.directory / manifest["directory"], self._workspace, manifest["files"])
+            self._copy_checked(manifest)
         except UnusableError as problem:
             self.note = f"compile cache: {problem}; it is not used and will be built again"
             return
@@ -221,7 +199,7 @@ class Entry:
         self._opened = manifest["directory"]
         self.found = ProbeResult(**manifest["found"])
 
-    def state(self, buckets: Iterable[HasShape]) -> tuple[str, str]:
+    def state(self, buckets: Iterable[Compiled]) -> tuple[str, str]:
         """ "warm", "partly warm" or "cold" for these buckets, and why."""
         wanted = {bucket.shape for bucket in buckets}
         missing = sorted(wanted - self._shapes, reverse=True)
@@ -235,83 +213,87 @@ class Entry:
             return COLD, f"compiled before were buckets of {shown(sorted(self._shapes, reverse=True))} only"
         return COLD, self._nearest_miss()
 
-    def publish(self, buckets: Iterable[HasShape], geometry: Geometry, found: ProbeResult, tuned: bool = False) -> None:
-        """Writes what this process has compiled as the entry, with what others have added meanwhile.
+    def publish(self, buckets: Iterable[Compiled], geometry: Geometry, found: ProbeResult, tuned: bool = False) -> None:
+        """Writes the code that this process has compiled as the entry, merged with the entry on disk.
 
         Args:
-            buckets: those now compiled, and found right.
-            geometry: the largest one's.
-            found: what they were compiled by.
+            buckets: those now compiled, and found right; `geometry` is the largest one's.
             tuned: this geometry was found fastest; it is recorded for later runs.
 
         Raises:
             NoCacheError: the file system refuses.
         """
         shapes = self._shapes | {bucket.shape for bucket in buckets}
-        try:
-            with self._cache.locked():
-                now = self._cache.recorded(self._facts)
-                if now and now["directory"] != self._opened:
-                    with contextlib.suppress(UnusableError):
-                        _copy_checked(
-                            self._cache.directory / now["directory"], self._workspace, now["files"], keep=True
-                        )
-                        shapes |= _shapes(now, "buckets")
-                largest = (geometry.rows, geometry.length)
-                geometries = {largest} | _shapes(now, "geometries")
-                self._write(shapes, geometries, found, largest if tuned else now.get("tuned"))
-                self._cache.sweep()
-        except OSError as error:
-            raise NoCacheError(f"{self._cache.directory}: cache directory: {error.strerror}") from None
-
-    def _write(self, shapes: set[Shape], geometries: set[Shape], found: ProbeResult, tuned: Shape | None) -> None:
-        name = f"{self._key}-{secrets.token_hex(4)}"
-        target = self._cache.directory / name
-        target.mkdir(mode=0o700)
-        files: dict[str, tuple[int, str]] = {}
-        for path in sorted(self._workspace.rglob("*")):
-            relative = path.relative_to(self._workspace).as_posix()
-            if not path.is_file() or path.name == "alive" or path.name.endswith(_NOT_KEPT):
-                continue
-            if not _SAFE_PATH.fullmatch(relative):
-                continue
-            with contextlib.suppress(FileNotFoundError):  # the compiler's own temporary files
-                files[relative] = _copy(path, target / relative)
-        manifest = {
-            "schema": SCHEMA,
-            "facts": self._facts,
-            "directory": name,
-            "buckets": sorted(shapes, reverse=True),
-            "geometries": sorted(geometries, reverse=True),
-            "found": asdict(found),
-            "tuned": tuned,
-            "built": time.time(),
-            "files": files,
-        }
-        temporary = self._cache.directory / f".new-{secrets.token_hex(4)}"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(manifest, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._cache.manifest_path(self._key))
-        self._shapes, self._opened, self.found, self.note = shapes, name, found, None
+        largest = (geometry.rows, geometry.length)
+        with self._cache.file_errors(), self._cache.locked():
+            now = self._cache.recorded(self._facts)
+            if now and now["directory"] != self._opened:
+                with contextlib.suppress(UnusableError):
+                    self._copy_checked(now, keep=True)
+                    shapes |= _shapes(now, "buckets")
+            geometries = {largest} | _shapes(now, "geometries")
+            recorded = {
+                "buckets": sorted(shapes, reverse=True),
+                "geometries": sorted(geometries, reverse=True),
+                "found": asdict(found),
+                "tuned": largest if tuned else now.get("tuned"),
+            }
+            self._opened = self._write(recorded)
+            self._shapes, self.found, self.note = shapes, found, None
+            self._cache.sweep()
 
     def size(self) -> int:
         """Bytes of the entry's files on disk."""
         return _size(self._cache.directory / self._opened) if self._opened else 0
 
+    def _copy_checked(self, manifest: dict[str, Any], keep: bool = False) -> None:
+        """Copies all files of an entry or none; `keep` leaves those that are there already. Raises UnusableError."""
+        source = self._cache.directory / manifest["directory"]
+        content = {name: _read(source / name, checksum) for name, checksum in manifest["files"].items()}
+        for name, data in content.items():
+            path = self._workspace / name
+            if keep and path.exists():
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+            temporary.write_bytes(data)
+            temporary.replace(path)
+
+    def _write(self, recorded: dict[str, Any]) -> str:
+        """Writes this process's files and a manifest with what is `recorded`. Returns the directory's name."""
+        name = f"{self._key}-{secrets.token_hex(4)}"
+        target = self._cache.directory / name
+        target.mkdir(mode=0o700)
+        files = {}
+        for path in sorted(self._workspace.rglob("*")):
+            relative = path.relative_to(self._workspace).as_posix()
+            kept = path.is_file() and path.name != "alive" and not path.name.endswith(_NOT_KEPT)
+            if kept and _SAFE_PATH.fullmatch(relative):
+                with contextlib.suppress(FileNotFoundError):  # the compiler's own temporary files
+                    content = path.read_bytes()
+                    files[relative] = hashlib.sha256(content).hexdigest()
+                    (target / relative).parent.mkdir(parents=True, exist_ok=True)
+                    (target / relative).write_bytes(content)
+        manifest = {"schema": SCHEMA, "facts": self._facts, "directory": name, "files": files} | recorded
+        written = target / "manifest.json"
+        with written.open("w", encoding="utf-8") as file:
+            json.dump(manifest, file)
+            file.flush()
+            os.fsync(file.fileno())
+        written.replace(self._cache.manifest_path(self._key))
+        return name
+
     def _nearest_miss(self) -> str:
-        """Which fact differs from the entry most like this one."""
-        best: tuple[int, str] | None = None
+        """Names the facts that differ from the entry most like this one."""
+        misses = [(len(self._facts) + 1, "this model was not compiled before")]
         for path in self._cache.manifests():
             with contextlib.suppress(UnusableError):
                 facts = _read_manifest(path)["facts"]
-                if facts.get("model") != self._facts["model"]:
-                    continue
-                differing = [k for k in self._facts if facts.get(k) != self._facts[k]]
-                shown = ", ".join(f"{k} {_differing(facts.get(k), self._facts[k])}" for k in differing)
-                best = min(best or (99, ""), (len(differing), f"compiled before with other {shown}"))
-        return best[1] if best else "this model was not compiled before"
+                if facts.get("model") == self._facts["model"]:
+                    differing = [k for k in self._facts if facts.get(k) != self._facts[k]]
+                    other = ", ".join(f"{k} {_difference(facts.get(k), self._facts[k])}" for k in differing)
+                    misses.append((len(differing), f"compiled before with other {other}"))
+        return min(misses)[1]
 
 
 def shown(shapes: Iterable[Shape]) -> str:
@@ -324,15 +306,11 @@ def key_of(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _differing(before: Any, now: Any) -> str:
+def _difference(before: Any, now: Any) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
         parts = [f"{k} {before.get(k)} (now {now.get(k)})" for k in now if before.get(k) != now.get(k)]
         return printable(", ".join(parts), 120)
     return printable(f"{before} (now {now})", 120) if len(str(now)) <= 40 else "than now"
-
-
-def _is_found(attention: Any, inputs_are_free: Any) -> bool:
-    return isinstance(attention, str) and inputs_are_free in (True, False, None)
 
 
 def _shapes(manifest: dict[str, Any], name: str) -> set[Shape]:
@@ -340,22 +318,22 @@ def _shapes(manifest: dict[str, Any], name: str) -> set[Shape]:
 
 
 class UnusableError(Exception):
-    """Something in the cache is not what was written there; the text says what."""
+    """A file in the cache was changed or is missing; the text says which."""
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     """A manifest that is whole and belongs to its name. Raises UnusableError."""
     try:
-        manifest = json.loads(_read_regular(path))
-        facts, files, directory = manifest["facts"], manifest["files"], manifest["directory"]
+        manifest = json.loads(_read(path))
+        found = ProbeResult(**manifest["found"])
         whole = (
             manifest["schema"] == SCHEMA
-            and key_of(facts) == path.stem
-            and re.fullmatch(rf"{path.stem}-[0-9a-f]{{8}}", directory)
-            and all(_SAFE_PATH.fullmatch(n) and len(f) == 2 for n, f in files.items())
+            and key_of(manifest["facts"]) == path.stem
+            and re.fullmatch(rf"{path.stem}-[0-9a-f]{{8}}", manifest["directory"])
+            and all(_SAFE_PATH.fullmatch(name) and isinstance(f, str) for name, f in manifest["files"].items())
             and all(len(b) >= 2 and all(isinstance(x, int) for x in b) for b in manifest["buckets"])
-            and isinstance(manifest["built"], (int, float))
-            and _is_found(**manifest["found"])
+            and isinstance(found.attention, str)
+            and found.inputs_are_free in (True, False, None)
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UnusableError(f"{path.name} is damaged") from None
@@ -364,59 +342,34 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_regular(path: Path) -> bytes:
-    """The bytes of a regular file of ours. Raises UnusableError."""
+def _read(path: Path, checksum: str | None = None) -> bytes:
+    """The bytes of a regular file of this user's, with this SHA-256 (hex) if one is given. Raises UnusableError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
                 raise UnusableError(f"{path.name} is not a file of this user's")
-            return file.read()
+            content = file.read()
     except OSError as error:
         raise UnusableError(f"{path.name} cannot be read ({error.strerror})") from None
-
-
-def _check(path: Path, checksum: str) -> bytes:
-    content = _read_regular(path)
-    if hashlib.sha256(content).hexdigest() != checksum:
+    if checksum not in (None, hashlib.sha256(content).hexdigest()):
         raise UnusableError(f"{path.name} is not what was written")
     return content
-
-
-def _copy_checked(source: Path, target: Path, files: dict[str, Any], keep: bool = False) -> None:
-    """Copies all files or none; `keep` leaves those that are there already. Raises UnusableError."""
-    content = {name: _check(source / name, checksum) for name, (_, checksum) in files.items()}
-    for name, data in content.items():
-        path = target / name
-        if keep and path.exists():
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
-
-
-def _copy(source: Path, target: Path) -> tuple[int, str]:
-    """Copies a file; its size and checksum."""
-    content = source.read_bytes()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(content)
-    return len(content), hashlib.sha256(content).hexdigest()
 
 
 def _size(directory: Path) -> int:
     return sum(p.lstat().st_size for p in directory.rglob("*") if not p.is_dir())
 
 
-_workspaces: dict[Path, tuple[Path, FileLock]] = {}
+_workspaces: dict[Path, tuple[Path, FileLock]] = {}  # by cache directory: this process's own, and its lock
 
 
 def _workspace(cache: CompileCache) -> Path:
-    """This process's own directory in the cache, and the compiler's from now on."""
+    """This process's own directory in the cache, from now on the compiler's too."""
     directory = cache.directory.resolve()
     if directory not in _workspaces:
-        with cache.locked():  # or another process takes it for one that a dead process left
+        with cache.locked():  # or another process's sweep takes the new directory for a dead process's
             path = directory / f"work-{secrets.token_hex(4)}"
             path.mkdir(mode=0o700)
             alive = FileLock(path / "alive")
@@ -429,7 +382,7 @@ def _workspace(cache: CompileCache) -> Path:
 
 
 def remove_workspaces() -> None:
-    """Removes this process's own directories; called when it ends."""
+    """Removes this process's own directories; called when the process ends."""
     while _workspaces:
         _, (path, alive) = _workspaces.popitem()
         alive.release()

@@ -1,1 +1,1 @@
-"""The stock model: what it is made of, whether trees can compute it, its checkpoint read once, and proof of that."""
+"""The stock model: its parts, support for trees, its checkpoint read once, and proof that it stays unchanged."""

@@ -1,4 +1,4 @@
-"""Loading a checkpoint unchanged, and its fingerprint."""
+"""Loads a model, its configuration and its tokenizer from a directory or the hub, all unchanged."""
 
 import gc
 import json
@@ -25,7 +25,7 @@ def load_config(model: str) -> Any:
     """The model's configuration.
 
     Raises:
-        UserError: none can be loaded, or it is not of a decoder-only language model.
+        UserError: none can be loaded, or the model is not a decoder-only language model.
     """
     try:
         path = Path(model)
@@ -36,7 +36,8 @@ def load_config(model: str) -> Any:
         raise UserError(f"{model}: no config.json in this directory")
     if not there and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise UserError(f"{model}: no such directory")
-    config = _loading(model, "config.json", lambda: AutoConfig.from_pretrained(model, trust_remote_code=False))
+    with _one_line(model, "config.json"):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if layers is not None and layers < 1:  # which transformers would make a model of
         raise UserError(f"{model}: config.json: num_hidden_layers is {layers}")
@@ -46,58 +47,57 @@ def load_config(model: str) -> Any:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        UserError: none can be loaded.
-    """
-    return _loading(model, "tokenizer", lambda: AutoTokenizer.from_pretrained(model, trust_remote_code=False))
+    """The model's tokenizer. Raises UserError: none can be loaded."""
+    with _one_line(model, "tokenizer"):
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
 
-def load_model(model: str, config: Any, dtype: str, device: torch.device) -> PreTrainedModel:
-    """What `load_checkpoint` loads, without the fingerprint."""
-    return load_checkpoint(model, config, dtype, device).model
+def load_generation_config(model: str, config: Any) -> GenerationConfig:
+    """The model's generation config, from its file, else from `config`. Raises UserError: the file cannot be read."""
+    with _one_line(model, "generation config"):
+        with suppress(OSError):
+            return GenerationConfig.from_pretrained(model)
+        return GenerationConfig.from_model_config(config)
 
 
 def load_checkpoint(
     model: str, config: Any, dtype: str, device: torch.device, share: LayerRange | None = None, read_all: bool = True,
     keep_cached: bool = False, while_reading: WhileReading | None = None,
 ) -> Loaded:  # fmt: skip
-    """The stock model with the checkpoint's weights, on `device`, for inference, and the checkpoint's fingerprint.
+    """The stock model with the checkpoint's weights, on `device`, for inference.
 
     Args:
         model: a directory or a hub id with safetensors files.
-        config: what `load_config` returned.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
-        device: where to.
-        share, read_all, keep_cached, meanwhile: see `load_plainly`.
+        share, read_all, keep_cached, while_reading: see `load_plainly`.
 
     Raises:
-        UserError: files are missing or damaged, or weights are missing from them; or only `from_pretrained` can load
-            them, which loads no share.
+        UserError: a file is missing or damaged, or a weight is missing; or a share is asked for, and only
+            `from_pretrained` can load the checkpoint.
         torch.OutOfMemoryError: the weights do not fit on the device.
     """
     try:
-        files = _loading(model, "weights", lambda: _plain_files(model))
+        files = _plain_files(model)
         with _quiet_transformers():
             loaded = load_plainly(
                 model, config, DTYPES.get(dtype), device, files, share, read_all, keep_cached, while_reading
             )
-            _loading(model, "generation config", lambda: _set_generation_config(loaded.model, model))
+            if loaded.model.can_generate():
+                loaded.model.generation_config = load_generation_config(model, loaded.model.config)
         return loaded
     except NeedsTransformersLoader as error:
         reason = str(error)
         if share is not None:
             raise UserError(f"{model}: weights: cannot be loaded in parts: {reason}") from None
-    # out of the handler, so that nothing of the attempt is held
-    if while_reading is not None:  # may have compiled modules, which hold themselves
+    # outside of the handler, so that nothing of the attempt is kept alive
+    if while_reading is not None:  # may have compiled modules, which are in reference cycles
         gc.collect()
     return Loaded(_load_by_transformers(model, config, dtype, device), read_checkpoint(model), reason)
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Its report of missing weights is ours to make."""
+    """Silences transformers' report of missing weights; this module reports them itself."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -107,39 +107,15 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def load_generation_config(model: str, config: Any) -> GenerationConfig:
-    """The model's generation config, from its file, else from its configuration.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    return _loading(model, "generation config", lambda: _generation_config(model, config))
-
-
-def _generation_config(model: str, config: Any) -> GenerationConfig:
-    with suppress(OSError):
-        return GenerationConfig.from_pretrained(model)
-    return GenerationConfig.from_model_config(config)
-
-
-def _set_generation_config(loaded: PreTrainedModel, model: str) -> None:
-    if loaded.can_generate():
-        loaded.generation_config = _generation_config(model, loaded.config)
-
-
 def _load_by_transformers(model: str, config: Any, dtype: str, device: torch.device) -> PreTrainedModel:
-    with _quiet_transformers():
-        loaded, info = _loading(
+    with _quiet_transformers(), _one_line(model, "weights"):
+        loaded, info = AutoModelForCausalLM.from_pretrained(
             model,
-            "weights",
-            lambda: AutoModelForCausalLM.from_pretrained(
-                model,
-                config=config,
-                dtype=DTYPES.get(dtype, "auto"),
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            ),
+            config=config,
+            dtype=DTYPES.get(dtype, "auto"),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
@@ -149,14 +125,7 @@ def _load_by_transformers(model: str, config: Any, dtype: str, device: torch.dev
 
 
 def check_vocabulary(model: str, tokenizer: Any, config: Any, used: int) -> None:
-    """Refuses a tokenizer whose ids go past the model's embedding.
-
-    Args:
-        used: the highest token id in the data.
-
-    Raises:
-        UserError: `used` is not below the vocabulary's size.
-    """
+    """Raises UserError if `used`, the highest token id in the data, is not below the vocabulary's size."""
     size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
     if size is not None and used >= size:
         raise UserError(
@@ -165,70 +134,61 @@ def check_vocabulary(model: str, tokenizer: Any, config: Any, used: int) -> None
         )
 
 
-def fingerprint(model: str) -> str:
-    """SHA-256 (hex) over the names, dtypes, shapes and bytes of all tensors in the checkpoint's safetensors files.
+def read_checkpoint(model: str) -> Checkpoint:
+    """Reads all tensors in the checkpoint's safetensors files for their digests, and keeps none.
 
     Raises:
         UserError: there are no such files, or they cannot be read.
     """
-    return read_checkpoint(model).fingerprint
-
-
-def read_checkpoint(model: str) -> Checkpoint:
-    """Reads all tensors in the checkpoint's safetensors files, and keeps none. Raises: see `fingerprint`."""
-    files = _checkpoint_files(model)
+    files = checkpoint_files(model)
     if not files:
         raise UserError(f"{model}: no {SINGLE} and no {INDEX}; only safetensors checkpoints are loaded")
     tensors = [tensor for file in files for tensor in read_header(model, file)]
     return stream(model, tensors, {}, torch.device("cpu"))
 
 
-def checkpoint_files(model: str) -> list[Path]:
-    """The checkpoint's safetensors files; empty if it has none. Raises UserError: they cannot be found."""
-    files: list[Path] = _loading(model, "weights", lambda: _checkpoint_files(model))
-    return files
-
-
 def _plain_files(model: str) -> list[Path]:
     """The checkpoint's files.
 
     Raises:
-        NotPlain: there are none, or they are not all there is to the weights.
+        NeedsTransformersLoader: there are none, or the weights depend on other files too.
     """
-    if _find(model, "adapter_config.json") is not None:
-        raise NeedsTransformersLoader("it is an adapter")
-    if any(Path(model).glob("shard-*.safetensors")):
-        raise NeedsTransformersLoader("it is a distributed checkpoint")
-    files = _checkpoint_files(model)
-    if not files:
-        raise NeedsTransformersLoader(f"it has no {SINGLE} and no {INDEX}")
-    return files
+    with _one_line(model, "weights"):
+        if _find(model, "adapter_config.json") is not None:
+            raise NeedsTransformersLoader("it is an adapter")
+        if any(Path(model).glob("shard-*.safetensors")):
+            raise NeedsTransformersLoader("it is a distributed checkpoint")
+        files = checkpoint_files(model)
+        if not files:
+            raise NeedsTransformersLoader(f"it has no {SINGLE} and no {INDEX}")
+        return files
 
 
-def _checkpoint_files(model: str) -> list[Path]:
-    """The checkpoint's safetensors files, in the order of their names; empty if it has none.
+def checkpoint_files(model: str) -> list[Path]:
+    """The checkpoint's safetensors files, in the order of their names; empty if there are none.
 
     Raises:
         UserError: a file that the index names is not there, or the index cannot be read.
     """
-    single = _find(model, SINGLE)
-    if single is not None:
-        return [single]
-    index = _find(model, INDEX)
+    with _one_line(model, "weights"):
+        single = _find(model, SINGLE)
+        index = None if single is not None else _find(model, INDEX)
     if index is None:
-        return []
+        return [] if single is None else [single]
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{model}: weights: {INDEX}: not an index: {type(error).__name__}: {error}") from None
+    files = []
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{model}: weights: {INDEX}: names {name!r}, which is not a file beside it")
-    found = {name: _find(model, name) for name in names}
-    for name, path in found.items():
-        if path is None:
+        with _one_line(model, "weights"):
+            file = _find(model, name)
+        if file is None:
             raise UserError(f"{model}: weights: no {name}, which {INDEX} names")
-    return [path for path in found.values() if path is not None]
+        files.append(file)
+    return files
 
 
 def _find(model: str, name: str) -> Path | None:
@@ -236,10 +196,12 @@ def _find(model: str, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _loading(model: str, what: str, load: Any) -> Any:
+@contextmanager
+def _one_line(model: str, part: str) -> Iterator[None]:
+    """Turns any error that a reader raises into one line."""
     try:
-        return load()
+        yield
     except (torch.OutOfMemoryError, UserError, NeedsTransformersLoader):
         raise
     except Exception as error:  # damaged files make their readers raise errors of every kind
-        raise UserError(f"{model}: {what}: {first_line(error)}") from None
+        raise UserError(f"{model}: {part}: {first_line(error)}") from None

@@ -1,4 +1,4 @@
-"""Where the tensors of a decoder layer lie in one run of bytes, the same for all layers of a model."""
+"""The layout of a decoder layer's tensors in one run of bytes, the same for all layers of a model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from cecompile.errors import UserError
 from cecompile.model.structure import decoder_layers
 
 PLACES = 2  # for layers on the device: one computes while the next is read
-ALIGNED = 256  # bytes; where each tensor of a layer begins
+ALIGNED = 256  # bytes; each tensor of a layer begins at a multiple
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the tensors of a layer lie in one run of bytes.
+    """The places of a layer's tensors in one run of bytes.
 
     Attributes:
-        shapes: by their names in the layer; `dtype` is that of all.
-        starts: their first bytes.
-        size: of all, in bytes.
+        dtype: of all tensors.
+        shapes, starts: shape and first byte of each tensor, by its name in the layer.
+        size: of all tensors, in bytes.
     """
 
     dtype: torch.dtype
@@ -31,7 +31,7 @@ class Layout:
 
     @classmethod
     def of(cls, layer: nn.Module) -> "Layout":
-        """For the parameters and persistent buffers of a layer, all of one dtype."""
+        """The layout of a layer's parameters and persistent buffers, all of one dtype."""
         held = layer.state_dict()
         starts, size = {}, 0
         for name, tensor in held.items():
@@ -40,19 +40,18 @@ class Layout:
         return cls(next(iter(held.values())).dtype, {n: t.shape for n, t in held.items()}, starts, size)
 
     def views(self, content: Tensor) -> dict[str, Tensor]:
-        """`content`, (size,) uint8, as the layer's tensors by name."""
-        out = {}
-        for name, shape in self.shapes.items():
-            at = self.starts[name]
-            out[name] = content[at : at + shape.numel() * self.dtype.itemsize].view(self.dtype).view(shape)
-        return out
+        """The layer's tensors by name, as views of `content`, (size,) uint8."""
+        return {
+            name: content[at : at + shape.numel() * self.dtype.itemsize].view(self.dtype).view(shape)
+            for (name, shape), at in zip(self.shapes.items(), self.starts.values(), strict=True)
+        }
 
 
 def layer_layout(model: Any) -> Layout:
-    """The layout that all decoder layers of a model have; of one on the meta device too.
+    """The layout shared by all decoder layers of a model, which may be on the meta device.
 
     Raises:
-        UserError: they differ, or share tensors.
+        UserError: the layers have different layouts, or share tensors.
     """
     layers = decoder_layers(model)
     layout = Layout.of(layers[0])

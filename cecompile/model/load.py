@@ -1,8 +1,7 @@
-"""A checkpoint's tensors straight into the stock model: one copy of the weights, one pass over the files.
+"""Loads a checkpoint's tensors straight into the stock model: one copy of the weights, one pass over the files.
 
-This does what `from_pretrained` does where stored tensors and the model's parameters go together name by name, which
-is nearly always. Where there is more to it (weights to be merged, renamed, dequantised), it declines by raising
-`NeedsTransformersLoader`.
+The result is that of `from_pretrained` wherever stored tensors match the model's parameters by name, which is nearly
+always. Other checkpoints (weights to be merged, renamed, dequantised) are declined with `NeedsTransformersLoader`.
 """
 
 import copy
@@ -27,8 +26,8 @@ from cecompile.errors import UserError, first_line
 from cecompile.model.safetensors_reader import Checkpoint, StoredTensor, read_header, stream
 from cecompile.model.structure import LayerRange
 
-SWITCH = 1e-4  # seconds after which Python code yields to a thread that reads; usually 50 times as many
-HUGE = 4 * 2**20  # bytes of a tensor from which huge pages, of usually 2 MiB, are worth asking for
+SWITCH = 1e-4  # seconds after which Python code yields to the reading thread; Python's default is 50 times as long
+HUGE = 4 * 2**20  # smallest tensor in bytes for which huge pages, usually of 2 MiB, are worth asking for
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _UNUSUAL = ("quantization_config", "fusion_config", "transformers_weights", "extra_files", "sub_configs")
@@ -38,12 +37,12 @@ WhileReading = Callable[[PreTrainedModel], object]
 
 
 class NeedsTransformersLoader(Exception):  # noqa: N818  (nothing is wrong)
-    """Loading this checkpoint takes more than copying tensors by their names; says what."""
+    """Loading this checkpoint takes more than copying tensors by their names; the text gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """What was `made` while tensors were read, and when both were done, by `time.perf_counter()`."""
+    """The result `made` while tensors were read, and when each was done by `time.perf_counter()`."""
 
     made: Any
     read_at: float
@@ -55,13 +54,12 @@ class Loaded:
     """A model ready for inference.
 
     Attributes:
-        model: the stock model with the checkpoint's weights.
-        checkpoint: what its files hold.
-        fallback: why `from_pretrained` loaded it; None where its tensors were copied by their names.
-        sources: then, by the first name of each parameter and persistent buffer, where among the checkpoint's tensors
-            it is stored: once, and more often where tied weights are.
-        left: the same of what was not to be loaded.
-        overlap: what was made while tensors were read.
+        checkpoint: tensors and digests of the checkpoint's files.
+        fallback: why `from_pretrained` loaded the model; None where tensors were copied by their names.
+        sources: by the first name of each loaded parameter and persistent buffer, indices into the checkpoint's
+            tensors: one, or several for tied weights. Empty after a fallback.
+        left: the same for parameters and buffers that were not loaded.
+        overlap: result and times of `while_reading`.
     """
 
     model: PreTrainedModel
@@ -73,7 +71,7 @@ class Loaded:
 
     @property
     def fingerprint(self) -> str:
-        """Of the checkpoint's tensors."""
+        """The fingerprint of the checkpoint's tensors."""
         return self.checkpoint.fingerprint
 
 
@@ -82,23 +80,21 @@ def load_plainly(
     share: LayerRange | None = None, read_all: bool = True, keep_cached: bool = False,
     while_reading: WhileReading | None = None,
 ) -> Loaded:  # fmt: skip
-    """The stock model on `device`, bit by bit what `from_pretrained` gives.
+    """The stock model on `device`, bit for bit as `from_pretrained` loads it.
 
     Args:
         model: named in errors, and the model's `name_or_path`.
-        config: the checkpoint's; is not changed.
         dtype: of the parameters; None is the checkpoint's.
-        device: where to.
         files: all safetensors files of the checkpoint.
-        share: what to load of it; the rest stays on the meta device. None loads all.
-        read_all: read also what is not loaded, for the fingerprint. Otherwise the share that begins the model reads,
-            beside what is loaded, what is no parameter's.
+        share: the part to load; the rest stays on the meta device. None loads all.
+        read_all: read all tensors, for the fingerprint. Otherwise only the loaded ones are read, and in the share that
+            begins the model, those of no parameter.
         keep_cached: see `stream`.
-        meanwhile: is called with the model while a thread reads what its parameters will hold.
+        while_reading: called with the model while a thread reads the weights.
 
     Raises:
-        NotPlain: `from_pretrained` must do it.
-        UserError: a file is damaged, or a weight is missing or of another shape.
+        NeedsTransformersLoader: only `from_pretrained` can load this checkpoint.
+        UserError: a file is damaged, or a weight is missing or has another shape.
         torch.OutOfMemoryError: the parameters do not fit.
     """
     tensors = [tensor for file in files for tensor in read_header(model, file)]
@@ -120,26 +116,21 @@ def load_plainly(
         checkpoint, overlap = _read_overlapped(read, functools.partial(while_reading, network), device)
     for indices in sources.values():
         if len({(tensors[i].dtype, checkpoint.digests[i]) for i in indices}) > 1:
-            raise NeedsTransformersLoader(
-                f"{tensors[indices[0]].name} and {tensors[indices[1]].name} are tied and differ"
-            )
+            first, second, *_ = (tensors[i].name for i in indices)
+            raise NeedsTransformersLoader(f"{first} and {second} are tied and differ")
     return Loaded(network, checkpoint, sources=sources, left=left, overlap=overlap)
 
 
 def _read_overlapped(
     read: Callable[..., Checkpoint], make: Callable[[], object], device: torch.device
 ) -> tuple[Checkpoint, Overlap]:
-    """Reads on a thread while this one makes something."""
+    """Calls `read` on a thread, and `make` on this one."""
     given_up = threading.Event()
-    read_at = 0.0
 
-    def in_thread() -> Checkpoint:
-        nonlocal read_at
-        if device.type == "cuda":  # which is each thread's own to say
+    def in_thread() -> tuple[Checkpoint, float]:
+        if device.type == "cuda":  # each thread has its own current device
             torch.cuda.set_device(device)
-        checkpoint = read(given_up=given_up)
-        read_at = time.perf_counter()
-        return checkpoint
+        return read(given_up=given_up), time.perf_counter()
 
     interval = sys.getswitchinterval()
     with ThreadPoolExecutor(1, "load") as thread:
@@ -147,7 +138,7 @@ def _read_overlapped(
         try:
             sys.setswitchinterval(SWITCH)
             made, made_at = make(), time.perf_counter()
-            checkpoint = reading.result()
+            checkpoint, read_at = reading.result()
         except BaseException:
             given_up.set()
             raise
@@ -159,7 +150,7 @@ def _read_overlapped(
 def _parameter_dtype(
     config: Any, dtype: torch.dtype | None, files: Sequence[Path], tensors: Sequence[StoredTensor]
 ) -> torch.dtype:
-    """What `from_pretrained` would make of `dtype`."""
+    """The dtype that `from_pretrained` would load in. Raises NeedsTransformersLoader."""
     unusual = [name for name in _UNUSUAL if getattr(config, name, None)]
     if unusual:
         raise NeedsTransformersLoader(f"the config has {unusual[0]}")
@@ -174,10 +165,10 @@ def _parameter_dtype(
 
 
 def _skeleton(model: str, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with parameters and persistent buffers on the meta device, and its other buffers made, on the CPU.
+    """The model with parameters and persistent buffers on the meta device, and its other buffers on the CPU.
 
-    Those are made as `from_pretrained` makes them: by the model's own initialisation, which leaves alone what is
-    marked as initialised.
+    The model's own initialisation makes the other buffers, as in `from_pretrained`; it skips tensors marked as
+    initialised.
     """
     config = copy.deepcopy(config)
     config.name_or_path, config.dtype = model, dtype
@@ -193,7 +184,7 @@ def _skeleton(model: str, config: Any, dtype: torch.dtype) -> PreTrainedModel:
                 if module._buffers[name] is not None:
                     module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
         network.initialize_weights()
-    except Exception as error:  # whatever it is, from_pretrained copes with it or says it
+    except Exception as error:  # from_pretrained copes with the fault or reports it
         raise NeedsTransformersLoader(f"it cannot be built without memory: {first_line(error)}") from None
     odd = [name for name, tensor in network.state_dict().items() if tensor.dtype != dtype]
     for kept in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
@@ -204,7 +195,7 @@ def _skeleton(model: str, config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _check_renaming(network: PreTrainedModel, tensors: Sequence[StoredTensor]) -> None:
-    """Declines what transformers renames, merges or splits while it loads."""
+    """Declines tensors that transformers renames, merges or splits on loading."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -213,18 +204,12 @@ def _check_renaming(network: PreTrainedModel, tensors: Sequence[StoredTensor]) -
                 if rule.rename_source_key(tensor.name) != (tensor.name, None):
                     raise NeedsTransformersLoader(f"transformers converts {tensor.name}")
     except (ImportError, AttributeError, TypeError) as error:  # no public interface
-        raise NeedsTransformersLoader(
-            f"this version of transformers does not say what it converts: {first_line(error)}"
-        ) from None
+        reason = f"this version of transformers does not say what it converts: {first_line(error)}"
+        raise NeedsTransformersLoader(reason) from None
 
 
 def _match(model: str, network: PreTrainedModel, tensors: Sequence[StoredTensor]) -> dict[str, list[int]]:
-    """Where the model's parameters and persistent buffers are stored.
-
-    Returns:
-        Indices into `tensors`, by the first name of each parameter: one, and more where tied weights are stored
-        several times.
-    """
+    """The stored tensors of the model's parameters and persistent buffers: see `Loaded.sources`."""
     expected = network.state_dict(keep_vars=True)
     first_names = _first_names(network, expected)
     prefix = f"{network.base_model_prefix}."
@@ -238,9 +223,8 @@ def _match(model: str, network: PreTrainedModel, tensors: Sequence[StoredTensor]
             unexpected = True
             continue
         if tensor.dtype not in _FLOATS or not tensor.aligned:
-            raise NeedsTransformersLoader(
-                f"{tensor.name} is stored as {tensor.dtype}{'' if tensor.aligned else ', unaligned'}"
-            )
+            unaligned = "" if tensor.aligned else ", unaligned"
+            raise NeedsTransformersLoader(f"{tensor.name} is stored as {tensor.dtype}{unaligned}")
         for name in names:
             if tensor.shape != expected[name].shape:
                 raise UserError(
@@ -257,7 +241,7 @@ def _match(model: str, network: PreTrainedModel, tensors: Sequence[StoredTensor]
 
 
 def _first_names(network: PreTrainedModel, expected: dict[str, torch.Tensor]) -> dict[str, str]:
-    """For every name, the first name of the same parameter; several only where transformers ties them."""
+    """For every name, the first name of the same parameter. Declines parameters shared for reasons other than tying."""
     tied = getattr(network, "all_tied_weights_keys", None)
     if tied is None:
         raise NeedsTransformersLoader("this version of transformers does not say what it ties")
@@ -275,21 +259,20 @@ def _first_names(network: PreTrainedModel, expected: dict[str, torch.Tensor]) ->
 def _allocate(
     network: PreTrainedModel, sources: dict[str, list[int]], device: torch.device, absent: Collection[int]
 ) -> dict[int, torch.Tensor]:
-    """Puts memory on `device` under every parameter, and moves the other buffers there; what is tied stays tied.
+    """Allocates every parameter on `device`, and moves the other buffers there; tied tensors stay tied.
 
-    Tensors whose `id` is among those `absent` stay where they are.
+    Tensors whose `id` is in `absent` stay where they are.
 
     Returns:
-        What to fill, by the index of the stored tensor.
+        The tensors to fill, by the index of the stored tensor.
     """
     expected = network.state_dict(keep_vars=True)
     made: dict[int, torch.Tensor] = {}
     targets: dict[int, torch.Tensor] = {}
     for name, indices in sources.items():
-        empty = _empty(expected[name].shape, expected[name].dtype, device)
-        is_parameter = isinstance(expected[name], nn.Parameter)
-        made[id(expected[name])] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-        targets[indices[0]] = empty
+        old = expected[name]
+        targets[indices[0]] = empty = _empty(old.shape, old.dtype, device)
+        made[id(old)] = nn.Parameter(empty, requires_grad=False) if isinstance(old, nn.Parameter) else empty
     for module in network.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
@@ -299,14 +282,14 @@ def _allocate(
 
 
 def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """As `torch.empty`; on the CPU in huge pages, where the system has them for who asks.
+    """Like `torch.empty`; on the CPU in huge pages if the system has them.
 
-    Touching fresh memory a small page at a time takes longer than reading the file.
+    Touching fresh memory in small pages takes longer than reading the file.
     """
     size = shape.numel() * dtype.itemsize
     if device.type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
+    with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -1,8 +1,8 @@
-"""A checkpoint on its way from the disk while Python still imports what will load it.
+"""Reads a checkpoint into the page cache while Python still imports torch and transformers.
 
-Importing torch and transformers takes seconds in which the disk has nothing to do. So a thread reads the files into the
-page cache, in the order in which they are loaded, where memory holds them there beside the model. Loading follows, and
-gives back what it has read; when it has caught up with the thread, the thread ends. No module of torch is needed here.
+The imports take seconds in which the disk is idle. A thread reads the files in the order in which they are loaded, if
+memory holds them beside the model. Loading follows, and drops from the page cache the bytes that it has read. When
+loading has caught up with the thread, the thread ends. This module does not import torch.
 """
 
 import json
@@ -16,12 +16,12 @@ from cecompile.procfs import memory_left
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PIECE = 32 * 2**20  # bytes read at once
-NEAR = 2 * PIECE  # bytes between the two from which on loading has caught up
-CACHED = 0.5  # the share of the memory left up to which a checkpoint may lie in the page cache
+NEAR = 2 * PIECE  # bytes between loading and the thread at which loading has caught up
+CACHED = 0.5  # the largest checkpoint to read ahead, as a share of the memory left
 
 
 class Prefetch(threading.Thread):
-    """Reads files into the page cache, until all are read or `reached` comes near.
+    """Reads files into the page cache until all are read or loading has caught up (see `reached`).
 
     Args:
         files: sorted by their names.
@@ -34,7 +34,7 @@ class Prefetch(threading.Thread):
         self._caught_up = False
 
     def run(self) -> None:
-        """Reads; a file that cannot be read is met again, and told, where it is loaded."""
+        """Reads. A file that cannot be read is reported later, by loading."""
         content = bytearray(PIECE)
         for file in self._files:
             with suppress(OSError), open(file, "rb", buffering=0) as opened:
@@ -47,7 +47,7 @@ class Prefetch(threading.Thread):
                         os.preadv(opened.fileno(), [content], start)
 
     def reached(self, file: Path, start: int) -> None:
-        """Loading has come to this byte of this file."""
+        """Tells the thread that loading has come to this byte of this file."""
         self._caught_up |= (file.name, start + NEAR) >= self._at
 
 
@@ -55,8 +55,8 @@ _running: list[Prefetch] = []
 
 
 def begin(model: str) -> None:
-    """Starts on the checkpoint in a directory or in the hub's cache, if there is one, and memory holds it twice."""
-    with suppress(Exception):  # whatever a damaged checkpoint raises is met again, and told, where it is loaded
+    """Starts reading the checkpoint in a directory or in the hub's cache, if there is one and memory holds it twice."""
+    with suppress(Exception):  # faults of a damaged checkpoint are reported later, by loading
         files = _files(model)
         if 0 < sum(file.stat().st_size for file in files) <= CACHED * memory_left():
             _running.append(Prefetch(files))
@@ -64,13 +64,13 @@ def begin(model: str) -> None:
 
 
 def reached(file: Path, start: int) -> None:
-    """Loading has come to this byte of this file."""
+    """Tells all threads that loading has come to this byte of this file."""
     for one in _running:
         one.reached(file, start)
 
 
 def _files(model: str) -> list[Path]:
-    """The checkpoint's files, as far as they are here."""
+    """The checkpoint's files, as far as they are on this machine."""
     single, index = _find(model, SINGLE), _find(model, INDEX)
     if single is not None or index is None:
         return [] if single is None else [single]

@@ -1,16 +1,17 @@
-"""Reading safetensors files once, front to back, through a few host buffers: bytes to tensors, digests on the way.
+"""Reads safetensors files once, front to back, through a few host buffers, and digests every tensor on the way.
 
-The page cache is not for this: mapping a checkpoint keeps all of it in memory beside the model, and where device and
-host share one memory, that is twice the model. So blocks are read with `pread` into reused buffers, copied out, and
-dropped from the page cache. Two threads read ahead, some hash, and the caller's thread copies.
+A mapped checkpoint would stay in the page cache beside the model; where device and host share one memory, that is twice
+the model. So blocks are read with `pread` into reused buffers, copied out, and dropped from the page cache. Two threads
+read ahead, some hash, and the caller's thread copies.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from cecompile.model import prefetch
 
 BLOCK = 8 * 2**20  # bytes of a read
 BLOCKS = 32  # buffers
-IN_USE = 24  # of them, how many may be being copied and hashed: two large tensors; the others are read ahead
+IN_USE = 24  # buffers that may be copied and hashed at once: two large tensors; the others are read ahead
 READERS = 2  # so that a disk has the next request before it is done with one
 HASHERS = min(4, os.cpu_count() or 1)
 
@@ -39,7 +40,7 @@ _DTYPES = {
 
 
 class GivenUp(Exception):  # noqa: N818  (nobody is told)
-    """Reading was not done, because nobody waits for it."""
+    """Reading was cancelled; the caller no longer needs the tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +48,8 @@ class StoredTensor:
     """A tensor in a safetensors file.
 
     Attributes:
-        name: its key, unique in its file.
-        dtype: what its bytes are.
-        shape: its sizes; row-major.
-        file: where.
-        start: its first byte, from the file's beginning.
-        size: in bytes.
-        aligned: whether it starts at a multiple of its element's size, from the first tensor's first byte.
+        start, size: first byte, counted from the file's beginning, and number of bytes; row-major.
+        aligned: whether the tensor starts at a multiple of its element's size, from the first tensor's first byte.
     """
 
     name: str
@@ -66,14 +62,10 @@ class StoredTensor:
 
 
 def read_header(model: str, file: Path) -> list[StoredTensor]:
-    """The tensors of a safetensors file, in the order in which they lie there, without a gap between them.
-
-    Args:
-        model: named in errors.
-        file: where.
+    """The tensors of a safetensors file, in file order; there are no gaps between them. Errors name `model`.
 
     Raises:
-        UserError: the file cannot be read, is cut off, its header is damaged, or it has a dtype torch has not.
+        UserError: the file cannot be read, is cut off, has a damaged header, or has a dtype that torch lacks.
     """
     try:
         with safe_open(file, framework="pt"):  # maps the file, reads and checks the header, and no more
@@ -98,24 +90,19 @@ def _stored(model: str, file: Path, origin: int, name: str, entry: Any) -> Store
 
 
 def digest_of(tensors: Sequence[StoredTensor], digests: Sequence[str]) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and contents: does not depend on files or on order.
-
-    Args:
-        tensors: all of a checkpoint.
-        digests: SHA-256 (hex) of the bytes of each.
-    """
+    """SHA-256 (hex) over all tensors' names, dtypes, shapes and `digests` of their bytes, whatever their order."""
     lines = (f"{t.name} {t.dtype} {t.shape} {digest}" for t, digest in zip(tensors, digests, strict=True))
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What was read of a checkpoint.
+    """A checkpoint's tensors and their digests.
 
     Attributes:
-        tensors: all that its files hold.
-        digests: SHA-256 (hex) of the bytes of each; of no bytes where it was not read.
-        converted: SHA-256 (hex) of what was written of a tensor, by its index, where that was another dtype.
+        tensors: all tensors in the checkpoint's files.
+        digests: SHA-256 (hex) of each tensor's bytes; of no bytes for a tensor that was not read.
+        converted: by index, SHA-256 (hex) of a tensor that was converted to another dtype.
     """
 
     tensors: Sequence[StoredTensor]
@@ -128,19 +115,17 @@ class Checkpoint:
         return digest_of(self.tensors, self.digests)
 
     def read(self) -> dict[int, tuple[str, str | None]]:
-        """By the index of each tensor that was read, its digest, and that of what it was converted to."""
+        """By the index of each tensor that was read: its digest, and that of the converted tensor."""
         nothing = hashlib.sha256().hexdigest()
         return {i: (d, self.converted.get(i)) for i, d in enumerate(self.digests) if d != nothing}
 
     def with_read(self, parts: Mapping[int, tuple[str, str | None]]) -> "Checkpoint":
-        """The same, with what others have `read` of it."""
-        digests = list(self.digests)
-        for i, (digest, _) in parts.items():
-            digests[i] = digest
+        """The checkpoint with the digests in `parts`, as `read` gives them on every rank."""
+        digests = [parts[i][0] if i in parts else digest for i, digest in enumerate(self.digests)]
         return Checkpoint(self.tensors, digests, {i: made for i, (_, made) in parts.items() if made is not None})
 
     def stored_dtypes(self) -> dict[str, int]:
-        """How many numbers are stored in each dtype, by its name."""
+        """The count of stored numbers by the name of their dtype."""
         counts: Counter[str] = Counter()
         for tensor in self.tensors:
             counts[str(tensor.dtype).removeprefix("torch.")] += tensor.size // tensor.dtype.itemsize
@@ -151,19 +136,19 @@ def stream(
     model: str, tensors: Sequence[StoredTensor], targets: Mapping[int, torch.Tensor], device: torch.device,
     only: Collection[int] | None = None, keep_cached: bool = False, given_up: threading.Event | None = None,
 ) -> Checkpoint:  # fmt: skip
-    """Reads all tensors once; fills some; takes the digest of each, and of what becomes of it in another dtype.
+    """Reads tensors once, fills `targets`, and takes the digest of every tensor, before and after conversion.
 
     Takes BLOCKS * BLOCK bytes of host memory, pinned for a CUDA device, and gives them back.
 
     Args:
         model: named in errors.
         tensors: of whole files, file after file, as `read_header` gives them.
-        targets: what to fill, by index into `tensors`: contiguous, on `device`, of the same shape. Another dtype is
-            converted to as `Tensor.to` does; then the stored tensor must be `aligned`.
+        targets: tensors to fill, by index into `tensors`: contiguous, on `device`, of the same shape. Elements are
+            converted to a target's dtype as `Tensor.to` does; then the stored tensor must be `aligned`.
         device: where the targets are.
-        only: indices of those to read, all targets among them; the others' digests are of nothing. None reads all.
-        keep_cached: leave what was read in the page cache, because it will be read again.
-        given_up: set where nobody waits for the result any more.
+        only: indices of the tensors to read, including all targets. None reads all.
+        keep_cached: leave the files in the page cache, because they will be read again.
+        given_up: set once the caller no longer needs the result.
 
     Raises:
         UserError: a file cannot be read, or has become shorter.
@@ -177,7 +162,7 @@ def stream(
         }
         converted = {i: target for i, target in targets.items() if target.dtype != tensors[i].dtype}
         sizes = [converted[i].nbytes if i in converted else 0 for i in range(len(tensors))]
-        hashing = stack.enter_context(_Hashing([tensor.size for tensor in tensors] + sizes))
+        hashing = _Hashing([tensor.size for tensor in tensors] + sizes, stack)
         reader = stack.enter_context(ThreadPoolExecutor(READERS, "read"))
 
         def read_ahead(number: int) -> None:
@@ -186,7 +171,7 @@ def stream(
                 reads.append(reader.submit(_read, model, opened[block.file], block, buffer, keep_cached))
 
         reads: deque[Future[None]] = deque()
-        in_use: deque[_InUse] = deque()
+        in_use: deque[list[Callable[[], object]]] = deque()  # calls that wait until a buffer is free again
         for number in range(BLOCKS):
             read_ahead(number)
         for number, block in enumerate(blocks):
@@ -195,11 +180,12 @@ def stream(
             reads.popleft().result()
             in_use.append(_use(block, buffers[number % BLOCKS], tensors, targets, hashing, device))
             if len(in_use) > IN_USE:
-                in_use.popleft().wait()
+                for wait in in_use.popleft():
+                    wait()
                 read_ahead(number - IN_USE + BLOCKS)
-        while in_use:
-            in_use.popleft().wait()
-        digests = hashing.digests()
+        for wait in itertools.chain(*in_use):
+            wait()
+        digests = [one.hexdigest() for one in hashing.hashes]
         return Checkpoint(tensors, digests[: len(tensors)], {i: digests[len(tensors) + i] for i in converted})
 
 
@@ -213,7 +199,7 @@ class _Piece:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Block:
     """At most BLOCK bytes of a file, read at once."""
 
@@ -224,34 +210,30 @@ class _Block:
 
 
 def _blocks(tensors: Sequence[StoredTensor], only: Collection[int]) -> Iterator[_Block]:
-    """Cuts files into blocks. BLOCK is a multiple of any element's size: what is aligned is cut between elements."""
-    pieces: list[_Piece] = []
-    start = filled = 0
+    """Cuts files into blocks. BLOCK is a multiple of every element size: aligned tensors are cut between elements."""
+    block: _Block | None = None
     for index in sorted(only):
-        tensor = tensors[index]
-        begin, end = tensor.start, tensor.start + tensor.size
-        if pieces and (start + filled != begin or tensor.file != tensors[pieces[0].tensor].file):
-            yield _Block(tensors[pieces[0].tensor].file, start, filled, pieces)
-            pieces = []
-        while begin < end:
-            if not pieces:
-                start, filled = begin, 0
-            size = min(end - begin, BLOCK - filled)
-            pieces.append(_Piece(index, begin - tensor.start, filled, size))
-            begin, filled = begin + size, filled + size
-            if filled == BLOCK:
-                yield _Block(tensor.file, start, filled, pieces)
-                pieces = []
-    if pieces:
-        yield _Block(tensors[pieces[0].tensor].file, start, filled, pieces)
+        tensor, done = tensors[index], 0
+        while done < tensor.size:
+            begin = tensor.start + done
+            if block is None or block.size == BLOCK or (block.file, block.start + block.size) != (tensor.file, begin):
+                if block is not None:
+                    yield block
+                block = _Block(tensor.file, begin, 0, [])
+            size = min(tensor.size - done, BLOCK - block.size)
+            block.pieces.append(_Piece(index, done, block.size, size))
+            block.size += size
+            done += size
+    if block is not None:
+        yield block
 
 
 @contextmanager
 def host_buffers(count: int, size: int, device: torch.device) -> Iterator[list[torch.Tensor]]:
-    """`count` times (size,) uint8, pinned for a CUDA device, and given back to the system afterwards.
+    """`count` buffers, (size,) uint8, pinned for a CUDA device, and given back to the system afterwards.
 
-    Nobody else may hold them then. Torch would keep pinned memory for the next who asks; where the device shares its
-    memory with the host, there is none to spare.
+    The caller must drop all references by then. Torch would keep pinned memory for reuse; a device that shares its
+    memory with the host has none to spare.
     """
     pinned = device.type == "cuda"
     buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(count)]
@@ -285,65 +267,50 @@ def _read(model: str, descriptor: int, block: _Block, buffer: torch.Tensor, keep
             if count == 0:
                 raise UserError(f"{model}: weights: {block.file.name}: became shorter while it was read")
             done += count
-        behind = block.start - READERS * BLOCK  # what no other thread is reading any more
+        behind = block.start - READERS * BLOCK  # no other thread reads before this byte any more
         if behind > 0 and not keep_cached:
             os.posix_fadvise(descriptor, 0, behind, os.POSIX_FADV_DONTNEED)
     except OSError as error:
         raise UserError(f"{model}: weights: {block.file.name}: {error.strerror}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class _InUse:
-    """What must be over before a buffer is read into again."""
-
-    hashed: list[Future[None]]
-    copied: torch.cuda.Event | None
-
-    def wait(self) -> None:
-        for future in self.hashed:
-            future.result()
-        if self.copied is not None:
-            self.copied.synchronize()
-
-
 def _use(
     block: _Block, buffer: torch.Tensor, tensors: Sequence[StoredTensor], targets: Mapping[int, torch.Tensor],
     hashing: "_Hashing", device: torch.device,
-) -> _InUse:  # fmt: skip
-    hashed = []
-    for piece in block.pieces:
-        hashed.append(hashing.add(piece.tensor, buffer[piece.at : piece.at + piece.size]))
-    for piece in block.pieces:
+) -> list[Callable[[], object]]:  # fmt: skip
+    """Hashes a block's tensors and copies them to their targets. Returns calls that wait until both are done."""
+    contents = [(piece, buffer[piece.at : piece.at + piece.size]) for piece in block.pieces]
+    waits: list[Callable[[], object]] = [hashing.add(piece.tensor, content).result for piece, content in contents]
+    for piece, content in contents:
         if piece.tensor in targets:
-            content = buffer[piece.at : piece.at + piece.size]
             written = _copy(content, tensors[piece.tensor].dtype, piece.offset, targets[piece.tensor])
             if written is not None:
-                hashed.append(hashing.add(len(tensors) + piece.tensor, written))
-    copied = None
+                waits.append(hashing.add(len(tensors) + piece.tensor, written).result)
     if device.type == "cuda":
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(device))
-    return _InUse(hashed, copied)
+        waits.append(copied.synchronize)
+    return waits
 
 
 def _copy(content: torch.Tensor, dtype: torch.dtype, offset: int, target: torch.Tensor) -> torch.Tensor | None:
-    """Copies bytes to where they belong in the target: without converting, on this thread alone, or on CUDA later.
-
-    Returns:
-        What was written, (bytes,) uint8 on the CPU, where that is not `content`.
+    """Copies a piece of a stored tensor to its place in the target; to a CUDA device asynchronously.
 
     Args:
         content: (bytes,) uint8.
-        dtype: what they are.
-        offset: where in the stored tensor they start, in bytes.
+        dtype: of the stored tensor.
+        offset: first byte of the piece in the stored tensor.
         target: the whole tensor, in its own dtype.
+
+    Returns:
+        The converted bytes, (bytes,) uint8 on the CPU; None where the dtypes are the same.
     """
     flat = target.view(-1)
     if dtype == target.dtype:
         part = flat.view(torch.uint8)[offset : offset + len(content)]
         if part.is_cuda:
             part.copy_(content, non_blocking=True)
-        else:  # torch would take cores from the other threads
+        else:  # NumPy copies on this thread alone; torch would take cores from the others
             np.copyto(part.numpy(), content.numpy())
         return None
     values = content.view(dtype)
@@ -357,31 +324,19 @@ def _copy(content: torch.Tensor, dtype: torch.dtype, offset: int, target: torch.
 
 
 class _Hashing:
-    """SHA-256 of tensors whose pieces come in order, on threads: a tensor stays with one, which keeps the order."""
+    """SHA-256 of tensors whose pieces come in order. Each tensor stays with one thread, which keeps the order."""
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        """`sizes`: of each tensor, in bytes."""
-        self._hashes = [hashlib.sha256() for _ in sizes]
-        self._threads = [ThreadPoolExecutor(1, "hash") for _ in range(HASHERS)]
-        self._thread_of = []
-        load = [0] * HASHERS
+    def __init__(self, sizes: Sequence[int], stack: ExitStack) -> None:
+        """`sizes`: of each tensor, in bytes; `stack` ends the threads."""
+        self.hashes = [hashlib.sha256() for _ in sizes]
+        self._threads = [stack.enter_context(ThreadPoolExecutor(1, "hash")) for _ in range(HASHERS)]
+        self._thread_of, load = [], [0] * HASHERS
         for size in sizes:
             lightest = load.index(min(load))
             load[lightest] += size
             self._thread_of.append(lightest)
 
-    def __enter__(self) -> "_Hashing":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for thread in self._threads:
-            thread.shutdown()
-
     def add(self, tensor: int, content: torch.Tensor) -> Future[None]:
-        """Adds (bytes,) uint8 to a tensor's hash; they must stay as they are until it is done."""
-        thread, update = self._threads[self._thread_of[tensor]], self._hashes[tensor].update
+        """Adds `content`, (bytes,) uint8, to a tensor's hash; it must stay unchanged until the future is done."""
+        thread, update = self._threads[self._thread_of[tensor]], self.hashes[tensor].update
         return thread.submit(lambda: update(content.numpy().data))
-
-    def digests(self) -> list[str]:
-        """In hex, by tensor; once all that was added is done."""
-        return [one.hexdigest() for one in self._hashes]

@@ -1,4 +1,4 @@
-"""What a stock model is made of: its decoder layers, the norms beside them, and which of them a process holds."""
+"""The parts of a stock model: its decoder layers, its other norms, and the share that a process holds."""
 
 import copy
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cecompile.errors import UserError, first_line
 
-KINDS = 4  # of layers, most that are compiled one by one
-_NUMBERS = {"layer_idx", "layer_id", "layer_index"}  # what tells layers of one kind apart
+KINDS = 4  # most kinds of layers that are compiled one by one
+_NUMBERS = {"layer_idx", "layer_id", "layer_index"}  # differ between layers of one kind
 
 
 def on_meta(config: Any) -> PreTrainedModel:
-    """The causal model of a configuration without memory for its weights, to be counted.
+    """The causal model of a configuration on the meta device, without memory for weights.
 
     Raises:
         UserError: transformers cannot build a causal model from it.
@@ -34,19 +34,17 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def norms_beside(model: PreTrainedModel) -> list[nn.Module]:
-    """The norms with weights that are in no decoder layer."""
+    """The norms with weights outside of all decoder layers."""
     inside = {m for layer in decoder_layers(model) for m in layer.modules()}
     beside = [m for m in model.base_model.modules() if m not in inside]
     return [m for m in beside if any(p.dim() == 1 for p in m.parameters(recurse=False))]
 
 
 def kinds_of(model: PreTrainedModel) -> list[int]:
-    """Of each decoder layer, of which kind it is, counted from 0 in the order of their first layers.
-
-    Layers of a kind differ in their weights alone.
+    """The kind of each decoder layer, numbered from 0 by first appearance. Layers of a kind differ only in weights.
 
     Raises:
-        UserError: there are too many.
+        UserError: there are more than KINDS kinds.
     """
     text, layers = model.config.get_text_config(), decoder_layers(model)
     types = getattr(text, "layer_types", None) or [None] * len(layers)
@@ -59,7 +57,7 @@ def kinds_of(model: PreTrainedModel) -> list[int]:
 
 
 def _settings(layer: nn.Module) -> str:
-    """All that makes one layer compute other than another with the same weights."""
+    """All settings by which two layers with the same weights could compute different results."""
     out = []
     for name, module in layer.named_modules():
         plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in _NUMBERS}
@@ -71,14 +69,17 @@ def _settings(layer: nn.Module) -> str:
 
 
 def _bits(tensor: Tensor) -> int | None:
-    """A hash of what it holds; None on the meta device."""
+    """A hash of the tensor's bytes; None on the meta device."""
     return None if tensor.is_meta else hash(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRange:
-    """What of a model's weights is held: the decoder layers from `first` to before `last`, of `layers` in all, and
-    all that lies beside the layers; but the input embedding only `with_embedding`, and the head only `with_head`."""
+    """The share of a model's weights that a process holds.
+
+    The share has the decoder layers from `first` to before `last`, of `layers` in all, and everything outside of the
+    layers; the input embedding only `with_embedding`, and the head only `with_head`.
+    """
 
     first: int
     last: int
@@ -87,7 +88,7 @@ class LayerRange:
     with_head: bool = True
 
     def absent(self, model: PreTrainedModel) -> set[int]:
-        """The `id`s of the parameters and buffers of a model that are not held."""
+        """The `id`s of a model's parameters and buffers that are not in the share."""
         layers = decoder_layers(model)
         if len(layers) != self.layers:
             raise ValueError(f"{self.layers} layers of a model of {len(layers)}")
@@ -103,5 +104,5 @@ class LayerRange:
 
 
 def own_tensors(module: nn.Module) -> list[Tensor]:
-    """The parameters and buffers of a module that are in none of its modules."""
+    """A module's parameters and buffers, without those of its submodules."""
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]

@@ -1,4 +1,4 @@
-"""Which architectures trees can compute exactly, as far as it shows without weights, and how they get their mask."""
+"""Architectures that trees compute exactly, as far as a model shows without weights, and how each gets its mask."""
 
 import functools
 from typing import Any
@@ -11,17 +11,14 @@ from transformers import PreTrainedModel
 from cecompile.errors import UserError
 from cecompile.model.structure import decoder_layers
 
-# Models with attention of their own that add the mask they are given to their scores, and number positions as told.
+# Models with attention code of their own that add a given mask to their scores and use given position ids.
 BY_MASK = ("codegen", "falcon", "gptj", "xglm")
 ALIBI = ("bloom", "mpt")
 LAYERS = {"full_attention", "sliding_attention"}
 
 
 def refusal(model: PreTrainedModel) -> str | None:
-    """Why this model cannot be computed as trees; None if nothing speaks against it. It needs no weights.
-
-    What is not known before the weights are there, the probe finds out.
-    """
+    """The reason why this model cannot be computed as trees, or None. Needs no weights; the probe checks the rest."""
     text = model.config.get_text_config()
     if getattr(model, "_is_stateful", False):
         return "it keeps a state from token to token"
@@ -42,7 +39,7 @@ def refusal(model: PreTrainedModel) -> str | None:
 
 
 def takes_ours(model: PreTrainedModel) -> bool:
-    """Whether a model asks `transformers` for its attention function by name; else it is given our mask."""
+    """Whether a model asks `transformers` for its attention function by name; others are given a mask instead."""
     kind: Any = type(model)
     return _asks_by_name(kind)
 
@@ -65,7 +62,7 @@ def rope_type(config: Any) -> str | None:
 
 
 def boundary_of(config: Any) -> int | None:
-    """The longest input that the short frequencies are for, in tokens; None for a model with one set of them."""
+    """The longest input in tokens for longrope's short frequencies; None for a model with one set of frequencies."""
     text = config.get_text_config()
     if rope_type(text) != "longrope":
         return None

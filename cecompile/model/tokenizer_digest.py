@@ -1,4 +1,4 @@
-"""What a tokenizer is, in one digest."""
+"""A digest that identifies a tokenizer."""
 
 import hashlib
 import json
@@ -8,11 +8,7 @@ from typing import Any
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 (hex) of all that turns text into token ids and chats into text: the same wherever it was loaded from.
-
-    Args:
-        tokenizer: of `transformers`, fast or slow.
-    """
+    """SHA-256 (hex) of all that turns text into token ids and chats into text, in a fast or slow tokenizer."""
     marks = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     added = {token: int(number) for token, number in tokenizer.get_added_vocab().items()}
     settings = {name: getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "chat_template")}
@@ -26,7 +22,7 @@ def _vocabulary(tokenizer: Any) -> list[bytes]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         serialised: str = backend.to_str()
-        # before it: how batches are padded and cut, which every call may set anew
+        # the part before is padding and truncation, which every call may set anew
         start = max(0, serialised.find('"added_tokens"'))
         return [serialised[start:].encode()]
     with tempfile.TemporaryDirectory() as directory:

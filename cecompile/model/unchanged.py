@@ -1,8 +1,8 @@
-"""Proof that the model that ran is the model that was loaded: its tensors, digested again from where they lie.
+"""Proof that the model that ran is the model that was loaded: its tensors are digested again on the device.
 
-What the files' bytes hash to is known from loading. After the run, the bytes on the device are hashed and held against
-that, name by name, and so are the other buffers against what they were right after loading. So a weight that was
-changed, rounded, pruned or exchanged by anything on the way from the file to the last pass shows.
+Loading digests the files' bytes. After the run, the bytes on the device are digested and compared name by name; other
+buffers are compared with their state right after loading. So any change to a weight between the file and the last pass
+is found, be it rounding, pruning or an exchange.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from cecompile.model.load import Loaded
 from cecompile.model.safetensors_reader import digest_of, host_buffers
 from cecompile.model.support import rope_type
 
-THREADS = min(8, os.cpu_count() or 1)  # nothing else runs then
+THREADS = min(8, os.cpu_count() or 1)  # nothing else runs meanwhile
 BLOCK = 4 * 2**20  # bytes copied out at once; each thread has two such buffers
 EQUAL = "equal to the checkpoint"
 Together = Callable[[dict[Any, Any]], dict[Any, Any]]
@@ -31,7 +31,7 @@ Together = Callable[[dict[Any, Any]], dict[Any, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a tensor holds; `digest` is the SHA-256 (hex) of its bytes, row-major."""
+    """A tensor's dtype, shape, and SHA-256 (hex) of its bytes, row-major."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -42,21 +42,20 @@ class Content:
 
 
 def made_buffers(model: PreTrainedModel) -> dict[str, Content]:
-    """What the buffers hold that the model's own code makes, by name."""
+    """Contents of the buffers that the model's own code makes, by name."""
     stored = model.state_dict(keep_vars=True).keys()
     return contents({name: tensor for name, tensor in _named(model).items() if name not in stored})
 
 
 class Proof:
-    """What a model holds when it has been loaded, to hold it against later.
+    """A model's contents right after loading, before anything ran, to compare with later.
 
     Args:
-        model: as loaded, before anything ran.
-        loaded: how; None for a model that was loaded by somebody else.
-        made: of a model that ran before its parameters were there, what `made_buffers` said before that.
+        loaded: the result of loading; None for a model that the caller loaded.
+        made: the earlier `made_buffers`, where the model ran before its parameters were there.
 
     Attributes:
-        verified: what `check` establishes, in words: EQUAL, or less.
+        verified: the fact that `check` establishes, in words: EQUAL, or less.
     """
 
     def __init__(
@@ -73,19 +72,18 @@ class Proof:
         self.verified = _verified(loaded)
 
     def check(self, name: str, model: PreTrainedModel, together: Together = dict) -> str:
-        """Digests the model where it lies.
+        """Digests the model on its device after the run, and compares.
 
         Args:
             name: the model's, for the message.
-            model: after the run.
-            together: where this is a part of the model, gives what all parts hold for what this one holds.
+            together: merges this part's entries with those of all other parts, where the model is divided.
 
         Returns:
-            SHA-256 (hex) of what the device holds: where `verified` is EQUAL, of the checkpoint's tensors with the
-            device's bytes in place of the files', which is the checkpoint's fingerprint; else of all that it holds.
+            SHA-256 (hex) of the device's tensors. Where `verified` is EQUAL, the tensors are digested as the
+            checkpoint's, which gives the checkpoint's fingerprint.
 
         Raises:
-            CheckError: something is not what it was; names the first such tensor.
+            CheckError: a tensor or a setting has changed; names the first one.
         """
         now = contents(self._as_long_as_before(model))
         for key in dict.fromkeys((*self._held, *now)):
@@ -99,14 +97,12 @@ class Proof:
         if self.verified != EQUAL or self._loaded is None:
             lines = sorted(f"{key} {one.dtype} {one.shape} {one.digest}" for key, one in together(now).items())
             return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-        digests = list(self._loaded.checkpoint.digests)
-        held = {i: now[key].digest for key, indices in self._loaded.sources.items() for i in indices}
-        for i, digest in together(held).items():
-            digests[i] = digest
-        return digest_of(self._loaded.checkpoint.tensors, digests)
+        checkpoint, sources = self._loaded.checkpoint, self._loaded.sources
+        held = together({i: now[key].digest for key, indices in sources.items() for i in indices})
+        return digest_of(checkpoint.tensors, [held.get(i, digest) for i, digest in enumerate(checkpoint.digests)])
 
     def _as_long_as_before(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """What there is to hold against: of a table that grew with the input (XGLM's positions), its first rows."""
+        """The model's tensors; of a table that grew with the input (XGLM's positions), only the first rows."""
         named, stored = _named(model), model.state_dict(keep_vars=True).keys()
         for name in named.keys() & self._held.keys() - stored:
             shape = self._held[name].shape
@@ -116,7 +112,7 @@ class Proof:
 
 
 def contents(named: Mapping[str, Tensor]) -> dict[str, Content]:
-    """What tensors hold, read on several threads, in order of their names given; one by several names is read once."""
+    """Contents of tensors by name, in the given order, read on several threads; a tensor of two names is read once."""
     once = {id(tensor): tensor for tensor in named.values()}
     largest_first = sorted(once.values(), key=lambda tensor: -tensor.nbytes)
     device = next((t.device for t in largest_first if t.is_cuda), torch.device("cpu"))
@@ -126,13 +122,13 @@ def contents(named: Mapping[str, Tensor]) -> dict[str, Content]:
             free.put(buffers[i : i + 2])
         with ThreadPoolExecutor(THREADS, "digest") as threads:
             digests = list(threads.map(lambda tensor: _digest(tensor, free), largest_first))
-        free = SimpleQueue()  # nobody may hold the buffers
+        free = SimpleQueue()  # no reference to the buffers may remain
     by_id = {id(tensor): digest for tensor, digest in zip(largest_first, digests, strict=True)}
     return {name: Content(t.dtype, tuple(t.shape), by_id[id(t)]) for name, t in named.items()}
 
 
 def _digest(tensor: Tensor, free: "SimpleQueue[list[Tensor]]") -> str:
-    """SHA-256 (hex) of a tensor's bytes; those on a device come by turns through two host buffers, from `free`."""
+    """SHA-256 (hex) of a tensor's bytes. A CUDA tensor is copied through two host buffers, taken from `free`."""
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     sha = hashlib.sha256()
     if not content.is_cuda:
@@ -161,8 +157,7 @@ def _hash(sha: Any, copied: tuple[Tensor, torch.cuda.Event] | None) -> None:
 
 
 def _named(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters and buffers, persistent or not, by all their names; without what a model recomputes as it runs, and
-    what was not loaded."""
+    """Parameters and buffers by all their names, except those that a model recomputes as it runs or did not load."""
     named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named |= dict(model.named_buffers(remove_duplicate=False))
     if rope_type(model.config.get_text_config()) in ("dynamic", "longrope"):  # chosen by the length of each input
@@ -171,7 +166,7 @@ def _named(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _stored(loaded: Loaded) -> dict[str, Content]:
-    """What the checkpoint says that the model holds, by first names."""
+    """The contents that the checkpoint gives the model, by first names."""
     checkpoint, model = loaded.checkpoint, loaded.model.state_dict(keep_vars=True)
     out = {}
     for name, (index, *_) in loaded.sources.items():
@@ -201,6 +196,6 @@ def _difference(before: Content | None, now: Content | None) -> str | None:
 
 
 def _fixed(config: Any) -> dict[str, Any]:
-    """A configuration, but for how text is generated, which pipelines set."""
+    """A configuration without its generation settings, which pipelines change."""
     generation = GenerationConfig().to_dict()
     return {key: value for key, value in config.to_dict().items() if key not in generation}

@@ -1,1 +1,1 @@
-"""What a run is to be: how large its buckets, what memory that takes, which layers go where, how long it lasts."""
+"""Decisions before a run: size of buckets, memory, division of layers, estimated time."""

@@ -1,22 +1,21 @@
-"""How long a plan would take on a device: an estimate from counts and public figures, never a measurement.
+"""Estimates the time of a plan on a device, from counts and public figures; nothing is measured.
 
 A pass takes the time of its linear layers (arithmetic, or reading the weights if that is longer), of attention, of
-what elementwise kernels move through memory, of the head on the readouts, and an overhead per layer and per pass. The
-other phases are one assumed rate each. `MEASURED` holds the runs that the model is held against.
+elementwise kernels' memory traffic, of the head on the readouts, and an overhead per layer and per pass. Each other
+phase has one assumed rate. The inference phase is checked against the runs in `MEASURED`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from transformers import AutoConfig
 
 from cecompile.errors import UserError
 from cecompile.model.prefetch import CACHED
-from cecompile.model.structure import decoder_layers, on_meta
 from cecompile.planning.memory import USABLE, TargetDevice
 from cecompile.planning.profiles import PROFILES, Profile
-from cecompile.planning.sizes import experts_used, matrices
+from cecompile.planning.sizes import Sizes, model_sizes
 from cecompile.workload.plan import BLOCK, Bucket, Plan
 from cecompile.workload.totals import Totals
 
@@ -36,141 +35,82 @@ WARMUP_PASSES = 3  # of each bucket: two before it is captured, one that is chec
 
 
 @dataclass(frozen=True, slots=True)
-class ModelSizes:
-    """What of a model its speed depends on.
-
-    Attributes:
-        layers: decoder layers.
-        hidden: width of the residual stream.
-        vocabulary: rows of the head.
-        layer_parameters: of the matrices of all decoder layers.
-        active_parameters: those that one token meets: of the experts, as many as a token is given to.
-        parameters: all of the model's, tied ones once.
-        checkpoint_value: bytes of a parameter in the checkpoint.
-    """
-
-    layers: int
-    hidden: int
-    vocabulary: int
-    layer_parameters: int
-    active_parameters: int
-    parameters: int
-    checkpoint_value: int = VALUE
-
-
-Runs = Sequence[tuple[Bucket, int]]  # each bucket, and how often it runs
-
-
-@dataclass(frozen=True, slots=True)
 class Measured:
-    """An inference phase that was measured on an H100 SXM 80GB, in bfloat16 with captured passes.
+    """An inference phase measured on an H100 SXM 80GB, in bfloat16 with captured passes of one bucket.
 
-    Attributes:
-        sizes: of the model.
-        runs: the plan's.
-        keys: keys that attention visits a query (see `keys_per_query`).
-        seconds: measured.
+    `config` is that of `AutoConfig.for_model`.
     """
 
-    sizes: ModelSizes
-    runs: Runs
-    keys: int
+    config: dict[str, Any]
+    bucket: Bucket
+    runs: int
     seconds: float
 
 
 # HellaSwag validation with the Llama-2 tokenizer: all of it, then the first 2,000 questions.
 MEASURED_PROFILE = "h100"
+MEASURED_KEYS = 256  # see `keys_per_query`
+_LLAMA = {"model_type": "llama", "vocab_size": 32_000, "num_attention_heads": 32}
+_LLAMA_7B = _LLAMA | {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}
+_LLAMA_1B = _LLAMA | {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4,
+}  # fmt: skip
+_PHI3_MEDIUM = {
+    "model_type": "phi3", "vocab_size": 32_064, "hidden_size": 5120, "intermediate_size": 17_920,
+    "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 10,
+}  # fmt: skip
 MEASURED = {
-    "llama-7b": Measured(
-        ModelSizes(32, 4096, 32_000, 6_476_005_376, 6_476_005_376, 6_738_415_616),
-        ((Bucket(1, 8192, 7168), 216),),
-        256,
-        37.72,
-    ),
-    "llama-1b": Measured(
-        ModelSizes(22, 2048, 32_000, 968_884_224, 968_884_224, 1_100_048_384),
-        ((Bucket(1, 8192, 7168), 216),),
-        256,
-        6.81,
-    ),
-    "phi3-medium": Measured(
-        ModelSizes(40, 5120, 32_064, 13_631_488_000, 13_631_488_000, 13_960_238_080),
-        ((Bucket(1, 4096, 4096), 40),),
-        256,
-        7.05,
-    ),
+    "llama-7b": Measured(_LLAMA_7B, Bucket(1, 8192, 7168), 216, 37.72),
+    "llama-1b": Measured(_LLAMA_1B, Bucket(1, 8192, 7168), 216, 6.81),
+    "phi3-medium": Measured(_PHI3_MEDIUM, Bucket(1, 4096, 4096), 40, 7.05),
 }
 
 
-def model_sizes(config: Any) -> ModelSizes:
-    """Counts a model's parameters. Builds it on the meta device: no weight is loaded or allocated.
-
-    Args:
-        config: a transformers configuration of a causal model.
-
-    Raises:
-        UserError: transformers cannot build a causal model from it.
-    """
-    model = on_meta(config)
-    text = config.get_text_config()
-    layers, used = decoder_layers(model), experts_used(text)
-    head = model.get_output_embeddings().weight
-    return ModelSizes(
-        layers=len(layers),
-        hidden=text.hidden_size,
-        vocabulary=head.shape[0],
-        layer_parameters=sum(sum(matrices(layer).values()) for layer in layers),
-        active_parameters=sum(sum(matrices(layer, used).values()) for layer in layers),
-        parameters=sum(p.numel() for p in model.parameters()),
-        checkpoint_value=(config.dtype or torch.bfloat16).itemsize,
-    )
-
-
 def keys_per_query(plan: Plan | Totals, sequences: int) -> int:
-    """How many keys attention visits a query: of sparse tiles the mean depth's and one more, else the longest row."""
+    """Keys that attention visits for a query.
+
+    With sparse tiles, the mean depth rounded up to tiles, and one tile more; else the longest row.
+    """
     if not plan.geometry.blocks:
         return max(b.length for b in plan.buckets)
     return -(-plan.unshared_tokens // sequences // BLOCK) * BLOCK + BLOCK
 
 
-def pass_seconds(profile: Profile, sizes: ModelSizes, bucket: Bucket, keys: int) -> float:
-    """One pass of a bucket.
+def pass_seconds(profile: Profile, sizes: Sizes, bucket: Bucket, keys: int) -> float:
+    """Seconds of one pass of a bucket, `keys` for each query.
 
-    Each matrix has one hidden-sized side; what is on its other side is written or read by a kernel that is not its
-    own (attention reads q, k and v and writes its output; the activation reads the gate and writes the product). So
-    these activations are as many values a token as there are parameters for each hidden unit.
+    Every matrix has one hidden-sized side. The activation on its other side is written or read by another kernel
+    (attention reads q, k and v and writes its output; the activation function reads the gate and writes the product).
+    So a token has as many values of these activations as there are weights for each hidden unit.
     """
     slots = bucket.slots
     weights = sizes.layer_parameters * VALUE / profile.bandwidth
     linear = max(2 * sizes.active_parameters * slots / profile.matrix_rate, weights)
-    attention = 4 * sizes.layers * sizes.hidden * keys * slots / (ATTENTION_RATE * profile.matrix_rate)
-    values = sizes.active_parameters / sizes.hidden + HIDDEN_MOVES * sizes.layers * sizes.hidden  # a token
+    attention = 4 * sizes.layers * sizes.width * keys * slots / (ATTENTION_RATE * profile.matrix_rate)
+    values = sizes.active_parameters / sizes.width + HIDDEN_MOVES * sizes.layers * sizes.width  # a token
     elementwise = VALUE * values * slots / profile.bandwidth
     logits = sizes.vocabulary * bucket.readouts
-    head = 2 * sizes.hidden * logits / profile.matrix_rate + 2 * VALUE * logits / profile.bandwidth
+    head = 2 * sizes.width * logits / profile.matrix_rate + 2 * VALUE * logits / profile.bandwidth
     overhead = sizes.layers * profile.layer_overhead + PASS_OVERHEAD / profile.host_speed
     return linear + attention + elementwise + head + overhead
 
 
-def inference_seconds(profile: Profile, sizes: ModelSizes, runs: Runs, keys: int) -> float:
-    """All passes."""
+def inference_seconds(profile: Profile, sizes: Sizes, runs: Sequence[tuple[Bucket, int]], keys: int) -> float:
+    """Seconds of all passes; `runs` says how often each bucket runs."""
     return sum(n * pass_seconds(profile, sizes, bucket, keys) for bucket, n in runs)
 
 
-def phase_seconds(profile: Profile, sizes: ModelSizes, plan: Plan | Totals, sequences: int) -> dict[str, float]:
-    """Seconds of each phase; of warm-up without and with a warm cache, of which a run has one.
+def phase_seconds(profile: Profile, sizes: Sizes, plan: Plan | Totals, sequences: int) -> dict[str, float]:
+    """Seconds of each phase of a plan for `sequences` sequences; of warm-up both without and with a warm cache.
 
-    The checkpoint is read while libraries are imported, as `prefetch` does; and with a warm cache compiling goes on
-    while it is loaded.
-
-    Args:
-        sequences: how many sequences the plan packs.
+    The checkpoint is read while libraries are imported, as `prefetch` does. With a warm cache, compiling overlaps
+    loading.
     """
     keys = keys_per_query(plan, sequences)
     settle = sum(WARMUP_PASSES * pass_seconds(profile, sizes, bucket, keys) for bucket in plan.buckets)
     compiling = {state: len(plan.buckets) * seconds / profile.host_speed for state, seconds in COMPILE.items()}
     runs = [(bucket, plan.runs(i)) for i, bucket in enumerate(plan.buckets)]
-    stored, start = sizes.parameters * sizes.checkpoint_value, START / profile.host_speed
+    stored, start = sizes.parameters * sizes.itemsize, START / profile.host_speed
     ahead = start if stored <= CACHED * profile.memory else 0.0
     loading = max(stored / profile.storage_rate - ahead, stored / (CACHED_RATE * profile.host_speed))
     return {
@@ -183,21 +123,21 @@ def phase_seconds(profile: Profile, sizes: ModelSizes, plan: Plan | Totals, sequ
 
 
 def model_error() -> float:
-    """The largest deviation of the inference phase from the measured runs, relative to the measured."""
-    profile = PROFILES[MEASURED_PROFILE]
-    return max(abs(inference_seconds(profile, m.sizes, m.runs, m.keys) / m.seconds - 1) for m in MEASURED.values())
+    """The largest deviation of the estimated inference phase from a measured one, relative to the measured one."""
+    deviations = []
+    for one in MEASURED.values():
+        sizes = model_sizes(AutoConfig.for_model(**one.config), "bfloat16")
+        estimated = inference_seconds(PROFILES[MEASURED_PROFILE], sizes, [(one.bucket, one.runs)], MEASURED_KEYS)
+        deviations.append(abs(estimated / one.seconds - 1))
+    return max(deviations)
 
 
 def streamed_seconds(profile: Profile, streaming: dict[str, int], layers: int, inference: float) -> dict[str, Any]:
-    """What streaming makes of the inference phase.
-
-    Args:
-        streaming: the plan's.
-        layers: of the model.
-        inference: seconds of the phase with all weights in memory.
+    """The inference phase with streamed layers, from its seconds with all weights in memory.
 
     Returns:
-        read_s, compute_s: of a layer and the passes of a sweep; inference: seconds; verdict: what they wait for.
+        read_s: of one layer; compute_s: of one layer for the passes of a sweep; inference: seconds of the phase;
+        verdict: which of the two the run waits for.
     """
     read, steps = streaming["layer_bytes"] / profile.storage_rate, streaming["sweeps"] * layers
     compute = inference / steps
@@ -210,26 +150,25 @@ def streamed_seconds(profile: Profile, streaming: dict[str, int], layers: int, i
 def estimate(
     name: str, config: Any, plan: Plan | Totals, sequences: int, streaming: dict[str, int] | None = None
 ) -> dict[str, Any]:
-    """`plan --json`'s `estimate`: seconds of each phase on a device, labelled.
+    """The `estimate` in `plan --json`: seconds of each phase on a device, labelled.
 
     Args:
         name: one of PROFILES.
-        config: the model's transformers configuration.
-        plan: made for the device (see `as_planned_on`).
-        sequences: how many sequences it packs.
+        plan: made for the device (see `as_planned_on`) and `sequences` sequences.
         streaming: the plan's, where layers are streamed.
 
     Raises:
         UserError: transformers cannot build the model.
     """
-    profile, sizes, error = PROFILES[name], model_sizes(config), model_error()
+    profile, error = PROFILES[name], model_error()
+    sizes = model_sizes(config, "auto" if config.dtype else "bfloat16")
     calibration = f"inference is within {100 * error:.1f} % of the {len(MEASURED)} H100 runs it was calibrated on"
     unknown = "" if name == MEASURED_PROFILE else f"; no run on {name} was measured, so its error there is not known"
-    weights = sizes.parameters * VALUE
     phases, streamed = phase_seconds(profile, sizes, plan, sequences), None
     if streaming is not None:
         streamed = streamed_seconds(profile, streaming, sizes.layers, phases["inference"])
         phases["inference"] = streamed.pop("inference")
+    weights, fit = sizes.parameters * VALUE, weights_fit(name, sizes.parameters)
     return {
         "profile": name,
         "device": profile.title,
@@ -237,25 +176,25 @@ def estimate(
         "streaming": streamed,
         "model_error": error,
         "label": f"an estimate, not measured: {calibration}{unknown}; the other phases are assumed rates",
-        "weights": {"bytes": weights, "memory_bytes": profile.memory, "fit": weights_fit(name, sizes.parameters)},
+        "weights": {"bytes": weights, "memory_bytes": profile.memory, "fit": fit},
         "source": profile.source,
     }
 
 
 def weights_fit(name: str, parameters: int) -> bool:
-    """Whether a device's memory holds so many weights, in 16 bits."""
+    """Whether a device's memory holds this number of weights, in 16 bits."""
     return parameters * VALUE < PROFILES[name].memory
 
 
 def as_planned_on(name: str, how: dict[str, Any]) -> dict[str, Any]:
-    """The options of a scorer whose plan is the one that the device would run, wherever it is made.
+    """A scorer's options for making, on any machine, the plan that a device would run.
 
     Args:
         name: one of PROFILES, all of which are CUDA devices.
         how: `attention`, `memory_limit` and `dtype` as a user gave them; other options are passed on.
 
     Raises:
-        UserError: float32 is asked for; the figures are those of 16-bit arithmetic.
+        UserError: float32 is asked for, and the figures are those of 16-bit arithmetic.
     """
     if how["dtype"] == "float32":
         raise UserError("--profile: estimates are for bfloat16 and float16; leave out --dtype float32")

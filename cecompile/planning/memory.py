@@ -1,9 +1,9 @@
-"""The memory budget: what a run needs, part by part, and the error for one that cannot fit.
+"""The memory budget: bytes a run needs, part by part, and the error for a run that cannot fit.
 
-The parts are counted from the model's configuration, before anything is loaded. How far activations exceed the count,
-and what comes on top, was fitted to measured peaks: on an H100 of Llama 1.1B and 6.7B with 8,192 slots and of
-Phi-3-medium with 4,096, in bfloat16 with FlexAttention, where the sum is within 1 % of what torch reserved; and on two
-CPU cores of Llamas of 55 to 625 MB with 512 to 8,192 slots, where it is within 10 % of the process's peak.
+The parts are counted from the model's configuration, before anything is loaded. The factors and constants of `FITS`
+were fitted to measured peaks. On an H100, for Llama 1.1B and 6.7B with 8,192 slots and Phi-3-medium with 4,096, in
+bfloat16 with FlexAttention, the sum is within 1 % of what torch reserved. On two CPU cores, for Llamas of 55 to 625 MB
+with 512 to 8,192 slots, the sum is within 10 % of the process's peak.
 """
 
 from dataclasses import asdict, dataclass
@@ -23,12 +23,12 @@ MiB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How a run's memory follows from its shapes.
+    """The factors between a run's shapes and its memory.
 
     Attributes:
-        widths: hidden states of the model's width held at once; beside three of the MLP's.
-        factor: how many times that the activations take.
-        fixed: bytes for workspaces and allocator rounding, and where the process itself is counted, the compiler.
+        widths: hidden states held at once, in the model's width; three more in the MLP's width are always counted.
+        factor: memory of the activations, relative to these hidden states.
+        fixed: bytes for workspaces and allocator rounding, and on a CPU for the compiler.
     """
 
     widths: int
@@ -43,9 +43,9 @@ FITS = {
     ("cpu", "eager"): Fit(8, 1.0, 80 * MiB),
 }
 LOADING = {"cuda": 0, "cpu": 264 * MiB}  # bytes of the device's memory that reading files takes at most, and gives back
-BUCKETS = 2  # largest ones that all buckets' hidden states take: each is at most half as large as the one before
-# What streamed layers take beside that, in passes' hidden states and in bytes: on an H100 of Llamas of 0.5 GB (2,048 to
-# 8,192 slots) and 13.5 GB (8,192), where the sum is within 10 % of what torch reserved.
+BUCKETS = 2  # all buckets' hidden states, in those of the largest: each is at most half as large as the one before
+# Streamed layers take more, in hidden states of a pass and in bytes. Fitted on an H100 to Llamas of 0.5 GB (2,048 to
+# 8,192 slots) and 13.5 GB (8,192); the sum is within 10 % of what torch reserved.
 SPARE, FEEDING = {"cuda": 4, "cpu": 0}, {"cuda": 38 * MiB, "cpu": 0}
 USABLE = {"cuda": 0.985, "cpu": 0.92}  # the share of the memory that a prediction may fill
 
@@ -54,8 +54,8 @@ USABLE = {"cuda": 0.985, "cpu": 0.92}  # the share of the memory that a predicti
 class Budget:
     """Bytes a run needs, by part.
 
-    `cache` is all that decoding takes. Where passes are captured it takes its turn with them (`in_turns`) in one pool.
-    `hidden` is what passes under way take where layers are streamed; `weights` then holds two layers.
+    `cache` is for decoding; with `in_turns`, decoding and captured passes use one memory pool in turns. Where layers
+    are streamed, `hidden` is for the passes under way, and `weights` has room for two layers.
     """
 
     weights: int
@@ -70,23 +70,20 @@ class Budget:
 
     @property
     def total(self) -> int:
-        """The peak: reading is over when the rest begins."""
+        """The peak. Reading ends before the rest begins."""
         passes = self.activations + self.mask + self.head
         working = max(passes, self.cache) if self.in_turns else passes + self.cache
         return self.weights + max(self.loading, self.hidden + working + self.fixed)
 
     def summary(self) -> dict[str, int]:
-        """Bytes by part, and the `total`, which is less than the sum of parts that take turns."""
-        parts = asdict(self)
-        del parts["in_turns"]
-        if not self.hidden:
-            del parts["hidden"]
-        return parts | {"total": self.total}
+        """Bytes by part, and the `total`, which is less than the sum of parts used in turns."""
+        left_out = {"in_turns"} if self.hidden else {"in_turns", "hidden"}
+        return {name: n for name, n in asdict(self).items() if name not in left_out} | {"total": self.total}
 
 
 @dataclass(frozen=True, slots=True)
 class TargetDevice:
-    """A device that is planned for and is not here, on which models run in 16 bits.
+    """A device to plan for that this machine lacks. Models run there in 16 bits.
 
     Attributes:
         name: for messages.
@@ -105,13 +102,13 @@ def budget(
     sizes: Sizes, geometry: Geometry, device: str, engine: str, decoding: DecodeShape | None = None,
     streamed: Streamed | None = None,
 ) -> Budget:  # fmt: skip
-    """What a run with buckets of at most this geometry needs on the device.
+    """The budget of a run with buckets of at most this geometry.
 
     Args:
         device: "cpu" or "cuda".
         engine: "compiled" or "eager".
-        decoding: what decodes beside the buckets.
-        streamed: the layers, where they are; `sizes` is then of what is beside them.
+        decoding: the decoder's shape, where answers are decoded.
+        streamed: the layers, where they are streamed; `sizes` then counts the rest of the model.
     """
     slots = geometry.rows * geometry.length
     fit, in_turns = FITS[device, engine], (device, engine) == ("cuda", "compiled")
@@ -128,35 +125,35 @@ def budget(
         head=logits * (sizes.itemsize if engine == "compiled" else sizes.itemsize + 8),
         cache=0 if decoding is None else _cache(sizes, decoding, per_slot if in_turns else 0),
         fixed=fit.fixed + (0 if streamed is None else FEEDING[device]),
-        loading=max(0, min(LOADING[device], read) - held),  # the two layers' places are made after it
+        loading=max(0, min(LOADING[device], read) - held),  # files are read before the layers' places are allocated
         in_turns=in_turns,
         hidden=0 if streamed is None else (streamed.passes + BUCKETS + SPARE[device]) * pass_bytes(sizes, geometry),
     )
 
 
 def pass_bytes(sizes: Sizes, geometry: Geometry) -> int:
-    """Bytes that a pass takes which is under way: its hidden states, and its data."""
+    """Bytes of a pass under way: its hidden states and its data."""
     slots, chunk = geometry.rows * geometry.length, geometry.readout_chunk
     bucket = Bucket(geometry.rows, geometry.length, -(-slots // chunk) * chunk)
     return slots * sizes.width * sizes.itemsize + 4 * data_size(bucket, geometry.blocks)
 
 
 def _cache(sizes: Sizes, decoding: DecodeShape, per_token: float) -> int:
-    """Bytes of all keys and values, and of a step: its mask over them, and what each of its tokens takes."""
+    """Bytes of all keys and values, of a step's mask over them, and of the step's tokens at `per_token` bytes."""
     tokens = decoding.step_tokens[0]
     mask = tokens * decoding.slots * (1 + (1 + sizes.groups) * sizes.itemsize)
     return decoding.slots * sizes.cached * sizes.itemsize + mask + int(tokens * per_token)
 
 
 def reading(device: torch.device) -> int:
-    """Bytes of the device's memory that are taken while files are read."""
+    """Bytes of the device's memory that reading files takes."""
     return LOADING["cpu"] if is_the_hosts(device) else 0
 
 
 def refuse(
     name: str, device: torch.device | str, needed: Budget, limit: int, slots: int, way_out: str | None = None
 ) -> UserError:
-    """The error for a run that cannot fit, with what it needs and what there is, and a way out if there is one."""
+    """The error for a run that cannot fit. States the bytes needed, the bytes there are, and a way out if any."""
     there = f"{max(0, limit) / 1e9:.1f} GB are there on {device}" + (f"; {way_out}" if way_out else "")
     if needed.weights + needed.fixed > limit:
         return UserError(f"{name}: weights alone need {(needed.weights + needed.fixed) / 1e9:.1f} GB, {there}")

@@ -1,4 +1,4 @@
-"""Counts of a model's weights and of what it computes, before it is loaded."""
+"""Counts of a model's weights and of its arithmetic, made before anything is loaded."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,24 +9,32 @@ from torch import nn
 from cecompile.model.layer_layout import layer_layout
 from cecompile.model.structure import LayerRange, decoder_layers, kinds_of, on_meta
 
-RECEIVED, SENT = 1, 3  # buffers for what comes; for what goes, one that is filled and two on their way
+RECEIVED, SENT = 1, 3  # a stage's buffers: one is received into; one is filled while two are on their way
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What of a model decides its memory.
+    """Counts that decide a model's memory and speed.
+
+    Of a stage, `parameters` and `vocabulary` are the stage's own, the other counts the whole model's.
 
     Attributes:
         parameters: number of weights, each tied one once.
+        layers: decoder layers.
+        layer_parameters: weights in the matrices of all decoder layers.
+        active_parameters: of these, the weights that one token is multiplied with: not those of the other experts.
         width, inner, vocabulary: of hidden states, of the MLP's hidden states, of the logits; 0 without a head.
         cached: values of keys and values per token, over all layers.
         groups: queries' heads per keys' head.
-        key_cost: arithmetic of a token looking at one more key, in that of its decoder layers' weights.
+        key_cost: arithmetic of a token looking at one more key, relative to that of all weights in decoder layers.
         itemsize: bytes of a weight and of an activation.
-        states: buffers of hidden states that come from or go to other parts of the model.
+        states: buffers of hidden states received from or sent to other stages.
     """
 
     parameters: int
+    layers: int
+    layer_parameters: int
+    active_parameters: int
     width: int
     inner: int
     vocabulary: int
@@ -39,13 +47,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """What of a model takes memory whose layers are streamed.
-
-    Attributes:
-        layers: how many there are.
-        layer_bytes: of each, as it lies on the device.
-        passes: under way at once.
-    """
+    """Counts of streamed layers, each of `layer_bytes` on the device, with `passes` under way at once."""
 
     layers: int
     layer_bytes: int
@@ -53,81 +55,85 @@ class Streamed:
 
 
 def streamed_sizes(config: Any, itemsize: int) -> Streamed:
-    """Counts a model's layers, in values of `itemsize` bytes. Raises UserError: they cannot be streamed."""
+    """Counts a model's layers, in values of `itemsize` bytes. Raises UserError: the layers cannot be streamed."""
     model = on_meta(config)
     layout = layer_layout(model)
-    kinds_of(model)
+    kinds_of(model)  # refuses a model of too many kinds
     return Streamed(len(decoder_layers(model)), layout.size // layout.dtype.itemsize * itemsize)
 
 
 def model_sizes(config: Any, dtype: str, share: LayerRange | None = None) -> Sizes:
-    """Counts a model's parameters without making them.
+    """Counts a model on the meta device: no weight is loaded or allocated.
 
     Args:
-        config: of a causal model.
         dtype: "auto" (the configuration's), "float32", "bfloat16" or "float16".
-        share: what of the model is held; None is all.
+        share: the weights that a stage holds; None is all.
+
+    Raises:
+        UserError: transformers cannot build a causal model from the configuration.
     """
     model = on_meta(config)
     text = config.get_text_config()
-    width = text.hidden_size
-    named = (getattr(text, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
-    heads = text.num_attention_heads
+    width, heads, depth = text.hidden_size, text.num_attention_heads, text.num_hidden_layers
+    inner = (getattr(text, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
     kept = getattr(text, "num_key_value_heads", None) or heads
+    head_size = getattr(text, "head_dim", None) or width // heads
     resolved = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     absent = set() if share is None else share.absent(model)
-    parameters = sum(p.numel() for p in model.parameters() if id(p) not in absent)
-    inside = sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters())
-    queries = text.num_hidden_layers * heads * (getattr(text, "head_dim", None) or width // heads)
+    layers, used = decoder_layers(model), experts_used(text)
+    inside = sum(p.numel() for layer in layers for p in layer.parameters())
     return Sizes(
-        parameters=parameters,
+        parameters=sum(p.numel() for p in model.parameters() if id(p) not in absent),
+        layers=len(layers),
+        layer_parameters=sum(matrix_parameters(layer) for layer in layers),
+        active_parameters=sum(matrix_parameters(layer, used) for layer in layers),
         width=width,
-        inner=next((n for n in named if n), 4 * width),
+        inner=next((n for n in inner if n), 4 * width),
         vocabulary=text.vocab_size if share is None or share.with_head else 0,
-        cached=text.num_hidden_layers * kept * _head_sizes(text),
+        cached=depth * kept * _key_and_value(text, head_size),
         groups=heads // kept,
-        key_cost=2 * queries / max(1, inside),
-        itemsize=torch.empty(0, dtype=resolved).element_size(),
+        key_cost=2 * depth * heads * head_size / max(1, inside),
+        itemsize=resolved.itemsize,
         states=0 if share is None else RECEIVED * (share.first > 0) + SENT * (share.last < share.layers),
     )
 
 
 class StageSizes:
-    """The `Sizes` of any stage of a pipeline, counted once.
-
-    Args:
-        config, dtype: see `model_sizes`.
-        stages: how many, at least two.
-    """
+    """The `Sizes` of any stage of a pipeline of at least two, counted once. See `model_sizes`."""
 
     def __init__(self, config: Any, dtype: str, stages: int) -> None:
-        layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(on_meta(config))]
-        count = len(layers)
-        kinds = [LayerRange(0, 1, count, with_head=False), LayerRange(count - 1, count, count, with_embedding=False)]
+        self._layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(on_meta(config))]
+        count = len(self._layers)
+        first = LayerRange(0, 1, count, with_head=False)
+        final = LayerRange(count - 1, count, count, with_embedding=False)
+        ends = [self._beside(config, dtype, share) for share in (first, final)]
         if stages > 2:
-            kinds[1:1] = (stages - 2) * [LayerRange(1, 2, count, with_embedding=False, with_head=False)]
-        sizes = {share: model_sizes(config, dtype, share) for share in dict.fromkeys(kinds)}
-        self._layers = layers
-        self._without = [replace(sizes[k], parameters=sizes[k].parameters - layers[k.first]) for k in kinds]
+            between = self._beside(config, dtype, LayerRange(1, 2, count, with_embedding=False, with_head=False))
+            ends[1:1] = (stages - 2) * [between]
+        self._without_layers = ends
+
+    def _beside(self, config: Any, dtype: str, share: LayerRange) -> Sizes:
+        """Sizes of a share of one layer, without the layer's weights."""
+        sizes = model_sizes(config, dtype, share)
+        return replace(sizes, parameters=sizes.parameters - self._layers[share.first])
 
     def of(self, stage: int, first: int, last: int) -> Sizes:
-        """A stage's, with the layers from `first` to before `last`."""
-        one = self._without[stage]
+        """Sizes of a stage that holds the layers from `first` to before `last`."""
+        one = self._without_layers[stage]
         return replace(one, parameters=one.parameters + sum(self._layers[first:last]))
 
 
-def _head_sizes(text: Any) -> int:
+def _key_and_value(text: Any, head_size: int) -> int:
     """Values of one head's key and value together."""
     if getattr(text, "kv_lora_rank", None):
         return int(text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
-    return 2 * int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return 2 * int(head_size)
 
 
-def matrices(layer: nn.Module, used: float = 1.0) -> dict[str, int]:
-    """Parameters of a layer's linear layers (GPT-2's Conv1D and stacked experts too), by name; of experts the share
-    that is `used`."""
+def matrix_parameters(layer: nn.Module, used: float = 1.0) -> int:
+    """Weights in a layer's matrices (GPT-2's Conv1D and stacked experts too); of experts only the share `used`."""
     sizes = {name: p.numel() for name, p in layer.named_parameters() if p.dim() > 1}
-    return {name: round(n * used) if "experts" in name.split(".") else n for name, n in sizes.items()}
+    return sum(round(n * used) if "experts" in name.split(".") else n for name, n in sizes.items())
 
 
 def experts_used(config: Any) -> float:

@@ -1,25 +1,26 @@
-"""How a model's layers are divided among the stages of a pipeline."""
+"""The division of a model's layers among the stages of a pipeline."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from cecompile.model.structure import LayerRange, decoder_layers, on_meta
-from cecompile.planning.sizes import experts_used, matrices
+from cecompile.planning.sizes import experts_used, matrix_parameters
 
-Fits = Callable[[int, int, int], bool]  # (stage, first, last): whether these layers fit there
+Fits = Callable[[int, int, int], bool]  # (stage, first, end): whether the stage holds the layers from first to end
 
 
 def split(layers: Sequence[float], stages: int, last: float = 0.0, fits: Fits = lambda *_: True) -> list[int] | None:
     """Divides layers among stages so that the slowest is as fast as can be.
 
     Args:
-        layers: what each costs.
+        layers: cost of each.
         stages: how many.
-        last: what the last stage's head costs beside its layers.
-        fits: what may be.
+        last: cost of the last stage's head.
+        fits: see `Fits`.
 
     Returns:
-        Where each stage ends: `stages` increasing numbers, the last that of all layers. None where nothing fits.
+        The layer before which each stage ends: `stages` increasing numbers, the last one the number of layers. None
+        where nothing fits.
     """
     count = len(layers)
     sums = [0.0]
@@ -39,22 +40,21 @@ def split(layers: Sequence[float], stages: int, last: float = 0.0, fits: Fits = 
 
 
 def costs(config: Any) -> tuple[list[float], float]:
-    """What a token costs in each layer of a model, and a readout in its head: weights that it is multiplied with.
+    """Weights that a token is multiplied with in each layer of a model, and a readout in the head.
 
     Raises:
         UserError: transformers cannot build a causal model from the configuration.
     """
     model = on_meta(config)
     used = experts_used(config.get_text_config())
-    layers = [float(sum(matrices(layer, used).values())) for layer in decoder_layers(model)]
+    layers = [float(matrix_parameters(layer, used)) for layer in decoder_layers(model)]
     return layers, float(model.get_output_embeddings().weight.numel())
 
 
 def shares(ends: Sequence[int]) -> list[LayerRange]:
-    """What each stage holds of a model whose layers are divided at `ends`."""
-    firsts = [0, *ends[:-1]]
-    final = len(ends) - 1
+    """The part of a model that each stage holds, where its layers are divided at `ends`."""
+    count = ends[-1]
     return [
-        LayerRange(first, end, ends[-1], with_embedding=i == 0, with_head=i == final)
-        for i, (first, end) in enumerate(zip(firsts, ends, strict=True))
+        LayerRange(first, end, count, with_embedding=first == 0, with_head=end == count)
+        for first, end in zip([0, *ends], ends, strict=False)
     ]

@@ -1,1 +1,1 @@
-"""From texts to fixed-shape work: token ids, token trees, rows, buckets. NumPy only, no torch."""
+"""Texts become work of fixed shapes: token ids, token trees, rows, buckets. NumPy only, no torch."""

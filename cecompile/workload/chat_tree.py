@@ -1,8 +1,8 @@
-"""Chat questions as token trees: the choices grafted onto the prompt, and the walk that reads the answer from them.
+"""Chat questions as token trees: choices are grafted onto the prompt, and a walk down the tree reads the answer.
 
-Greedy decoding takes the most likely token again and again. A pass over the tree says the most likely token after every
-node, so walking from the prompt's last token along it is greedy decoding for as long as the walk stays on nodes. What
-is grafted decides how far that is, never where it leads.
+Greedy decoding takes the most likely token again and again. A pass over the tree gives the most likely token after
+every node. So following these tokens from the prompt's last one is greedy decoding, for as long as they are nodes. The
+grafted choices decide how far the walk goes, never where it leads.
 """
 
 from collections.abc import Sequence
@@ -19,30 +19,24 @@ from cecompile.workload.sequences import Ints, Sequences
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """An answer as far as the tree holds it.
-
-    Attributes:
-        tokens: of the answer, each the most likely one after those before.
-        complete: whether that is all of it.
-    """
+    """The most likely `tokens` of an answer as far as the tree holds them; `complete` if the answer ends there."""
 
     tokens: list[int]
     complete: bool
 
 
 def graft(questions: Sequence[ChatQuestion], tokenizer: Any, max_length: int, new_tokens: int) -> Sequences:
-    """Token sequences of every question: its prompt with each form of each choice, or alone where it has no choices.
+    """Token sequences of every question: the prompt with each form of each choice, or alone without choices.
 
-    The prompt is what the tokenizer's chat template makes of the messages, as `transformers`' text-generation pipeline
-    calls it: a last message of the assistant's is continued, after any other an answer begins. A choice's forms are
-    what the tokenizer makes of it right after the prompt, with and without a space, and of its text alone. Each is
-    followed by one more token to predict, where the answer may end.
+    The prompt is rendered by the tokenizer's chat template, as in `transformers`' text-generation pipeline: a last
+    message of the assistant's is continued; after any other, an answer begins. A choice has up to three forms: its
+    tokens right after the prompt, with and without a space, and the tokens of its text alone. One more token to
+    predict follows each form, where the answer may end.
 
     Args:
         questions: at least one.
-        tokenizer: a `transformers` tokenizer with a chat template.
-        max_length: the most tokens the model can read. Choices that go past it are left out.
-        new_tokens: the most an answer may have; longer choices are cut.
+        max_length: the most tokens the model can read. Longer sequences are left out.
+        new_tokens: the most tokens an answer may have; longer choices are cut.
 
     Raises:
         UserError: there is no chat template, or it refuses a question; a prompt is longer than `max_length`.
@@ -51,10 +45,10 @@ def graft(questions: Sequence[ChatQuestion], tokenizer: Any, max_length: int, ne
     prompts = _ids(tokenizer, texts)
     for question, prompt in zip(questions, prompts, strict=True):
         if not prompt and tokenizer.bos_token_id is not None:
-            prompt.append(tokenizer.bos_token_id)  # what generating begins with, given nothing
+            prompt.append(tokenizer.bos_token_id)  # with which `generate` begins from an empty prompt
         if not prompt or len(prompt) > max_length:
             raise UserError(f"question '{question.id}': a prompt of {len(prompt)} tokens, the model reads {max_length}")
-    ending = tokenizer.eos_token_id or 0  # any token: the most likely one is what is asked
+    ending = tokenizer.eos_token_id or 0  # any token would do: only the most likely one is read
     flat: list[list[int]] = []
     predicted, owners = [], []
     for number, forms in enumerate(_forms(questions, texts, prompts, tokenizer)):
@@ -68,27 +62,24 @@ def graft(questions: Sequence[ChatQuestion], tokenizer: Any, max_length: int, ne
 
 
 def prompts_of(sequences: Sequences) -> list[Ints]:
-    """Per question its prompt, from what `graft` has made."""
+    """Per question its prompt, from the sequences of `graft`."""
     first = np.searchsorted(sequences.questions, np.arange(sequences.questions[-1] + 1))
     return [sequences.inputs(i)[: len(sequences.inputs(i)) - int(sequences.predicted[i]) + 1] for i in first.tolist()]
 
 
 def walk(sequences: Sequences, argmax: Ints, stop: frozenset[int], new_tokens: int) -> list[Walk]:
-    """Per question, the answer as far as its tree holds it.
+    """Per question, the answer as far as its tree holds it. Tokens in `stop` end an answer.
 
     Args:
-        sequences: what `graft` has made.
-        argmax: (predictions,) for every predicted token of every sequence, in order, the most likely one there.
-        stop: tokens that end an answer.
-        new_tokens: the most an answer may have; at least 1.
+        argmax: (predictions,) the most likely token for every predicted token of every sequence, in order.
+        new_tokens: the most tokens an answer may have; at least 1.
     """
     begin = np.concatenate(([0], np.cumsum(sequences.predicted)))
     bounds = np.searchsorted(sequences.questions, np.arange(int(sequences.questions[-1]) + 2))
     out = []
     for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        here = [
-            (sequences.targets(i).tolist()[:-1], argmax[begin[i] : begin[i + 1]].tolist()) for i in range(first, last)
-        ]
+        likely_in = {i: argmax[begin[i] : begin[i + 1]].tolist() for i in range(first, last)}
+        here = [(sequences.targets(i).tolist()[:-1], likely) for i, likely in likely_in.items()]
         tokens: list[int] = []
         while here and len(tokens) < new_tokens and not (tokens and tokens[-1] in stop):
             at = len(tokens)
@@ -113,28 +104,23 @@ def _render(question: ChatQuestion, tokenizer: Any) -> str:
 def _forms(
     questions: Sequence[ChatQuestion], texts: Sequence[str], prompts: Sequence[list[int]], tokenizer: Any
 ) -> list[set[tuple[int, ...]]]:
-    """Per question the token forms that its choices may take. Each distinct text is tokenised once."""
+    """Per question, the token forms of its choices. Each distinct text is tokenised once."""
     marks = sorted(tokenizer.get_added_vocab())
     tails = [text[max([0, *(text.rfind(mark) for mark in marks)]) :] for text in texts]
     known = dict(zip(dict.fromkeys(tails), _ids(tokenizer, list(dict.fromkeys(tails))), strict=True))
     for number, (tail, prompt) in enumerate(zip(tails, prompts, strict=True)):
-        if prompt[len(prompt) - len(known[tail]) :] != known[tail]:  # its tokens are others without what is before
+        if prompt[len(prompt) - len(known[tail]) :] != known[tail]:  # the tail alone is tokenised differently
             tails[number] = texts[number]
             known[texts[number]] = prompt
-    wanted: dict[str, None] = {}
-    for question, tail in zip(questions, tails, strict=True):
-        for choice in question.choices:
-            wanted |= dict.fromkeys((tail + choice, f"{tail} {choice}", choice))
+    pairs = list(zip(questions, tails, strict=True))
+    wanted = dict.fromkeys(t for q, tail in pairs for c in q.choices for t in (tail + c, f"{tail} {c}", c))
     ids = dict(zip(wanted, _ids(tokenizer, list(wanted)), strict=True))
     out = []
-    for question, tail in zip(questions, tails, strict=True):
+    for question, tail in pairs:
         head = known[tail]
-        forms = {tuple(ids[choice]) for choice in question.choices}
-        for choice in question.choices:
-            for whole in (ids[tail + choice], ids[f"{tail} {choice}"]):
-                if whole[: len(head)] == head:
-                    forms.add(tuple(whole[len(head) :]))
-        out.append(forms - {()})
+        wholes = [ids[text] for choice in question.choices for text in (tail + choice, f"{tail} {choice}")]
+        after_prompt = {tuple(whole[len(head) :]) for whole in wholes if whole[: len(head)] == head}
+        out.append((after_prompt | {tuple(ids[choice]) for choice in question.choices}) - {()})
     return out
 
 

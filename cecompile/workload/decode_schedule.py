@@ -1,8 +1,7 @@
-"""Decoding many rows over one cache: which tokens the next step reads, and where their keys and values go.
+"""Decoding many rows over one cache: the tokens that each step reads, and the slots for their keys and values.
 
 Each row in flight has a segment of the cache's slots, as long as its prompt and its longest answer together. A row
-takes a segment when one is free, reads its prompt in as few steps as fit, writes a token a step, and gives its segment
-back.
+takes a segment when one is free, reads its prompt in as few steps as fit, writes a token a step, and frees its segment.
 """
 
 from collections.abc import Sequence
@@ -15,11 +14,11 @@ from cecompile.workload.sequences import Ints
 
 @dataclass(frozen=True, slots=True)
 class DecodeShape:
-    """What a decoder is built for.
+    """The fixed sizes of a decoder.
 
     Attributes:
-        slots: of the cache, more than any step has tokens, by which attention tells a step from a pass over trees. The
-            last is for tokens that nobody sees.
+        slots: of the cache. More than any step has tokens, so that attention can tell a step from a pass over trees.
+            The last slot is for padding.
         lanes: rows in flight at most.
         step_tokens: tokens that a step reads, for each size of step, largest first; the last is `lanes`.
     """
@@ -39,8 +38,8 @@ class Step:
 
     Attributes:
         token_ids, slot, first: (tokens,) each token, its slot in the cache, and the first slot of its segment.
-        read: (n,) the tokens, counted within the step, after which the next token is asked for.
-        target: (n,) a token of which to say the log-probability there.
+        read: (n,) indices of the step's tokens after which the next token is asked for.
+        target: (n,) tokens whose log-probabilities are computed there.
     """
 
     token_ids: Ints
@@ -61,13 +60,14 @@ class _Lane:
 
 
 class DecodeSchedule:
-    """Greedy decoding of rows, as far as the host is concerned.
+    """The host's part of greedy decoding. Tokens in `stop` end an answer.
 
     Args:
         prompts: per row, at least one token to read first.
         room: per row, the most tokens to write; at least 1.
-        stop: tokens that end an answer.
-        shape: of the decoder.
+
+    Attributes:
+        written: per row, the finished answer's tokens.
 
     Raises:
         ValueError: a row does not fit into the cache.
@@ -75,7 +75,6 @@ class DecodeSchedule:
 
     def __init__(self, prompts: Sequence[Ints], room: Sequence[int], stop: frozenset[int], shape: DecodeShape) -> None:
         self._prompts, self._room, self._stop, self._shape = prompts, room, stop, shape
-        self._free = [(0, shape.slots - 1)]  # (first slot, slots), in order, none beside another
         self._waiting = sorted(range(len(prompts)), key=lambda row: -self._needed(row))
         if self._waiting and self._needed(self._waiting[0]) > shape.slots - 1:
             raise ValueError(f"a row of {self._needed(self._waiting[0])} slots in a cache of {shape.slots - 1}")
@@ -90,34 +89,28 @@ class DecodeSchedule:
             return None
         reading = any(len(lane.pending) > 1 for lane in self._lanes)
         left = self._shape.step_tokens[0 if reading else -1]
-        tokens: list[int] = []
-        slots: list[int] = []
-        firsts: list[int] = []
+        cells: list[tuple[int, int, int]] = []  # (token, slot, first slot of the segment)
         read: list[int] = []
         self._asked = []
         for lane in self._lanes:
-            taken = lane.pending[: left - len(tokens)]
+            taken = lane.pending[: left - len(cells)]
             del lane.pending[: len(taken)]
-            begin = lane.first + lane.cached
-            tokens += taken
-            slots += range(begin, begin + len(taken))
-            firsts += [lane.first] * len(taken)
+            cells += [(token, slot, lane.first) for slot, token in enumerate(taken, lane.first + lane.cached)]
             lane.cached += len(taken)
             if taken and not lane.pending:
-                read.append(len(tokens) - 1)
+                read.append(len(cells) - 1)
                 self._asked.append(lane)
-        as_ints = (np.array(values, dtype=np.int32) for values in (tokens, slots, firsts, read, [0] * len(read)))
-        return Step(*as_ints)
+        parts = (*zip(*cells, strict=True), read, [0] * len(read))
+        return Step(*(np.array(values, dtype=np.int32) for values in parts))
 
     def take(self, argmax: Ints) -> list[int]:
-        """Adds the tokens that the last step's readouts say. Returns the rows that are done with it."""
+        """Adds the most likely tokens at the last step's readouts. Returns the rows that are now done."""
         done = []
         for lane, token in zip(self._asked, argmax.tolist(), strict=True):
             lane.written.append(token)
             if token in self._stop or len(lane.written) == self._room[lane.row]:
                 self.written[lane.row] = lane.written
                 self._lanes.remove(lane)
-                self._release(lane.first, lane.size)
                 done.append(lane.row)
             else:
                 lane.pending = [token]
@@ -127,28 +120,24 @@ class DecodeSchedule:
         return len(self._prompts[row]) + self._room[row] - 1  # the last token written is not read
 
     def _admit(self) -> None:
-        """Gives waiting rows lanes and segments, those of the longest first."""
+        """Gives lanes and segments to waiting rows, longest first, each in the first gap that holds it."""
         if len(self._lanes) == self._shape.lanes:
             return
-        waiting = []
+        gaps, waiting = self._gaps(), []
         for row in self._waiting:
             size = self._needed(row)
-            hole = next((i for i, (_, free) in enumerate(self._free) if free >= size), None)
-            if hole is None or len(self._lanes) == self._shape.lanes:
+            gap = next((i for i, (_, free) in enumerate(gaps) if free >= size), None)
+            if gap is None or len(self._lanes) == self._shape.lanes:
                 waiting.append(row)
                 continue
-            first, free = self._free[hole]
-            self._free[hole : hole + 1] = [(first + size, free - size)] if free > size else []
+            first, free = gaps[gap]
+            gaps[gap] = first + size, free - size
             self._lanes.append(_Lane(row, first, size, self._prompts[row].tolist()))
         self._waiting = waiting
 
-    def _release(self, first: int, size: int) -> None:
-        self._free = sorted([*self._free, (first, size)])
-        joined = self._free[:1]
-        for begin, free in self._free[1:]:
-            last, held = joined[-1]
-            if last + held == begin:
-                joined[-1] = (last, held + free)
-            else:
-                joined.append((begin, free))
-        self._free = joined
+    def _gaps(self) -> list[tuple[int, int]]:
+        """Between the segments in use, in order: (first slot, slots)."""
+        taken = sorted((lane.first, lane.size) for lane in self._lanes)
+        begins = [0, *(first + size for first, size in taken)]
+        ends = [*(first for first, _ in taken), self._shape.slots - 1]
+        return [(begin, end - begin) for begin, end in zip(begins, ends, strict=True)]

@@ -12,12 +12,12 @@ from cecompile.errors import UserError
 from cecompile.tasks.question import Question
 from cecompile.workload.sequences import Ints, Longs, Sequences, stretched
 
-AT_ONCE = 2048  # questions that are encoded together, which bounds what that takes beside its result
+AT_ONCE = 2048  # questions that are encoded together, which bounds the memory taken besides the result
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The questions' token sequences in order, and how many questions lost tokens at their left end."""
+    """The questions' token sequences in order, and the number of questions that lost tokens at their left end."""
 
     sequences: Sequences
     truncated_questions: int
@@ -26,15 +26,10 @@ class Encoded:
 def encode(questions: Sequence[Question], tokenizer: Any, max_length: int) -> Encoded:
     """Token sequences of every choice of every question.
 
-    The rules are `_encode_pair` and `loglikelihood` of lm-evaluation-harness 0.4.13: white space at the end of a
-    context moves to the choices; a choice's tokens are those of (context + choice) after as many as the context alone
-    has; an empty context becomes the BOS token, else EOS; the tokenizer's default special tokens are added unless the
-    text already begins with BOS; what exceeds `max_length` inputs is cut off on the left.
-
-    Args:
-        questions: any number of questions.
-        tokenizer: a `transformers` tokenizer.
-        max_length: the most tokens the model can read.
+    The rules are `_encode_pair` and `loglikelihood` of lm-evaluation-harness 0.4.13. White space at the end of a
+    context moves to the choices. A choice's tokens are those of (context + choice) past the number of tokens that the
+    context alone has. An empty context becomes the BOS token, else EOS. The tokenizer's default special tokens are
+    added unless the text already begins with BOS. Inputs longer than `max_length` are cut on the left.
 
     Raises:
         UserError: a choice has no tokens of its own or more than `max_length`, or the tokenizer has neither BOS nor
@@ -50,16 +45,15 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_length: int) -> En
 def _encode_part(
     questions: Sequence[Question], first: int, encoder: "_Encoder", max_length: int
 ) -> tuple[Sequences, int]:
-    """The same of a few questions, of which the first has the number `first`; the second is how many were cut."""
+    """Encodes some questions, numbered from `first`. Returns their sequences and how many questions were cut."""
     contexts, choices = zip(*(_split(q) for q in questions), strict=True)
     context = encoder.texts(contexts)
     whole = encoder.texts([c + choice for c, many in zip(contexts, choices, strict=True) if c for choice in many])
-    alone = encoder.texts(
-        [ch for c, many in zip(contexts, choices, strict=True) if not c for ch in many], special=False
-    )
+    bare_choices = [choice for c, many in zip(contexts, choices, strict=True) if not c for choice in many]
+    alone = encoder.texts(bare_choices, special=False)
     counts = np.array([len(many) for many in choices])
     owners = np.repeat(np.arange(len(questions)), counts)
-    written = np.array([bool(c) for c in contexts])[owners]  # of each sequence: whether it has a context
+    written = np.array([bool(c) for c in contexts])[owners]  # for each sequence: whether it has a context
 
     # Heads and tails as stretches of one array: contexts, then contexts with choices, choices alone, the prefix token.
     pool = np.concatenate((context.ids, whole.ids, alone.ids, [encoder.prefix or 0])).astype(np.int32)
@@ -114,7 +108,7 @@ def _split(question: Question) -> tuple[str, list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """Texts' token ids one after another, where each begins (and the end), and how many each has."""
+    """Texts' token ids one after another, the start of each (and the end), and the number of tokens of each."""
 
     ids: Ints
     starts: Longs
@@ -131,17 +125,12 @@ class _Encoder:
         self.prefix: int | None = prefix  # what stands for an empty context
         self._bos_text: str | None = tokenizer.decode(prefix) if prefix is not None else None
 
-    def texts(self, texts: Sequence[str], special: bool | None = None) -> _Tokens:
-        """Token ids of each text. Special tokens: `special`, else the tokenizer's default unless BOS is written out."""
+    def texts(self, texts: Sequence[str], special: bool = True) -> _Tokens:
+        """Token ids of each text, with the tokenizer's default special tokens if `special` and BOS is not written."""
         out: list[list[int]] = [[] for _ in texts]
-        plain = [i for i, t in enumerate(texts) if self._bos_text is not None and t.startswith(self._bos_text)]
-        marked = set(plain)
-        for chosen, extra in (
-            ([i for i in range(len(texts)) if i not in marked], {}),
-            (plain, {"add_special_tokens": False}),
-        ):
-            if special is not None:
-                extra = {"add_special_tokens": special}
+        plain = [not special or (self._bos_text is not None and t.startswith(self._bos_text)) for t in texts]
+        for is_plain, extra in ((False, {}), (True, {"add_special_tokens": False})):
+            chosen = [i for i in range(len(texts)) if plain[i] == is_plain]
             if chosen:
                 for i, ids in zip(chosen, self._ids([texts[i] for i in chosen], extra), strict=True):
                     out[i] = ids
@@ -149,13 +138,12 @@ class _Encoder:
         return _Tokens(np.fromiter(itertools.chain.from_iterable(out), np.int32, int(starts[-1])), starts)
 
     def _ids(self, texts: list[str], extra: dict[str, bool]) -> list[list[int]]:
-        """The tokenizer's ids; where it is a thin shell around the compiled one, by that one without the shell."""
-        tokenizer = self._tokenizer
-        if not _is_shell(tokenizer):
+        """The tokenizer's ids. Skips a thin shell around a compiled tokenizer, for speed."""
+        if not _is_shell(self._tokenizer):
             return self._called(texts, extra)
-        self._called(texts[:1], extra)  # which sets the compiled one: no truncation, no padding
-        batch = tokenizer.backend_tokenizer.encode_batch_fast(texts, **({"add_special_tokens": True} | extra))
-        return [one.ids for one in batch]
+        self._called(texts[:1], extra)  # which turns truncation and padding off in the compiled one
+        compiled = self._tokenizer.backend_tokenizer
+        return [one.ids for one in compiled.encode_batch_fast(texts, **({"add_special_tokens": True} | extra))]
 
     def _called(self, texts: list[str], extra: dict[str, bool]) -> list[list[int]]:
         batch = self._tokenizer(texts, return_attention_mask=False, verbose=False, **extra)
@@ -164,7 +152,7 @@ class _Encoder:
 
 
 def _is_shell(tokenizer: Any) -> bool:
-    """Whether calling a tokenizer does nothing but what `transformers` does with a compiled one of `tokenizers`."""
+    """Whether calling a tokenizer only passes through `transformers`' own code to a compiled one of `tokenizers`."""
     kind = type(tokenizer)
     return (
         isinstance(tokenizer, PreTrainedTokenizerFast)

@@ -1,21 +1,20 @@
-"""The lexicographic order of all sequences, and what it says about sharing.
+"""The lexicographic order of all sequences, and the prefixes that neighbours in this order share.
 
-In a sorted list of sequences, consecutive ones share the longest prefixes, and the number of nodes of their prefix
-tree is the sum of (length - prefix shared with the one before). Everything about sharing follows from this.
+In a sorted list of sequences, neighbours share the longest prefixes. The prefix tree of the list has as many nodes as
+the sum of (length - prefix shared with the sequence before).
 """
 
 import itertools
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cecompile.workload.sequences import Longs, Sequences, shared_prefixes
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Sequences sorted so that what can share a prefix is adjacent, each question's sequences side by side.
+    """Sequences sorted so that those sharing a prefix are adjacent, and each question's sequences stay together.
 
     Attributes:
         sequence: (n,) the sequence at each place.
@@ -28,20 +27,16 @@ class Order:
     prefix_tree_tokens: int
 
     def typically_shared(self, sequences: Sequences) -> int:
-        """The median of what a question shares with the one before; 0 for a single question."""
+        """The median number of tokens that a question shares with the question before; 0 for a single question."""
         owner = sequences.questions[self.sequence]
         boundaries = np.flatnonzero(owner[1:] != owner[:-1]) + 1
         return int(np.median(self.shared[boundaries])) if len(boundaries) else 0
 
     def sides(self, sequences: Sequences, boundary: int) -> list["Order"]:
-        """Those of at most `boundary` inputs, and those of more, where there are any; nothing is shared between."""
+        """The order of the sequences of at most `boundary` inputs, and that of the longer ones, without empty ones."""
         long = sequences.input_lengths[self.sequence] > boundary
-        return [self._only(sequences, side) for side in (~long, long) if side.any()]
-
-    def _only(self, sequences: Sequences, chosen: NDArray[np.bool_]) -> "Order":
-        kept = self.sequence[chosen]
-        shared = np.concatenate(([0], shared_prefixes(sequences, kept[:-1], kept[1:])))
-        return Order(kept, shared, self.prefix_tree_tokens)
+        sides = [self.sequence[side] for side in (~long, long) if side.any()]
+        return [Order(side, _shared_with_previous(sequences, side), self.prefix_tree_tokens) for side in sides]
 
 
 def sort_sequences(sequences: Sequences) -> Order:
@@ -49,10 +44,14 @@ def sort_sequences(sequences: Sequences) -> Order:
     content, bounds = sequences.token_ids.astype(">u4").tobytes(), (4 * sequences.starts).tolist()
     keys = [content[begin : end - 4] for begin, end in itertools.pairwise(bounds)]  # without what is only predicted
     by_key = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
-    tree_tokens = int(sequences.input_lengths.sum() - shared_prefixes(sequences, by_key[:-1], by_key[1:]).sum())
+    tree_tokens = int(sequences.input_lengths.sum() - _shared_with_previous(sequences, by_key).sum())
 
     owner = sequences.questions[by_key]
     _, first_place = np.unique(owner, return_index=True)  # ascending question ids: 0, 1, 2, ...
     grouped = by_key[np.argsort(first_place[owner], kind="stable")]
-    shared = np.concatenate(([0], shared_prefixes(sequences, grouped[:-1], grouped[1:])))
-    return Order(grouped, shared, tree_tokens)
+    return Order(grouped, _shared_with_previous(sequences, grouped), tree_tokens)
+
+
+def _shared_with_previous(sequences: Sequences, ordered: Longs) -> Longs:
+    """(n,) input tokens that each sequence shares with the one before; 0 for the first."""
+    return np.concatenate(([0], shared_prefixes(sequences, ordered[:-1], ordered[1:])))

@@ -1,7 +1,7 @@
-"""Filling rows: which trees share a row, so that little is padded and little is repeated.
+"""Fills rows with trees so that little is padded and little is repeated.
 
-Items are taken in sorted order, so that neighbours share prefixes; when the next one does not fit, the gap is closed
-with the largest unplaced item that does. Each step looks up one bit set, so packing is linear in the number of items.
+Items are placed in sorted order, so that neighbours share prefixes. When the next item does not fit, the largest
+unplaced items that fit close the gap. Each step looks up one bit set, so packing is linear in the number of items.
 """
 
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ import numpy as np
 from cecompile.workload.order import Order
 from cecompile.workload.sequences import Longs, Sequences
 
-MIN_SHARED = 4  # questions sharing fewer tokens stay separate trees: a shared root makes every token look back at it
+MIN_SHARED = 4  # questions sharing fewer tokens stay separate trees: all tokens of a tree look back at its root
 
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """What is placed as a whole: a question, or a part of one whose tree is larger than a row.
+    """Units of packing: a question, or a part of a question whose tree is larger than a row.
 
     Attributes:
-        start: (m + 1,) each item is the places [start[k], start[k + 1]) of the order.
+        start: (m + 1,) item k has the places [start[k], start[k + 1]) of the order.
         size: (m,) nodes of the item's own tree.
-        shared: (m,) nodes it would take over from the item before, if both are in one row side by side.
+        shared: (m,) nodes that the item takes over from the item before, if both are neighbours in a row.
     """
 
     start: Longs
@@ -30,7 +30,7 @@ class Items:
 
 
 def split_items(sequences: Sequences, order: Order, capacity: int) -> Items:
-    """Cuts the order into items of at most `capacity` nodes, between questions and, where it must be, inside them."""
+    """Cuts the order into items of at most `capacity` nodes: between questions, and inside those that are larger."""
     questions = sequences.questions[order.sequence]
     lengths = sequences.input_lengths[order.sequence]
     boundary = np.concatenate(([True], questions[1:] != questions[:-1]))
@@ -53,37 +53,30 @@ def split_items(sequences: Sequences, order: Order, capacity: int) -> Items:
 
 def _split_large(lengths: Longs, shared: Longs, boundary: np.ndarray, capacity: int) -> Longs:
     starts, size = [], 0
-    for place, (length, kept, first) in enumerate(
-        zip(lengths.tolist(), shared.tolist(), boundary.tolist(), strict=True)
-    ):
-        if first or size + length - kept > capacity:
+    places = zip(lengths.tolist(), shared.tolist(), boundary.tolist(), strict=True)
+    for place, (length, kept, first) in enumerate(places):
+        size += length - kept
+        if first or size > capacity:
             starts.append(place)
             size = length
-        else:
-            size += length - kept
     return np.array(starts, dtype=np.int64)
 
 
 def fill_rows(items: Items, capacity: int) -> list[list[int]]:
-    """Assigns every item to a row.
-
-    Args:
-        items: none larger than `capacity`.
-        capacity: nodes a row holds.
+    """Assigns every item, none larger than `capacity`, to a row of at most `capacity` nodes after merging.
 
     Returns:
-        Per row its items in ascending order. A row whose neighbours in that order share prefixes holds at most
-        `capacity` nodes after merging.
+        Per row its items in ascending order, in which neighbours share prefixes.
     """
     size, shared = items.size.tolist(), items.shared.tolist()
-    common = min(shared[1:], default=0)  # what any two items share, whichever row they meet in
+    common = min(shared[1:], default=0)  # nodes that any two items share, in whichever row they meet
     pool = _Pool(items.size - common)
     walk = _large_groups_first(items)
     rows: list[list[int]] = []
     cursor = 0
     while cursor < len(walk):
         row: list[int] = []
-        used, link = 0, 0  # link: what the item at the cursor shares with the last one taken before it
+        used, link = 0, 0  # link: nodes that the item at the cursor shares with the last one taken before
         while cursor < len(walk):
             item = walk[cursor]
             link = min(link, shared[item])
@@ -105,7 +98,7 @@ def fill_rows(items: Items, capacity: int) -> list[list[int]]:
 
 
 def _large_groups_first(items: Items) -> list[int]:
-    """The items, group by group of those that share prefixes, so that small items are left to close rows with."""
+    """The items in groups that share prefixes, large ones first, so that small items are left to close rows."""
     starts = np.flatnonzero(items.shared == 0)
     counts = np.diff(np.append(starts, len(items.size)))
     mean = np.add.reduceat(items.size, starts) / counts

@@ -8,19 +8,19 @@ from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.order import Order, sort_sequences
 from cecompile.workload.pack import MIN_SHARED, fill_rows, split_items
 from cecompile.workload.sequences import Longs, Sequences, shared_prefixes, stretched
-from cecompile.workload.tree import Layout, lay_out
+from cecompile.workload.tree import TreeLayout, lay_out
 
 BLOCK = 128  # row lengths are multiples of it
 DENSE_ROW = (512, 1024)  # shortest and longest row of dense attention, where the sequences leave the choice
 MAX_BUCKETS = 4
-ROWS_AT_ONCE = 512  # that are laid out together, which bounds what that takes beside its result
-ROOM = 1.25  # readouts of buckets for windows to come, over those of the first window
+ROWS_AT_ONCE = 512  # that are laid out together, which bounds the memory taken besides the result
+ROOM = 1.25  # readouts of buckets for later windows, relative to the first window's
 ENOUGH_FILL = 1.03  # slots per useful token below which a further bucket shape is not worth its compilation
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """What a plan is asked for.
+    """The shape to plan for.
 
     Attributes:
         rows, length: the largest bucket's shape, in rows and tokens a row.
@@ -56,7 +56,7 @@ class Pass:
     """One run of a bucket, the first rows of which are in use."""
 
     bucket: int
-    rows: tuple[Layout, ...]
+    rows: tuple[TreeLayout, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,13 @@ class Plan:
     """All passes, and the counts that say how good they are.
 
     Attributes:
-        geometry: what was asked for.
         buckets: the shapes used, largest first.
         passes: in the order they run, largest bucket first.
         useful_tokens: nodes in all rows.
-        unshared_tokens: what one padding-free sequence per choice would compute.
+        unshared_tokens: of one padding-free sequence per choice.
         question_tree_tokens: nodes of a prefix tree per question.
         prefix_tree_tokens: nodes of one prefix tree over the whole dataset, the floor.
-        decoding: what decodes answers that leave their tree; None where nothing is answered.
+        decoding: the shape of the decoder for answers that leave their tree; None where nothing is answered.
     """
 
     geometry: Geometry
@@ -108,14 +107,13 @@ def choose_geometry(
     """The largest bucket's shape.
 
     Args:
-        longest: inputs of the longest sequence; a row always holds it.
+        longest: inputs of the longest sequence; a row always holds as many.
         tokens_per_bucket: about how many slots a bucket has.
-        blocks: attention skips empty tiles, so one row as long as the bucket packs best. Otherwise it is dense and
-            costs more the longer a row is, while shorter rows share less: an eighth of the bucket, within DENSE_ROW,
-            or more where that pays.
-        readout_chunk: see `Geometry`.
-        shared: tokens that questions side by side typically share; every row computes them once.
-        key_cost: of a token looking at one more key, in what all else of a token costs.
+        blocks: attention skips empty tiles, so one row as long as the bucket packs best. Without, attention is dense:
+            longer rows cost more, shorter rows share less. Then a row is an eighth of the bucket, within DENSE_ROW, or
+            longer where that pays.
+        shared: tokens that neighbouring questions typically share; every row computes them once.
+        key_cost: cost of a token looking at one more key, relative to all other cost of a token.
     """
     least = -(-longest // BLOCK) * BLOCK
     budget = max(BLOCK, tokens_per_bucket // BLOCK * BLOCK)
@@ -136,12 +134,11 @@ def make_plan(
 
     Args:
         sequences: at least one.
-        geometry: what to pack for.
-        order: the sequences', where it is known.
-        all_buckets: the plan has the buckets of `every_bucket`, in use or not, as warmed up for data not yet seen.
-        buckets: those of an earlier plan of this geometry. The plan has them too, in use or not, and no other shapes
-            as long as they hold all rows; with more readouts where it needs more.
-        boundary: sequences of more inputs than this share nothing with the others, and no pass.
+        order: the sequences', where it is known already.
+        all_buckets: include all buckets of `every_bucket`, used or not, as warmed up for data not yet seen.
+        buckets: of an earlier plan of this geometry. The plan includes them, used or not, with more readouts where it
+            needs more, and adds a shape only for rows that none of them holds.
+        boundary: sequences of more inputs than this share no tokens and no pass with the others.
 
     Raises:
         ValueError: a sequence is longer than a row.
@@ -149,18 +146,14 @@ def make_plan(
     if sequences.input_lengths.max() > geometry.length:
         raise ValueError(f"a sequence of {sequences.input_lengths.max()} tokens in rows of {geometry.length}")
     order = order or sort_sequences(sequences)
-    rows: list[Layout] = []
     shapes: Shaped = []
     for side in [order] if boundary is None else order.sides(sequences, boundary):
         items = split_items(sequences, side, geometry.length)
         filled = fill_rows(items, geometry.length)
-        own = [
-            row
-            for at in range(0, len(filled), ROWS_AT_ONCE)
-            for row in _rows(sequences, side, items.start, filled[at : at + ROWS_AT_ONCE])
-        ]
-        shapes += _cover_as_before(own, geometry, buckets) if buckets else _cover(own, geometry)
-        rows += own
+        parts = (filled[at : at + ROWS_AT_ONCE] for at in range(0, len(filled), ROWS_AT_ONCE))
+        rows = [row for part in parts for row in _rows(sequences, side, items.start, part)]
+        rows.sort(key=lambda row: -len(row.token_ids))
+        shapes += _cover_as_before(rows, geometry, buckets) if buckets else _cover(rows, geometry)
     buckets, passes = _passes(shapes, geometry, every_bucket(geometry) if all_buckets else buckets)
     new_question = np.diff(sequences.questions[order.sequence], prepend=-1) != 0
     lengths = sequences.input_lengths
@@ -168,15 +161,15 @@ def make_plan(
         geometry,
         buckets,
         passes,
-        useful_tokens=sum(len(r.token_ids) for r in rows),
+        useful_tokens=sum(len(row.token_ids) for one in passes for row in one.rows),
         unshared_tokens=int(lengths.sum()),
         question_tree_tokens=int(lengths.sum() - order.shared[~new_question].sum()),
         prefix_tree_tokens=order.prefix_tree_tokens,
     )
 
 
-def _rows(sequences: Sequences, order: Order, start: Longs, filled: list[list[int]]) -> list[Layout]:
-    """Each row's items' sequences as trees; items that share less than MIN_SHARED tokens stay apart."""
+def _rows(sequences: Sequences, order: Order, start: Longs, filled: list[list[int]]) -> list[TreeLayout]:
+    """Rows of trees over each row's items; items that share fewer than MIN_SHARED tokens stay apart."""
     items = np.concatenate([np.array(row, dtype=np.int64) for row in filled])
     sizes = start[items + 1] - start[items]
     places = stretched(start[items], sizes)
@@ -190,13 +183,12 @@ def _rows(sequences: Sequences, order: Order, start: Longs, filled: list[list[in
     return lay_out(sequences, members, shared, first)
 
 
-Shaped = list[tuple[tuple[int, int], tuple[Layout, ...]]]  # ((rows, length), the rows in use) of each pass
+Shaped = list[tuple[tuple[int, int], tuple[TreeLayout, ...]]]  # ((rows, length), the rows in use) of each pass
 
 
-def _cover(rows: list[Layout], geometry: Geometry) -> Shaped:
-    """Passes over all rows with the fewest shapes whose padding is small, else with the least padding."""
+def _cover(rows: list[TreeLayout], geometry: Geometry) -> Shaped:
+    """Passes over rows, fullest first, with the fewest shapes whose padding is small, else with the least padding."""
     useful = sum(len(r.token_ids) for r in rows)
-    rows = sorted(rows, key=lambda r: -len(r.token_ids))
     shapes = ladder(geometry)
     candidates = [_cover_with(rows, shapes[: n + 1]) for n in range(len(shapes))]
     slots = [sum(height * length for (height, length), _ in c) for c in candidates]
@@ -206,17 +198,16 @@ def _cover(rows: list[Layout], geometry: Geometry) -> Shaped:
     return candidates[slots.index(min(slots))]
 
 
-def _cover_as_before(rows: list[Layout], geometry: Geometry, buckets: tuple[Bucket, ...]) -> Shaped:
-    """Passes over all rows in the shapes of these buckets and, where one is too long for them, the geometry's own."""
+def _cover_as_before(rows: list[TreeLayout], geometry: Geometry, buckets: tuple[Bucket, ...]) -> Shaped:
+    """Passes over all rows in the shapes of these buckets; for a row too long for them, the geometry's shape too."""
     shapes = [(b.rows, b.length) for b in buckets]
-    rows = sorted(rows, key=lambda r: -len(r.token_ids))
     if len(rows[0].token_ids) > max(length for _, length in shapes):
         shapes.insert(0, (geometry.rows, geometry.length))
     return _cover_with(rows, shapes)
 
 
 def with_room(plan: Plan, known: tuple[Bucket, ...]) -> Plan:
-    """The plan with more readouts in those buckets that are not known already, so that a plan to come may have them."""
+    """The plan with more readouts in buckets not `known` already, so that a later plan can use the same buckets."""
     most = {b.shape: b.readouts for b in every_bucket(plan.geometry)}
     chunk = plan.geometry.readout_chunk
 
@@ -228,7 +219,7 @@ def with_room(plan: Plan, known: tuple[Bucket, ...]) -> Plan:
 
 
 def ladder(geometry: Geometry) -> list[tuple[int, int]]:
-    """The shapes (rows, length) that a plan of this geometry may use: the bucket halved, by rows first, then length."""
+    """The shapes (rows, length) that a plan of this geometry may use: the bucket, halved by rows, then by length."""
     out = [(geometry.rows, geometry.length)]
     while len(out) < MAX_BUCKETS:
         height, length = out[-1]
@@ -245,23 +236,22 @@ def every_bucket(geometry: Geometry) -> tuple[Bucket, ...]:
     return tuple(Bucket(r, n, -(-r * n // chunk) * chunk) for r, n in ladder(geometry))
 
 
-def _cover_with(rows: list[Layout], shapes: list[tuple[int, int]]) -> Shaped:
+def _cover_with(rows: list[TreeLayout], shapes: list[tuple[int, int]]) -> Shaped:
     """The cover of least padding, then of fewest passes, by dynamic programming over rows sorted fullest first."""
-    cost = [(0, 0)] * (len(rows) + 1)  # of rows[at:]: (slots, passes)
-    choice = [shapes[0]] * len(rows)
+    best = [(0, 0, shapes[0])] * (len(rows) + 1)  # of rows[at:]: slots, passes, and the first pass's shape
     for at in reversed(range(len(rows))):
-        options = [
-            ((height * length + cost[min(at + height, len(rows))][0], 1 + cost[min(at + height, len(rows))][1]), shape)
-            for shape in shapes
-            for height, length in (shape,)
-            if length >= len(rows[at].token_ids)
-        ]
-        cost[at], choice[at] = min(options)
+        options = []
+        for height, length in shapes:
+            if length >= len(rows[at].token_ids):
+                slots, passes, _ = best[min(at + height, len(rows))]
+                options.append((height * length + slots, 1 + passes, (height, length)))
+        best[at] = min(options)
     out: Shaped = []
     at = 0
     while at < len(rows):
-        out.append((choice[at], tuple(rows[at : at + choice[at][0]])))
-        at += choice[at][0]
+        shape = best[at][2]
+        out.append((shape, tuple(rows[at : at + shape[0]])))
+        at += shape[0]
     return out
 
 

@@ -15,7 +15,7 @@ Longs = NDArray[np.int64]
 class Sequences:
     """n token sequences, each a context followed by a choice.
 
-    A model reads all tokens of a sequence but the last (its inputs), and predicts the last `predicted` tokens.
+    A model reads all tokens of a sequence but the last (the inputs), and predicts the last `predicted` tokens.
 
     Attributes:
         token_ids: (tokens,) all sequences one after another.
@@ -31,12 +31,7 @@ class Sequences:
 
     @classmethod
     def of(cls, tokens: Iterable[Any], predicted: Sequence[int], questions: Sequence[int]) -> "Sequences":
-        """From each sequence's own tokens, a list or an array of integers.
-
-        Args:
-            tokens: n, at least one.
-            predicted, questions: n; see above.
-        """
+        """Sequences from n >= 1 lists or arrays of tokens; for `predicted` and `questions` see above."""
         flat = [np.asarray(one, dtype=np.int32) for one in tokens]
         return cls(
             token_ids=np.concatenate(flat),
@@ -47,7 +42,7 @@ class Sequences:
 
     @classmethod
     def joined(cls, parts: Sequence["Sequences"]) -> "Sequences":
-        """The sequences of all parts, at least one, of which the questions are numbered throughout."""
+        """The sequences of all parts, at least one. The questions are numbered throughout the parts."""
         if len(parts) == 1:
             return parts[0]
         offsets = np.cumsum([0] + [len(part.token_ids) for part in parts])
@@ -64,20 +59,20 @@ class Sequences:
 
     @property
     def input_lengths(self) -> Longs:
-        """(n,) tokens a model reads of each sequence."""
+        """(n,) the number of tokens that a model reads of each sequence."""
         return np.diff(self.starts) - 1
 
     @property
     def longest_prompt(self) -> int:
-        """Most tokens that a sequence has before those predicted."""
+        """The most tokens that a sequence has before the predicted ones."""
         return int((self.input_lengths - self.predicted).max()) + 1
 
     def inputs(self, i: int) -> Ints:
-        """Tokens a model reads of sequence i."""
+        """The tokens that a model reads of sequence i."""
         return self.token_ids[self.starts[i] : self.starts[i + 1] - 1]
 
     def targets(self, i: int) -> Ints:
-        """Tokens to predict of sequence i."""
+        """The tokens to predict of sequence i."""
         return self.token_ids[self.starts[i + 1] - self.predicted[i] : self.starts[i + 1]]
 
 
@@ -88,14 +83,13 @@ def stretched(starts: Longs, sizes: Longs) -> Longs:
 
 
 def shared_prefixes(sequences: Sequences, left: Longs, right: Longs) -> Longs:
-    """Length of the common prefix of the inputs of `left[k]` and `right[k]`, for every k. Shape (len(left),)."""
+    """(len(left),) the length of the common prefix of the inputs of `left[k]` and `right[k]`, for every k."""
     lengths = np.minimum(sequences.input_lengths[left], sequences.input_lengths[right])
     out = np.empty(len(left), dtype=np.int64)
     batch = np.cumsum(lengths) // (1 << 21)  # of about two million tokens, which bounds the index arrays below
     for part in np.split(np.arange(len(left)), np.flatnonzero(np.diff(batch)) + 1):
-        out[part] = _common(
-            sequences.token_ids, sequences.starts[left[part]], sequences.starts[right[part]], lengths[part]
-        )
+        left_starts, right_starts = sequences.starts[left[part]], sequences.starts[right[part]]
+        out[part] = _common(sequences.token_ids, left_starts, right_starts, lengths[part])
     return out
 
 

@@ -1,4 +1,4 @@
-"""Staging: a pass as one flat array of int32, ready to be copied into a bucket's static buffer in one go."""
+"""Turns a pass into one flat array of int32, to be copied into a bucket's static buffer at once."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from cecompile.workload.plan import Bucket, Geometry, Pass, Plan
 from cecompile.workload.sequences import Ints, Sequences
 from cecompile.workload.tree import TARGETS
 
-TILE = 64  # tokens a side of a block-sparse mask's tiles: small, because question trees are
+TILE = 64  # tokens a side of a block-sparse mask's tiles: small, as question trees are small
 
 Array = TypeVar("Array", bound=Any)
 
 
 @dataclass(frozen=True, slots=True)
 class StagedPass:
-    """A pass's input, and what its output means.
+    """A pass's input, and the meaning of its output.
 
     Attributes:
         bucket: index into the plan's buckets.
-        data: (n,) int32, the fields that `fields` names, one after another.
-        choice: (predictions,) the sequence of which a token is predicted.
-        entry: (predictions,) where that token stands among the readouts' targets, flattened.
-        target: (predictions,) the token.
+        data: (n,) int32, the parts that `fields` names, one after another.
+        choice: (predictions,) the sequence that a predicted token belongs to.
+        entry: (predictions,) the predicted token's index among the readouts' targets, flattened.
+        target: (predictions,) the predicted token.
         tokens: slots in use.
     """
 
@@ -40,10 +40,10 @@ class StagedPass:
 def fields(bucket: Bucket, blocks: bool) -> dict[str, tuple[int, ...]]:
     """Name and shape of each part of a pass's data, in order.
 
-    token_ids, depth, end: (rows, length), per slot; `end` counts from the row's first slot. A padded slot is its own
-    tree. position: (readouts,), counting slots over all rows; target: (readouts, TARGETS). With `blocks`, per row and
-    tile of queries the tiles of keys it must look at: `full_*` those without hidden pairs, `partial_*` the others, and
-    `any_*` all of them, for masks that hide more.
+    token_ids, depth, end: (rows, length), per slot; `end` counts from the row's first slot. A padded slot is a tree of
+    its own. position: (readouts,), counting slots over all rows. target: (readouts, TARGETS). With `blocks`, for each
+    row and tile of queries, the tiles of keys to look at: `full_*` without hidden pairs, `partial_*` with some, and
+    `any_*` both, for masks that hide more.
     """
     slots, tiles = (bucket.rows, bucket.length), bucket.length // TILE
     out: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "depth", "end"), slots)
@@ -66,7 +66,7 @@ def views(data: Array, bucket: Bucket, blocks: bool) -> dict[str, Array]:
 
 
 def data_size(bucket: Bucket, blocks: bool) -> int:
-    """Number of int32 values in a pass's data."""
+    """The number of int32 values in a pass's data."""
     return sum(int(np.prod(shape)) for shape in fields(bucket, blocks).values())
 
 
@@ -114,10 +114,10 @@ def empty_pass(bucket: Bucket, blocks: bool) -> Ints:
 
 
 def _index_tiles(part: dict[str, Ints]) -> None:
-    """Fills in which tiles of keys each tile of queries looks at.
+    """Fills in the tiles of keys that each tile of queries looks at.
 
-    A key tile matters to a query tile at or after it iff one of its keys' subtrees reaches into that tile, and it is
-    wholly visible iff all its keys' subtrees reach past the tile's last query.
+    A query tile looks at a key tile before it or the same iff the subtree of one of the keys reaches into the query
+    tile. The key tile is wholly visible iff the subtrees of all its keys reach past the last query.
     """
     end = part["end"].reshape(part["end"].shape[0], -1, TILE)  # (rows, tiles, TILE)
     tiles = end.shape[1]
@@ -133,11 +133,11 @@ def _index_tiles(part: dict[str, Ints]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StagedPlan:
-    """What there is to warm up for.
+    """The shapes to warm up, and the passes to run.
 
     Attributes:
         geometry, buckets, decoding: the plan's.
-        sequences, staged: what will run, of which a few sequences are checked; None where that is not known yet.
+        sequences, staged: the work, of which warm-up checks a few sequences; None and empty while unknown.
     """
 
     geometry: Geometry
@@ -148,15 +148,15 @@ class StagedPlan:
 
     @classmethod
     def for_plan(cls, plan: Plan, sequences: Sequences) -> "StagedPlan":
-        """All that running these sequences takes."""
+        """The plan with all its passes staged."""
         return cls(plan.geometry, plan.buckets, plan.decoding, sequences, list(stage_all(plan)))
 
     @property
     def compiled(self) -> tuple[Bucket | DecodeShape, ...]:
-        """Everything that is compiled."""
+        """Everything to compile."""
         return self.buckets if self.decoding is None else (*self.buckets, self.decoding)
 
     @property
     def steps(self) -> int:
-        """How many fixed shapes that is."""
+        """The number of fixed shapes to compile."""
         return len(self.buckets) + (0 if self.decoding is None else len(self.decoding.step_tokens))

@@ -1,18 +1,20 @@
-"""What the plans of several windows of the questions count together."""
+"""Counts of a run in windows of the questions, each of which has a plan of its own."""
 
 from dataclasses import dataclass
 
 from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import Bucket, Geometry, Plan
 
+_SUMMED = ("useful_tokens", "unshared_tokens", "question_tree_tokens", "prefix_tree_tokens")
+
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What several plans count together, each of a window of the questions: nothing is shared between windows.
+    """The sum of several plans, each for a window of the questions. Windows share no tokens.
 
     Attributes:
         geometry, decoding: the last plan's.
-        bucket_counts: of each bucket how often it runs, and the nodes in the rows of its passes.
+        bucket_counts: for each bucket, how often it runs, and the nodes in the rows of its passes.
         useful_tokens, unshared_tokens, question_tree_tokens, prefix_tree_tokens: sums of the plans' own.
         windows: how many plans.
     """
@@ -28,39 +30,21 @@ class Totals:
 
     @classmethod
     def of(cls, plan: Plan) -> "Totals":
-        """A single plan's."""
-        counts = {bucket: (plan.runs(i), plan.useful_tokens_of(i)) for i, bucket in enumerate(plan.buckets)}
-        return cls(
-            plan.geometry,
-            plan.decoding,
-            counts,
-            plan.useful_tokens,
-            plan.unshared_tokens,
-            plan.question_tree_tokens,
-            plan.prefix_tree_tokens,
-            1,
-        )
+        """The totals of a single plan."""
+        return cls(plan.geometry, plan.decoding, {}, 0, 0, 0, 0, 0).and_then(plan)
 
     def and_then(self, plan: Plan) -> "Totals":
-        """With one more plan."""
-        other, counts = Totals.of(plan), dict(self.bucket_counts)
-        for bucket, (runs, tokens) in other.bucket_counts.items():
-            before = counts.get(bucket, (0, 0))
-            counts[bucket] = before[0] + runs, before[1] + tokens
-        return Totals(
-            plan.geometry,
-            plan.decoding,
-            counts,
-            self.useful_tokens + other.useful_tokens,
-            self.unshared_tokens + other.unshared_tokens,
-            self.question_tree_tokens + other.question_tree_tokens,
-            self.prefix_tree_tokens + other.prefix_tree_tokens,
-            self.windows + 1,
-        )
+        """These totals with one more plan."""
+        counts = dict(self.bucket_counts)
+        for i, bucket in enumerate(plan.buckets):
+            runs, tokens = counts.get(bucket, (0, 0))
+            counts[bucket] = runs + plan.runs(i), tokens + plan.useful_tokens_of(i)
+        sums = {name: getattr(self, name) + getattr(plan, name) for name in _SUMMED}
+        return Totals(plan.geometry, plan.decoding, counts, windows=self.windows + 1, **sums)
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        """All that any plan has, largest first."""
+        """The buckets of all plans, largest first."""
         return tuple(sorted(self.bucket_counts, key=lambda b: (-b.slots, b.shape, b.readouts)))
 
     @property

@@ -1,8 +1,8 @@
 """Token trees in DFS preorder.
 
-Sequences that begin with the same tokens are merged into a tree. Written in preorder, a tree needs one integer per
-token to say who sees whom: `end[k]`, one past the last token of k's subtree. Key k is visible to query q iff
-k <= q < end[k]. A token's position id is its depth.
+Sequences that begin with the same tokens are merged into a tree. In preorder, one integer per token gives the attention
+mask: `end[k]`, one past the last token of k's subtree. Key k is visible to query q iff k <= q < end[k]. A token's
+position id is its depth.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ import numpy as np
 
 from cecompile.workload.sequences import Ints, Longs, Sequences, stretched
 
-TARGETS = 4  # tokens that one readout looks up: the model's head runs once for siblings
+TARGETS = 4  # tokens that one readout looks up, so that the model's head runs once for siblings
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class TreeLayout:
     """Trees side by side in preorder, and where their sequences are read out.
 
     A readout is a node and up to TARGETS tokens that may follow it; a node with more has several readouts.
@@ -23,9 +23,9 @@ class Layout:
     Attributes:
         token_ids, depth, end: (tokens,) per node. `end` counts from the layout's first token.
         position: (readouts,) the node.
-        target: (readouts, TARGETS) the tokens, those unused 0.
-        choice: (predictions,) the sequence of which a token is predicted.
-        entry: (predictions,) that token's place in `target`, flattened.
+        target: (readouts, TARGETS) the tokens; unused entries are 0.
+        choice: (predictions,) the sequence that a predicted token belongs to.
+        entry: (predictions,) the predicted token's index in `target`, flattened.
     """
 
     token_ids: Ints
@@ -37,19 +37,18 @@ class Layout:
     entry: Ints
 
 
-def lay_out(sequences: Sequences, members: Longs, shared: Longs, rows: Longs) -> list[Layout]:
+def lay_out(sequences: Sequences, members: Longs, shared: Longs, rows: Longs) -> list[TreeLayout]:
     """Merges `members` into trees, row by row.
 
     Args:
         sequences: all sequences.
         members: (m,) the sequences to lay out, in order.
-        shared: (m,) how many leading nodes each takes over from the one before it; 0 begins a new tree. At most the
-            length of their common prefix.
-        rows: (r,) where each row begins among the members, ascending, the first at 0. Its first member takes over
-            nothing.
+        shared: (m,) leading nodes that each member takes over from the one before, at most their common prefix; 0
+            begins a new tree.
+        rows: (r,) the member at which each row begins, ascending from 0; such a member takes over nothing.
 
     Returns:
-        Each row's nodes in preorder, its members' readouts one member after another.
+        Each row's nodes in preorder, with the readouts of one member after another.
     """
     lengths = sequences.input_lengths[members]
     new = lengths - shared
@@ -83,15 +82,15 @@ def lay_out(sequences: Sequences, members: Longs, shared: Longs, rows: Longs) ->
     out = []
     for r in range(len(rows)):
         n, o, p = (slice(bound[r], bound[r + 1]) for bound in bounds)
-        out.append(Layout(*(x[n] for x in nodes), *(x[o] for x in readouts), *(x[p] for x in predictions)))
+        out.append(TreeLayout(*(x[n] for x in nodes), *(x[o] for x in readouts), *(x[p] for x in predictions)))
     return out
 
 
 def _nearest_shallower(shared: Longs) -> tuple[Longs, Longs]:
-    """For each member, the nearest one before and the nearest one after it that take over fewer nodes."""
+    """For each member, the nearest one before and the nearest one after that take over fewer nodes."""
     values = shared.tolist()
     before, after = [0] * len(values), [len(values)] * len(values)
-    rising: list[int] = []  # members whose `after` is not known; what they take over rises
+    rising: list[int] = []  # members whose `after` is not known yet, with rising values
     for m, kept in enumerate(values):
         while rising and values[rising[-1]] > kept:
             after[rising.pop()] = m
@@ -103,7 +102,7 @@ def _nearest_shallower(shared: Longs) -> tuple[Longs, Longs]:
 
 
 def _follow(step: Longs, shared: Longs, member: Longs, depth: Longs) -> Longs:
-    """From each member on by `step` until one takes over no node as deep as `depth`."""
+    """Moves from each member by `step` until one takes over no node as deep as `depth`."""
     member = member.copy()
     moving = np.flatnonzero(shared[member] > depth)
     while len(moving):
@@ -113,7 +112,7 @@ def _follow(step: Longs, shared: Longs, member: Longs, depth: Longs) -> Longs:
 
 
 def _readouts(node: Longs, token: Ints) -> tuple[Ints, Ints, Ints]:
-    """Gathers the predictions (node, token) into readouts: position, target and entry of a `Layout`."""
+    """Gathers predictions (node, token) into readouts: position, target and entry of a `TreeLayout`."""
     pairs, pair_of = np.unique((node << 32) | token, return_inverse=True)
     of_node, token_of = (pairs >> 32).astype(np.int32), (pairs & 0xFFFFFFFF).astype(np.int32)
     new_node = np.diff(of_node, prepend=-1) != 0

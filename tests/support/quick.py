@@ -1,17 +1,17 @@
 """`--quick`: the tests that start no process and compile nothing.
 
 The others are marked `process` or `compiles`. One that should be and is not fails here, so that the marks stay right.
-Asking a tool for its version counts as no process, and neither does a C++ compiler: compiling is noticed by its graphs.
+Processes that do not count: asking a tool for its version, and those by which torch finds out once what it can compile
+with. Compiling itself is noticed by its graphs.
 """
 
 import sys
 import threading
-from pathlib import PurePath
+from types import FrameType
 
 import pytest
 
 SLOW = ("process", "compiles")
-COMPILERS = ("g++", "c++", "clang++")
 _started: list[str] = []
 
 
@@ -56,10 +56,18 @@ def _notice(event: str, arguments: tuple) -> None:
     if threading.current_thread() is not threading.main_thread():
         return  # what is set up beside loading, whichever test is then running
     if event == "subprocess.Popen":
-        asks = "--version" in map(str, arguments[1] or ()) or PurePath(str(arguments[0])).name in COMPILERS
-        _started.extend([] if asks else [str(arguments[0])])
+        if "--version" not in map(str, arguments[1] or ()) and not _is_torchs(sys._getframe()):
+            _started.append(str(arguments[0]))
     elif event in ("os.fork", "os.forkpty", "os.posix_spawn"):
         _started.append("a process")
+
+
+def _is_torchs(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("torch._inductor."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _graphs() -> int:

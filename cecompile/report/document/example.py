@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from cecompile.workload.order import sort_sequences
 from cecompile.workload.sequences import Sequences
-from cecompile.workload.tree import Layout, lay_out
+from cecompile.workload.tree import TreeLayout, lay_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Example:
     """
 
     words: tuple[str, ...]
-    layout: Layout
+    layout: TreeLayout
     parent: tuple[int, ...]
     predicted: tuple[tuple[int, str], ...]
     unshared: int
