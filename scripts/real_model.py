@@ -77,7 +77,12 @@ def expand(weights: Path, directory: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    # Older versions of transformers read another end token, and would drop spaces from decoded text.
+    for name in ("bos_token", "eos_token", "pad_token"):
+        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(getattr(model.config, f"{name}_id")))
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.save_pretrained(directory)
 
 
 if __name__ == "__main__":
