@@ -212,6 +212,7 @@ def test_scoring_again_gives_the_same_and_builds_nothing_new(tiny_llama):
     assert scorer.runtime.warmup.warmed is engine
 
 
+@pytest.mark.compiles
 def test_weights_are_not_touched():
     model = tiny_model("llama")
     before = {k: v.clone() for k, v in model.state_dict().items()}
