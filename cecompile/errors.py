@@ -1,4 +1,4 @@
-"""What a user is told in one line."""
+"""Errors that a user is told in one line."""
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""What the system says of itself, in small files under /proc and /sys."""
+"""Facts of the system, from small files under /proc and /sys."""
 
 import os
 import re

@@ -125,7 +125,7 @@ def test_without_memory_for_the_stock_model_beside_it_a_run_goes_on_unchecked(ti
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu", engine="eager")
     scores = scorer.score([Question("0", "The question is", ("easy", "not so easy"), 0)])
     assert len(scores.loglikelihoods[0]) == 2
-    assert scorer.runtime.mode.note.startswith("not held against the stock model")
+    assert scorer.runtime.mode.note.startswith("not verified against the stock model")
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What a machine offers, and what will go wrong or be slow there."""
+"""The machine as found, and the faults that will stop a run there or slow it down."""

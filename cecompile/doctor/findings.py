@@ -1,4 +1,4 @@
-"""What will go wrong or be slow on this machine, and how to mend it."""
+"""Faults of this machine that will stop a run or slow it down, each with its mend."""
 
 import dataclasses
 import re
@@ -26,7 +26,7 @@ class Finding:
 
 
 def judge(facts: Facts) -> list[Finding]:
-    """What will go wrong or be slow, what stops a run first."""
+    """The findings, those that stop a run first."""
     return [finding for check in CHECKS for finding in check(facts)]
 
 

@@ -1,4 +1,4 @@
-"""What this machine is: devices, host, versions, and the tools that compiling needs.
+"""This machine: devices, host, versions, and the tools that compiling needs.
 
 Paths on a Jetson, and what is true of its memory, are from NVIDIA's Jetson Linux documentation.
 """
@@ -77,7 +77,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Jetson:
-    """What only a Jetson has. `power_mode` is None where nvpmodel is not there or does not answer, as in containers.
+    """Facts that only a Jetson has. `power_mode` is None where nvpmodel is missing or silent, as in containers.
 
     `temperatures` are in degrees Celsius by thermal zone.
     """
@@ -90,7 +90,7 @@ class Jetson:
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What compiling needs: paths with versions, None for what is missing.
+    """The tools that compiling needs: paths with versions, None for a missing tool.
 
     Attributes:
         cxx_wanted: the C++ compiler's name: $CXX, else g++, the only one that torch looks for.
@@ -170,7 +170,7 @@ def gather(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) 
 
 
 def read_cache(directory: Path) -> Cache:
-    """What the compile cache holds; nothing is made where there is none."""
+    """The contents of the compile cache; no directory is made where there is none."""
     if not directory.exists():
         return Cache(str(directory), 0, 0, None, ())
     try:
@@ -212,7 +212,7 @@ def _temperatures(directory: Path) -> dict[str, float]:
 
 
 def find_driver(root: Path) -> str | None:
-    """What shows that NVIDIA's kernel driver is there, its version or a device node, or None."""
+    """The sign of NVIDIA's kernel driver, its version or a device node; None without a driver."""
     version = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", read_text(root / "proc/driver/nvidia/version") or "")
     if version:
         return version[1]
@@ -307,7 +307,7 @@ def _with_version(tool: str | None) -> str | None:
 
 
 def _run(tool: str | None, argument: str) -> str | None:
-    """What a tool prints, or None if it is missing, fails or takes more than PATIENCE."""
+    """The output of a tool; None if the tool is missing, fails or takes more than PATIENCE."""
     if not tool:
         return None
     try:

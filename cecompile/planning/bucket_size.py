@@ -264,7 +264,7 @@ class Sizing:
         return -(-passes // -(-passes // most))
 
     def model_sizes(self, share: LayerRange | None = None) -> sizes_module.Sizes:
-        """What of the model, or of a share of it, decides memory and cost."""
+        """The sizes of the model, or of a share of the model, that decide memory and cost."""
         if share not in self._sizes:
             self._sizes[share] = sizes_module.model_sizes(self._config, self._dtype, share)
         return self._sizes[share]
@@ -293,7 +293,7 @@ class Sizing:
         return True
 
     def _way_out(self, geometry: Geometry, engine: str, room: int) -> str | None:
-        """What makes a run possible that does not fit."""
+        """The option that lets a run fit which does not; None without one."""
         if self.streamed is not None:
             return None
         try:

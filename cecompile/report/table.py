@@ -170,7 +170,7 @@ def print_plan(console: Console, plan: dict[str, Any], estimate: dict[str, Any] 
 
 
 def print_warmup(console: Console, built: Any, note: str | None) -> None:
-    """What `cecompile warm` has built (a `prewarm.Warmup`)."""
+    """Prints what `cecompile warm` has built, a `warm_cache.Warmup`."""
     table = _table()
     _row(table, "cache was", built.before[0], built.before[1])
     for shape, seconds in built.seconds.items():

@@ -1,1 +1,1 @@
-"""What a run leaves behind: the clock's times, the journal, the result files; they are read, checked, compared here."""
+"""The traces of a run: the clock's times, the journal and the result files, with their reader, check and comparison."""

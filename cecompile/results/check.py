@@ -23,7 +23,7 @@ ProbeResult = Iterator[str]
 
 
 def problems(directory: Path) -> list[str]:
-    """What in a result directory contradicts the rest of it, a line each; empty if it holds together.
+    """The contradictions in a result directory, a line each; none if the result is consistent.
 
     Raises:
         UserError: it is not a result directory; see `read_result`.

@@ -250,7 +250,7 @@ def _ratio(reference: StoredResult, name: str, results: Mapping[str, Any], clock
 
 
 def compare_directories(reference: Path, candidate: Path, max_drop: float = MAX_DROP) -> dict[str, Any]:
-    """What `cecompile compare` says, as plain JSON values.
+    """The comparison of two result directories, as plain JSON values.
 
     Returns:
         The fields of `Comparison`, `reference` and `candidate` (names), `metrics` and `headline` of both,

@@ -61,7 +61,7 @@ def read_result(directory: Path) -> StoredResult:
 
 
 def value_at(results: Any, path: str) -> Any:
-    """What is at a path such as "model.fingerprint"; None where nothing is."""
+    """The value at a path such as "model.fingerprint"; None where there is none."""
     for key in path.split("."):
         results = results.get(key) if isinstance(results, dict) else None
     return results

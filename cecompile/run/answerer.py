@@ -81,7 +81,7 @@ class Answerer(LanguageModel):
         self, questions: Sequence[ChatQuestion], *, clock: Clock | None = None,
         progress: Progress = lambda *_: None, repeat: int = 1, journal: Journal | None = None,
     ) -> Answers:  # fmt: skip
-        """What greedy decoding says to every question.
+        """The answer of greedy decoding to every question.
 
         Args, raises: see `Scorer.score`.
         """
@@ -170,7 +170,7 @@ def decode(
     stop: frozenset[int],
     done: Callable[[int, list[int]], None] = lambda *_: None,
 ) -> list[list[int]]:
-    """What greedy decoding writes after each of these token sequences.
+    """The tokens that greedy decoding writes after each of these token sequences.
 
     Args:
         decoder: warm.

@@ -137,8 +137,10 @@ class EngineBuilder:
         return warmed
 
     def _in_all_stages(self, make: Callable[[], WarmEngine]) -> WarmEngine:
-        """What is made where all stages make theirs; where one fails, because nothing compiles or memory runs out, all
-        do, and for the same."""
+        """Makes an engine in every stage.
+
+        Where one stage fails, because nothing compiles or memory runs out, every stage fails with the same error.
+        """
         if self._stage is None:
             return make()
         made: WarmEngine | None = None
@@ -221,7 +223,7 @@ class EngineBuilder:
             off = None
         found = self._gather(off) if self._stage is not None else [off]
         if None in found:
-            warmed.remark("not held against the stock model, which memory does not suffice for beside what is warm")
+            warmed.remark("not verified against the stock model: too little memory left")
             return None
         off = max(found)
         if off <= 1:

@@ -35,7 +35,7 @@ from cecompile.tasks.windows import Windows
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What results.json and samples.jsonl hold; the samples of a run in windows are read from disk."""
+    """The contents of results.json and samples.jsonl; the samples of a run in windows are read from disk."""
 
     results: dict[str, Any]
     samples: list[Sample] | list[AnswerSample] | Spool

@@ -225,7 +225,7 @@ class LanguageModel:
 def timed(
     run: Callable[[Journal | None], Outcome], repeat: int, journal: Journal | None, ranks: Ranks
 ) -> tuple[Outcome, list[float]]:
-    """What the first of `repeat` runs gives, which alone is journaled, and the seconds of each."""
+    """The outcome of the first of `repeat` runs, which alone is journaled, and the seconds of each run."""
     outcomes, seconds = [], []
     for i in range(repeat):
         ranks.barrier()

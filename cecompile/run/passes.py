@@ -31,7 +31,7 @@ def run_passes(
     engine: Engine | StreamingEngine, staged: Sequence[StagedPass], progress: Progress, named: Named,
     journal: Journal | None, ranks: Ranks,
 ) -> list[Readouts]:  # fmt: skip
-    """What all passes read out, in order.
+    """The readouts of all passes, in order.
 
     Args:
         engine: warm.
@@ -144,7 +144,7 @@ def write_answers(
     rows: Mapping[int, tuple[Ints, int]], write: Write, progress: Progress, journal: Journal | None, ranks: Ranks,
     lanes: int,
 ) -> dict[int, list[int]]:  # fmt: skip
-    """What greedy decoding writes after each row's tokens, journaled by row; raises: see `run_passes`.
+    """The tokens that greedy decoding writes after each row, journaled by row; raises: see `run_passes`.
 
     Args:
         rows: by question, the tokens it begins with, and the most tokens to write.

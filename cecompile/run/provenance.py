@@ -1,4 +1,4 @@
-"""What results.json says of the model and the machine that ran."""
+"""The parts of results.json on the model and the machine that ran."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a run must match to be resumed, and ranks to share one."""
+"""The facts that a run must match to be resumed, and that ranks must match to share a run."""
 
 import hashlib
 from typing import Any
@@ -33,7 +33,7 @@ def begin(runtime: Runtime, workload: Workload, journal: Journal | None, new_tok
 
 
 def _run_facts(runtime: Runtime, workload: Workload, new_tokens: int) -> dict[str, Any]:
-    """What the readouts of a model that has been warmed up for a workload depend on, beside the data and versions."""
+    """The facts that the readouts of a warm model depend on, beside the data and versions."""
     model, on_cpu = runtime.weights.model, runtime.device.type == "cpu"
     assert model is not None
     return (

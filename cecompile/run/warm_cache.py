@@ -19,7 +19,7 @@ GAIN = 1.03  # how much faster than the usual bucket size another must be to be 
 
 @dataclass(frozen=True, slots=True)
 class Warmup:
-    """What was built.
+    """The outcome of `warm`.
 
     Attributes:
         before: the cache's state before, "warm", "partly warm" or "cold", and why.
@@ -87,7 +87,7 @@ def warm(
 
 
 def _ready(model: LanguageModel, sequences: Sequences | None, max_depth: int) -> StagedPlan:
-    """What to warm up for, with the sizes that the runtime takes now."""
+    """The buckets to warm up, with the sizes that the planner takes now."""
     if sequences is None:
         answer = max_depth + model.new_tokens if model.new_tokens else 0
         geometry, decoding = model.runtime.planner.shapes(max_depth, answer, fit=True)

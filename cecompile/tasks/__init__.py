@@ -1,1 +1,1 @@
-"""What a question is, how files become questions, and how an answer is judged."""
+"""Questions: their kinds, how files become questions, and how an answer is judged."""

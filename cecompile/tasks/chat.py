@@ -31,7 +31,7 @@ class ChatQuestion:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """What the last user message lists to choose from; empty if it lists nothing. They never change an answer."""
+        """The choices that the last user message lists, possibly none. Choices never change an answer."""
         asked = next((content for role, content in reversed(self.messages) if role == "user"), "")
         return find_choices(asked)
 
@@ -46,7 +46,7 @@ class ChatQuestion:
         return sum(len(content) for _, content in self.messages)
 
     def content(self) -> list[Any]:
-        """What the question consists of, as plain JSON values."""
+        """The question's parts, as plain JSON values."""
         return [self.id, self.messages, self.label]
 
 

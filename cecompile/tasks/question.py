@@ -31,7 +31,7 @@ class Question:
         return len(self.context) * (1 + len(self.choices)) + sum(map(len, self.choices))
 
     def content(self) -> list[Any]:
-        """What the question consists of, as plain JSON values."""
+        """The question's parts, as plain JSON values."""
         return [self.id, self.context, self.choices, self.label, self.delimiter]
 
 
@@ -39,7 +39,7 @@ class HasContent(Protocol):
     """A question of any kind."""
 
     def content(self) -> list[Any]:
-        """What it consists of, as plain JSON values."""
+        """The question's parts, as plain JSON values."""
 
 
 def digest(questions: Iterable[HasContent]) -> str:

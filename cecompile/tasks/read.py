@@ -132,7 +132,7 @@ class _Reading:
 
 
 def _state(data: str | Path) -> tuple[int, ...] | None:
-    """What changes with a file; None if there is none."""
+    """The state of a file, which changes when the file does; None without a file."""
     try:
         found = Path(data).stat()
     except (OSError, ValueError):
