@@ -62,7 +62,7 @@ class Sizing:
         limit: bytes the run may take, once known.
 
     Raises:
-        UserError: they are, and cannot be.
+        UserError: `stream` is set, but this model's layers cannot be streamed.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ CHARACTERS = 400_000_000  # of text to be tokenised, after which a window ends i
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Questions of which one window is held at a time. To go through them is to read them, as often as one does.
+    """Questions of which one window is held at a time. Iterating reads the file again each time.
 
     Attributes:
         name: for messages.
