@@ -7,7 +7,9 @@ import time
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import HANG, wait_until
+from packaging.version import Version
 from torch._dynamo import funcname_cache
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, activations, modeling_utils
@@ -372,7 +374,7 @@ def test_sources_that_tracing_reads_are_read_ahead():
             )
             Engine(tiny_model("llama"), plan.buckets, attention="sdpa", compiled=True, readout_chunk=64).warm_up()
         sources[way] = set(funcname_cache.cache)
-    heavy = {sys.modules[name].__file__ for name in initialise.TRACED if name in sys.modules}
+    assert {modeling_utils.__file__, activations.__file__} <= sources["ahead"]
     assert activations.__file__ in sources["traced"]
-    assert sources["traced"] & heavy <= sources["ahead"]
-    assert modeling_utils.__file__ in sources["ahead"]  # transformers 5.6 does not trace this one
+    if Version(transformers.__version__) >= Version("5.23"):  # 5.6 does not trace this one
+        assert modeling_utils.__file__ in sources["traced"]
