@@ -33,7 +33,7 @@ class Bar:
 def bars(width: float, rows: Sequence[Bar], whole: float | None = None) -> Drawing:
     """Bars under one another; `whole` is the length of a full one, by default the longest."""
     step, height, size = 17.0, 10.0, 8.5
-    drawing = Drawing(width, step * len(rows))
+    drawing = Drawing(width, step * len(rows), initialFontName=FAMILY)
     left = max(stringWidth(row.label, FAMILY, size) for row in rows) + 8
     right = max(stringWidth(row.note, FAMILY, size) for row in rows) + 8
     room = max(20.0, width - left - right)
@@ -55,7 +55,7 @@ def tree_and_mask(width: float, example: Example) -> Drawing:
     cell = 11.5
     grid = cell * len(example.words)
     labels = max(stringWidth(word, FAMILY, 8) for word in example.words) + 20
-    drawing = Drawing(width, max(top + lane * max(lanes) + 12, grid + 18))
+    drawing = Drawing(width, max(top + lane * max(lanes) + 12, grid + 18), initialFontName=FAMILY)
     columns = max(int(d) for d in example.layout.depth) + 2  # one more for what is only predicted
     _draw_tree(drawing, example, lanes, (width - grid - labels - 14) / columns, (top, lane))
     _draw_mask(drawing, example, width - grid, cell)
