@@ -433,8 +433,8 @@ def _model(how: dict[str, Any], task: str, ranks: Ranks = ALONE) -> Any:
 def main() -> None:
     """Entry point of the console script.
 
-    Once all is written the process ends at once: taking an interpreter with torch apart takes about a second, which
-    would be on no phase of the clock.
+    Ends the process once all is written. Taking an interpreter with torch apart takes about a second, which no phase of
+    the clock would count; a thread of gloo would abort there.
     """
     status: Any = 1
     try:
@@ -442,9 +442,10 @@ def main() -> None:
     except BrokenPipeError:
         pass
     except SystemExit as error:
-        status = error.code
+        status = error.code or 0
     if not isinstance(status, int):
-        sys.exit(status)
+        print(status, file=sys.stderr)
+        status = 1
     if "cecompile.compile_cache.store" in sys.modules:
         sys.modules["cecompile.compile_cache.store"].remove_workspaces()
     with contextlib.suppress(BrokenPipeError):

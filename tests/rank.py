@@ -41,7 +41,11 @@ def others_have_begun(journal: Journal) -> bool:
 
 
 def agree() -> None:
-    """Rank 0 prints what the ranks agree on; then rank 1 is gone while rank 0 waits for it."""
+    """Rank 0 prints the answers the ranks agree on. Then rank 1 is killed while rank 0 waits for rank 1.
+
+    Rank 0 ends like the command line, without taking the interpreter apart: a thread of gloo that still holds a tensor
+    would otherwise be stopped in the middle of C++, which then aborts.
+    """
     from cecompile.errors import CheckError
     from cecompile.ranks import Ranks
 
@@ -59,14 +63,15 @@ def agree() -> None:
         "again": sum(map(len, ranks.gather(list(ranks.claim("it", range(9)))))),
     }
     if rank == 0:
-        print(json.dumps(agreed))
+        print(json.dumps(agreed), flush=True)
     ranks.barrier()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
         ranks.collect({})
     except CheckError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def share(directory: Path) -> None:
