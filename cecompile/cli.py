@@ -5,13 +5,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from cecompile import demo
+from cecompile.cli_options import pipeline_option, selection
 from cecompile.errors import AlreadyReportedError, CheckError, UserError, first_line
 from cecompile.interrupt import Interrupted, command_to_resume, signals_raise
 from cecompile.model import prefetch
@@ -19,10 +19,7 @@ from cecompile.planning.profiles import PROFILES
 from cecompile.ranks import ALONE, Ranks, has_part_in, world_size
 from cecompile.report.document.words import LANGUAGES
 from cecompile.results.clock import CLOCKS, Clock, process_start
-from cecompile.tasks.chat import NEW_TOKENS
-from cecompile.tasks.formats import TASKS
 from cecompile.tasks.judge import MAX_DROP
-from cecompile.tasks.windows import WINDOW
 
 MAX_DROP_RANGE, MAX_DROP_HELP = click.FloatRange(0, 100), "Points that a metric may drop by."
 
@@ -53,7 +50,7 @@ class OneLineErrors(click.Group):
 
 
 def _versions() -> str:
-    """The libraries whose names change between versions, as installed."""
+    """The installed versions of the libraries whose names change between versions."""
     from importlib import metadata
 
     installed = []
@@ -64,13 +61,13 @@ def _versions() -> str:
 
 
 def _speaker(ctx: click.Context) -> str:
-    """Which rank says a line, as its beginning; rank 0 need not say so."""
+    """The prefix of a line that names the rank; empty for rank 0."""
     rank = ctx.meta.get("ranks", ALONE).rank
     return f"rank {rank}: " if rank else ""
 
 
 def _resuming(ctx: click.Context, begun: bool = False) -> str:
-    """How to go on with what the command has left, as the end of a line; with `begun`, if it came so far itself."""
+    """The end of a line that says how to resume. With `begun`, only if this command has begun the journal itself."""
     journal = ctx.meta.get("journal")
     if journal is None or not journal.resumable or (begun and not journal.begun):
         return ""
@@ -85,80 +82,6 @@ def cli(ctx: click.Context) -> None:
     """Scores multiple-choice LLM benchmarks as packed token trees in static passes."""
     if not has_part_in(str(ctx.invoked_subcommand)):
         ctx.exit(0)
-
-
-def _limit(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not (0 < value < 1 or (value >= 1 and value.is_integer())):
-        raise click.BadParameter("a count of questions, or a fraction between 0 and 1")
-    return value
-
-
-def selection(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that say what is scored and how."""
-    options = [
-        click.option("--model", metavar="DIR|HUB_ID", help="The checkpoint. Default: the embedded demo model."),
-        click.option("--data", metavar="FILE|HUB_ID[:SPLIT]", help="The questions. Default: the embedded demo's."),
-        click.option(
-            "--task", type=click.Choice(("auto", *TASKS)), default="auto", help="Row format; auto tells by the fields."
-        ),
-        click.option(
-            "--max-new-tokens", type=click.IntRange(1), default=NEW_TOKENS, show_default=True,
-            help="Longest answer to a chat question.",
-        ),
-        click.option(
-            "--window", type=click.IntRange(1), default=WINDOW, show_default=True,
-            help="Questions in memory at a time; where there are more, prefixes are shared within a window.",
-        ),
-        click.option("--limit", type=float, callback=_limit, help="First N questions, or a fraction below 1."),
-        click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
-        click.option(
-            "--dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")), default="auto",
-            help="auto is the checkpoint's.",
-        ),
-        click.option("--engine", type=click.Choice(("compiled", "eager", "reference")), default="compiled"),
-        click.option("--attention", type=click.Choice(("auto", "flex", "sdpa")), default="auto"),
-        click.option("--tokens-per-bucket", metavar="auto|N", default="auto", callback=_tokens, help="Slots a pass."),
-        click.option(
-            "--memory-limit", metavar="SIZE", callback=_size,
-            help="What a run may take, such as 28GB or 26GiB. Default: what the device has.",
-        ),
-        click.option(
-            "--stream-weights", is_flag=True,
-            help="Read the layers' weights anew for each sweep of passes: for models larger than memory.",
-        ),
-        click.option(
-            "--cache-dir", type=click.Path(path_type=Path),
-            help="Compiled code. Default: CECOMPILE_CACHE, else the user's cache directory.",
-        ),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _tokens(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
-    if value == "auto":
-        return None
-    if not value.isdecimal() or not 128 <= int(value) <= 1 << 20:
-        raise click.BadParameter("auto, or a number from 128 to 1048576")
-    return int(value)
-
-
-def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    from cecompile.device import parse_size
-
-    try:
-        return parse_size(value)
-    except ValueError:
-        raise click.BadParameter("a number of bytes, with a unit such as MB, GB or GiB") from None
-
-
-pipeline_option = click.option(
-    "--pipeline", type=click.IntRange(1), default=1, show_default=True,
-    help="Divide the layers among this many processes, which torchrun starts.",
-)  # fmt: skip
 
 
 @cli.command("eval")
@@ -241,7 +164,7 @@ def eval_command(
 @click.option("--max-drop", type=MAX_DROP_RANGE, default=MAX_DROP, show_default=True, help=MAX_DROP_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as one JSON object.")
 def compare_command(reference: Path, candidate: Path, max_drop: float, as_json: bool) -> None:
-    """Hold a result against another of the same questions and model, and both against themselves.
+    """Compare two results of the same questions and model, and check each result for contradictions.
 
     REFERENCE and CANDIDATE are result directories. The exit status is 1 if a metric drops by more than --max-drop
     points or a result contradicts itself, 2 if they are not comparable.
@@ -290,7 +213,7 @@ def plan_command(
     model = _model(as_planned_on(profile, how) if profile else how, dataset.task)
     runtime, fit = model.runtime, how["memory_limit"] is not None
     if profile and not fit:  # where the weights do not, the plan is shown all the same, and says so
-        fit = how["stream_weights"] or weights_fit(profile, runtime.planner.sizing.model_sizes().parameters)
+        fit = how["stream_weights"] or weights_fit(profile, runtime.planner.sizing.needs.model_sizes().parameters)
     plan, sequences = plan_in_windows(model, dataset.questions, fit)
     streaming = runtime.planner.planned_streaming(plan)
     summary = plan_summary(plan) | {"memory": runtime.planner.budget(plan).summary()}
@@ -401,7 +324,7 @@ def _named(data: str | None, task: str) -> str:
 
 
 def _prefetch(how: dict[str, Any]) -> None:
-    """The weights are read while libraries are imported; of several ranks each would read them all."""
+    """Reads the weights while libraries are imported. Several ranks would each read all weights, and so do not."""
     if how["model"] is not None and world_size() == 1:
         prefetch.begin(how["model"])
 
@@ -411,23 +334,10 @@ def _model(how: dict[str, Any], task: str, ranks: Ranks = ALONE) -> Any:
     from cecompile.run.answerer import Answerer
     from cecompile.run.scorer import Scorer
 
-    kind, own = (Answerer, {"new_tokens": how["max_new_tokens"]}) if task == "chat" else (Scorer, {})
-    return kind.from_pretrained(
-        how["model"],
-        device=how["device"],
-        dtype=how["dtype"],
-        engine=how["engine"],
-        attention=how["attention"],
-        tokens_per_bucket=how["tokens_per_bucket"],
-        memory_limit=how["memory_limit"],
-        cache_dir=how["cache_dir"],
-        require_warm=how.get("require_warm", False),
-        ranks=ranks,
-        pipeline=how.get("pipeline", 1),
-        stream_weights=how["stream_weights"],
-        target_device=how.get("target_device"),
-        **own,
-    )
+    options = {name: value for name, value in how.items() if name not in ("model", "max_new_tokens")}
+    if task == "chat":
+        return Answerer.from_pretrained(how["model"], ranks=ranks, new_tokens=how["max_new_tokens"], **options)
+    return Scorer.from_pretrained(how["model"], ranks=ranks, **options)
 
 
 def main() -> None:

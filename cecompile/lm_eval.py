@@ -21,53 +21,44 @@ from cecompile.workload.sequences import Sequences
 Pair = tuple[Any, list[int], list[int]]  # what was asked for, the context's tokens, the continuation's
 
 
+OWN_OPTIONS = ("engine", "attention", "tokens_per_bucket", "memory_limit", "cache_dir", "require_warm")
+
+
 @register_model("cecompile")
 class CecompileLM(HFLM):
     """lm_eval's `hf` backend with loglikelihoods by packed token trees.
 
     Args:
-        engine, attention, tokens_per_bucket, cache_dir, require_warm: see `Scorer.from_pretrained`.
+        engine, attention, tokens_per_bucket, cache_dir, require_warm: see `RunOptions`.
         memory_limit: bytes, or a text such as "28GB".
-        others: those of `hf`: pretrained, dtype, device, max_length, add_bos_token ...
+        others, more: the arguments of `hf`: pretrained, dtype, device, max_length, add_bos_token ...
 
     Raises:
         UserError: such an option is wrong, or the model cannot be scored as trees.
     """
 
-    def __init__(
-        self,
-        *others: Any,
-        engine: str = "compiled",
-        attention: str = "auto",
-        tokens_per_bucket: int | None = None,
-        memory_limit: int | str | None = None,
-        cache_dir: str | None = None,
-        require_warm: bool = False,
-        **more: Any,
-    ) -> None:
+    def __init__(self, *others: Any, **more: Any) -> None:
+        own = {name: more.pop(name) for name in OWN_OPTIONS if name in more}
         super().__init__(*others, **more)
         if self.backend != "causal" or self.world_size > 1:
             raise UserError("cecompile scores decoder-only models in one process; --model hf does the rest")
-        try:
-            limit = parse_size(memory_limit) if isinstance(memory_limit, str) else memory_limit
-        except ValueError:
-            raise UserError(f"memory_limit '{memory_limit}': a number of bytes, with a unit such as GB") from None
+        limit = own.get("memory_limit")
+        if isinstance(limit, str):
+            try:
+                own["memory_limit"] = parse_size(limit)
+            except ValueError:
+                raise UserError(f"memory_limit '{limit}': a number of bytes, with a unit such as GB") from None
         self._scorer = Scorer.from_model(
             self.model.eval().requires_grad_(False),
             self.tokenizer,
             name=str(self.config.name_or_path or "model"),
-            engine=engine,
-            attention=attention,
-            tokens_per_bucket=tokens_per_bucket,
-            memory_limit=limit,
-            cache_dir=cache_dir,
-            require_warm=require_warm,
+            **own,
         )
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """(loglikelihood, whether it is what greedy decoding says) per request, in order."""
+        """Returns (loglikelihood, whether greedy decoding gives the continuation) per request, in order."""
         if not requests:
             return []
         sequences, order = as_sequences(requests, self.max_length)
@@ -81,7 +72,7 @@ class CecompileLM(HFLM):
         return out
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Sum of the log-probabilities of each text, window by window, all windows at once."""
+        """Returns the summed log-probability of each text. All windows of all texts are scored at once."""
         size = self.batch_size_per_gpu  # type: ignore[has-type]
         self.batch_size_per_gpu = sys.maxsize
         try:
@@ -91,14 +82,14 @@ class CecompileLM(HFLM):
         return values
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """`hf`'s own, by the stock model."""
+        """Generates text by `hf`'s own method, with the stock model."""
         with stock_attention(self.model, self._scorer.runtime.weights.stock_attention):
             texts: list[str] = super().generate_until(requests, disable_tqdm)
         return texts
 
 
 def as_sequences(requests: Sequence[Pair], max_length: int) -> tuple[Sequences, list[int]]:
-    """The requests as token sequences, those with the same context side by side.
+    """Returns the requests as token sequences; requests with the same context are neighbours.
 
     Args:
         requests: at least one; neither part of a pair is empty.
@@ -122,7 +113,7 @@ def as_sequences(requests: Sequence[Pair], max_length: int) -> tuple[Sequences, 
 
 
 def run_command_line(arguments: Sequence[str]) -> None:
-    """lm_eval's own command line, with this backend known to it."""
+    """Runs lm_eval's own command line, with this backend registered."""
     from lm_eval.__main__ import cli_evaluate
 
     before, sys.argv = sys.argv, ["lm-eval", *arguments]

@@ -21,6 +21,7 @@ from cecompile.cli import cli
 from cecompile.engine import decode as decode_module
 from cecompile.errors import UserError
 from cecompile.planning.bucket_size import Sizing
+from cecompile.planning.options import RunOptions
 from cecompile.run.answerer import decode
 from cecompile.tasks.chat import find_choices, judge_answer
 from cecompile.workload.chat_tree import graft, prompts_of, walk
@@ -183,7 +184,7 @@ def test_decodes_over_the_least_cache_where_memory_is_short(longest):
     lengths = [longest - 12, 90, 90, 60, 60, 30, 30, 10]
     prompts = [random.integers(3, VOCABULARY, min(n, longest - 12)).astype(np.int32) for n in lengths]
     expected = [generated(model, prompt, 12, None) for prompt in prompts]
-    sizing = Sizing("m", model.config, model.device, "float32", None, None)
+    sizing = Sizing("m", model.config, model.device, RunOptions(dtype="float32"))
     geometry = sizing.geometry(longest, blocks=False)
     assert sizing.step_down(geometry)
     shape = sizing.decoding(geometry, "eager", longest, fit=False)

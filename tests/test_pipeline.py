@@ -27,6 +27,7 @@ from cecompile.partitioned.pipeline import Place, Stage
 from cecompile.partitioned.span import Span
 from cecompile.partitioned.verify import pipeline_disagreement
 from cecompile.planning.bucket_size import Sizing
+from cecompile.planning.options import RunOptions
 from cecompile.planning.stages import shares, split
 from cecompile.results.journal import NAME
 from cecompile.run import engine_builder
@@ -217,22 +218,22 @@ def test_no_division_that_fits_is_faster(layers, stages, last, room):
 
 def test_a_head_that_costs_and_memory_that_is_short_move_layers(tmp_path):
     config = load_config(str(save_tiny_llama(tmp_path, 2000, num_hidden_layers=12)))
-    sizing = Sizing("m", config, CPU, "auto", 256, None, stages=2)
+    sizing = Sizing("m", config, CPU, RunOptions(tokens_per_bucket=256, pipeline=2))
 
     def layers(readouts: float, fit: bool = False) -> list[int]:
         sizing.divide(readouts, 100, "eager", False, fit)
-        return [share.last - share.first for share in sizing.shares]
+        return [share.last - share.first for share in sizing.needs.shares]
 
     assert layers(0) == [6, 6]
     few, many = layers(0.5), layers(0.9)
     assert 6 > few[1] > many[1] >= 1
-    assert len(sizing.budgets(Geometry(1, 256, 256, False), "eager")) == 2
-    sizing.limit, sizing._held = 1 << 40, 0
+    assert len(sizing.needs.budgets(Geometry(1, 256, 256, False), "eager")) == 2
+    sizing.room.limit = 1 << 40
     assert layers(0.9, fit=True) == many
-    needed = sizing.budgets(Geometry(1, 256, 256, False), "eager")
+    needed = sizing.needs.budgets(Geometry(1, 256, 256, False), "eager")
     layer = 4 * sum(p.numel() for p in tiny_layer(config).parameters())
     assert needed[1].total > needed[0].total + layer
-    sizing.limit = int((needed[1].total - layer) / 0.92) + 1  # what the last stage needs with one layer less
+    sizing.room.limit = int((needed[1].total - layer) / 0.92) + 1  # what the last stage needs with one layer less
     assert layers(0.9, fit=True) == [many[0] + 1, many[1] - 1]
 
 

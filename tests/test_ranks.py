@@ -22,6 +22,7 @@ from cecompile import Scorer, read_questions
 from cecompile.cli import cli
 from cecompile.errors import AlreadyReportedError, UserError
 from cecompile.planning.bucket_size import Sizing
+from cecompile.planning.options import RunOptions
 from cecompile.ranks import Ranks, has_part_in, meet
 from cecompile.results.check import problems
 from cecompile.results.journal import NAME, PASSES, Journal, journals_in, read
@@ -280,13 +281,13 @@ def test_ranks_on_one_device_share_its_memory(babbler, monkeypatch):
     from transformers import AutoConfig
 
     monkeypatch.setattr("cecompile.device.available", lambda device: 4 << 30)
-    how = (str(babbler), AutoConfig.from_pretrained(babbler), torch.device("cpu"), "auto", None, None)
+    how = (str(babbler), AutoConfig.from_pretrained(babbler), torch.device("cpu"), RunOptions())
     sizing = Sizing(*how, ranks=Two(1 << 30), sharers=2)
     sizing.fitting(sizing.geometry(100, blocks=False), 100, "eager")
-    assert sizing.limit == 1 << 30  # the other has less
+    assert sizing.room.limit == 1 << 30  # the other has less
     sizing = Sizing(*how, ranks=Two(3 << 30), sharers=2)
     sizing.fitting(sizing.geometry(100, blocks=False), 100, "eager")
-    assert sizing.limit == 2 << 30
+    assert sizing.room.limit == 2 << 30
 
 
 def test_more_ranks_than_devices_are_refused(monkeypatch):

@@ -294,7 +294,7 @@ def test_an_interrupted_run_goes_on(tiny_llama, tmp_path, monkeypatch):
         )
 
     whole = evaluated(scorer(), QUESTIONS)
-    monkeypatch.setattr("cecompile.planning.bucket_size.Sizing.passes_at_once", lambda *_: 2)
+    monkeypatch.setattr("cecompile.planning.needs.Needs.passes_at_once", lambda *_: 2)
     count = 0
 
     def stops(phase: str, done: int, total: int) -> None:

@@ -76,7 +76,7 @@ class Planner:
     def shapes(
         self, longest: int, answer: int, fit: bool, sizing: Sizing | None = None, shared: int = 0
     ) -> tuple[Geometry, DecodeShape | None]:
-        """The largest bucket's shape, and the decoder's shape beside it; with `fit`, shapes that memory holds.
+        """Returns the largest bucket's shape and the decoder's shape; with `fit`, shapes that memory holds together.
 
         Args:
             longest: inputs of the longest sequence.
@@ -99,7 +99,7 @@ class Planner:
         return geometry, sizing.decoding(geometry, self._mode.engine, answer, fit)
 
     def plan(self, sequences: Sequences, fit: bool, new_tokens: int = 0, sizing: Sizing | None = None) -> Plan:
-        """The plan for these sequences.
+        """Makes the plan for these sequences.
 
         Args:
             sequences: at least one.
@@ -112,7 +112,7 @@ class Planner:
         answer = sequences.longest_prompt + new_tokens if new_tokens else 0
         longest = int(sequences.input_lengths.max())
         order = sort_sequences(sequences)
-        if self.sizing.stages > 1 and not self.sizing.shares:
+        if self.sizing.options.pipeline > 1 and not self.sizing.needs.shares:
             readouts = min(1.0, int(sequences.predicted.sum()) / order.prefix_tree_tokens)
             self.sizing.divide(readouts, longest, self._mode.engine, self._mode.attention == "flex", fit)
         ahead = None if self._ahead is None or sizing is not None else self.shapes(*self._ahead, fit=True)
@@ -155,31 +155,37 @@ class Planner:
 
     def budget(self, plan: Plan | Totals) -> memory.Budget:
         """Bytes that a run of this plan needs, by part; of a pipeline's stages, for the one that needs most."""
-        passes = 1 if self.sizing.streamed is None else self.passes_at_once(plan, _in_a_window(plan))
-        return self.sizing.budget(largest(plan), self._mode.engine, plan.decoding, passes)
+        passes = 1 if self.sizing.needs.streamed is None else self.passes_at_once(plan, _in_a_window(plan))
+        return self.sizing.needs.budget(largest(plan), self._mode.engine, plan.decoding, passes)
 
     def stages(self, plan: Plan | Totals) -> list[dict[str, Any]] | None:
         """`plan --json`'s `stages`: of each its layers, from the first to before the last, and the bytes it needs."""
-        if not self.sizing.shares:
+        if not self.sizing.needs.shares:
             return None
-        budgets = self.sizing.budgets(largest(plan), self._mode.engine, plan.decoding)
+        budgets = self.sizing.needs.budgets(largest(plan), self._mode.engine, plan.decoding)
         return [
             {"layers": [share.first, share.last], "weights_bytes": one.weights, "total_bytes": one.total}
-            for share, one in zip(self.sizing.shares, budgets, strict=True)
+            for share, one in zip(self.sizing.needs.shares, budgets, strict=True)
         ]
 
     @property
     def share(self) -> LayerRange | None:
         """The layers that this rank holds, once planned; None is all of the model."""
-        return self.sizing.shares[self._ranks.stage] if self.sizing.shares else None
+        return self.sizing.needs.shares[self._ranks.stage] if self.sizing.needs.shares else None
 
     def passes_at_once(self, plan: Plan | Totals | StagedPlan, passes: int) -> int:
-        """How many of `passes` go through a streamed layer together; see `Sizing.passes_at_once`."""
-        return self.sizing.passes_at_once(largest(plan), self._mode.engine, passes)
+        """How many of `passes` go through a streamed layer together; see `Needs.passes_at_once`."""
+        sizing = self.sizing
+        return sizing.needs.passes_at_once(largest(plan), self._mode.engine, passes, sizing.room.bytes())
+
+    def fits_beside_reading(self, plan: Plan) -> bool:
+        """Whether memory holds a plan's passes and, at the same time, the buffers that reading files takes."""
+        needed = self.sizing.needs.budget(largest(plan), self._mode.engine).total + memory.reading(self._device)
+        return needed <= self.sizing.room.bytes()
 
     def planned_streaming(self, plan: Plan | Totals) -> dict[str, int] | None:
         """results.json's `streaming`, as far as known before a run of this plan."""
-        streamed = self.sizing.streamed
+        streamed = self.sizing.needs.streamed
         if streamed is None:
             return None
         due, windows = _in_a_window(plan), plan.windows if isinstance(plan, Totals) else 1
@@ -193,7 +199,7 @@ class Planner:
         boundary = boundary_of(self._config)
         if boundary is None or max(longest, answer) <= boundary:
             return
-        if answer or self.sizing.stages > 1 or self.sizing.streamed is not None:
+        if answer or self.sizing.options.pipeline > 1 or self.sizing.needs.streamed is not None:
             what = "answers" if answer else "layers in several places"
             raise UserError(
                 f"{self._name}: up to {max(longest, answer)} tokens, where its longrope changes at {boundary}: "

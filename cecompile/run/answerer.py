@@ -11,11 +11,9 @@ from cecompile.engine.forward import Readouts
 from cecompile.engine.stock_pipeline import StockPipeline, stop_tokens
 from cecompile.errors import UserError
 from cecompile.model.checkpoint import load_generation_config
-from cecompile.results.clock import Clock
-from cecompile.results.journal import Journal
+from cecompile.run.context import RunContext
 from cecompile.run.language_model import LanguageModel, Workload, timed
 from cecompile.run.passes import answer_alone, run_passes, write_answers
-from cecompile.run.progress import Progress
 from cecompile.run.resume import begin
 from cecompile.run.runtime import Runtime
 from cecompile.tasks.chat import NEW_TOKENS, ChatQuestion
@@ -31,9 +29,9 @@ class Answer:
     """One question's answer.
 
     Attributes:
-        text: as `transformers`' text-generation pipeline returns it.
-        token_ids: what the model wrote, the end token included; None where the pipeline itself ran.
-        decoded_tokens: how many of them were decoded outside the tree; None likewise.
+        text: the text that `transformers`' text-generation pipeline returns.
+        token_ids: the tokens that the model wrote, the end token included; None where the pipeline itself ran.
+        decoded_tokens: the number of tokens decoded outside the tree; None where the pipeline itself ran.
     """
 
     text: str
@@ -54,6 +52,9 @@ class Answers:
     inference_s: list[float]
 
 
+Inference = Callable[[RunContext], list[Answer]]
+
+
 class Answerer(LanguageModel):
     """Answers chat questions with one model. Made by `from_pretrained`; weights are loaded by the first `answer`.
 
@@ -64,7 +65,7 @@ class Answerer(LanguageModel):
     def __init__(self, runtime: Runtime, tokenizer: object, new_tokens: int = NEW_TOKENS) -> None:
         if new_tokens < 1:
             raise UserError(f"new tokens: {new_tokens} is too few, at least 1")
-        if runtime.planner.sizing.stages > 1:
+        if runtime.planner.sizing.options.pipeline > 1:
             raise UserError("--pipeline: chat answers that leave their tree are written by one device with all layers")
         super().__init__(runtime, tokenizer, new_tokens)
 
@@ -77,57 +78,49 @@ class Answerer(LanguageModel):
         sequences = graft(questions, self.tokenizer, longest, self.new_tokens)
         return self.workload(sequences, fit)
 
-    def answer(
-        self, questions: Sequence[ChatQuestion], *, clock: Clock | None = None,
-        progress: Progress = lambda *_: None, repeat: int = 1, journal: Journal | None = None,
-    ) -> Answers:  # fmt: skip
-        """The answer of greedy decoding to every question.
-
-        Args, raises: see `Scorer.score`.
-        """
-        clock = clock or Clock()
-        clock.enter("preprocess")
+    def answer(self, questions: Sequence[ChatQuestion], run: RunContext | None = None) -> Answers:
+        """Returns greedy decoding's answer to every question; args, raises: see `Scorer.score`."""
+        run = self.in_context(run)
+        run.clock.enter("preprocess")
         workload = self.prepare(questions, fit=True)
         if workload.plan is None:
-            run = self._one_by_one(questions, clock, progress)
+            infer = self._one_by_one(questions, run)
         else:
-            run, workload = self._packed(questions, workload, clock, progress)
-        begin(self.runtime, workload, journal, self.new_tokens)
-        clock.enter("inference")
-        answers, seconds = timed(run, repeat, journal, self.runtime.ranks)
+            infer, workload = self._packed(questions, workload, run)
+        begin(self.runtime, workload, run.journal, self.new_tokens)
+        run.clock.enter("inference")
+        answers, seconds = timed(infer, run)
         return Answers(answers, workload, seconds)
 
     def _stop_tokens(self) -> frozenset[int]:
-        """Where answers end. Raises UserError: see `stop_tokens`."""
+        """Returns the tokens that end an answer; raises: see `stop_tokens`."""
         name, model = self.runtime.name, self.runtime.weights.model
         own = None if model is None else model.generation_config
         return stop_tokens(name, own or load_generation_config(name, self.runtime.config))
 
-    def _one_by_one(
-        self, questions: Sequence[ChatQuestion], clock: Clock, progress: Progress
-    ) -> Callable[[Journal | None], list[Answer]]:
-        """Loads the stock model; returns what asks the pipeline one question after another."""
-        clock.enter("load_model")
+    def _one_by_one(self, questions: Sequence[ChatQuestion], run: RunContext) -> Inference:
+        """Loads the stock model; returns a function that asks the pipeline one question after another."""
+        run.clock.enter("load_model")
         model, runtime = self.runtime.load(), self.runtime
         stock = StockPipeline(model, self.tokenizer)
 
-        def run(journal: Journal | None) -> list[Answer]:
+        def alone(run: RunContext) -> list[Answer]:
             conversations = [question.conversation for question in questions]
             with stock_attention(model, runtime.weights.stock_attention):
-                texts = answer_alone(stock, conversations, self.new_tokens, progress, journal, runtime.ranks)
+                texts = answer_alone(stock, conversations, self.new_tokens, run)
             return [Answer(text) for text in texts]
 
-        return run
+        return alone
 
     def _packed(
-        self, questions: Sequence[ChatQuestion], workload: Workload, clock: Clock, progress: Progress
-    ) -> tuple[Callable[[Journal | None], list[Answer]], Workload]:
-        """Loads and warms up; returns what runs the passes and reads the answers, and the workload in the end."""
-        warmed, staged, workload = self.warm(workload, clock, progress)
+        self, questions: Sequence[ChatQuestion], workload: Workload, run: RunContext
+    ) -> tuple[Inference, Workload]:
+        """Loads and warms up; returns a function that runs the passes and reads the answers, and the final workload."""
+        warmed, staged, workload = self.warm(workload, run)
         model, sequences = self.runtime.load(), workload.sequences
         stop = self._stop_tokens()
         stock = StockPipeline(model, self.tokenizer)
-        prompts, ranks = prompts_of(sequences), self.runtime.ranks
+        prompts = prompts_of(sequences)
         lanes = 1 if warmed.decoder is None else warmed.decoder.shape.lanes
 
         def named(sequence: int) -> str:
@@ -141,22 +134,22 @@ class Answerer(LanguageModel):
                 for i, (one, most) in enumerate(zip(begun, room, strict=True)):
                     done(i, stock.continued(one.tolist(), most))
 
-        def run(journal: Journal | None) -> list[Answer]:
-            readouts = run_passes(warmed.engine, staged, progress, named, journal, ranks)
+        def packed(run: RunContext) -> list[Answer]:
+            readouts = run_passes(warmed.engine, staged, named, run)
             walks = walk(sequences, most_likely(staged, readouts), stop, self.new_tokens)
             left = {
                 i: (np.array([*prompts[i], *one.tokens], dtype=np.int32), self.new_tokens - len(one.tokens))
                 for i, one in enumerate(walks)
                 if not one.complete
             }
-            outside = write_answers(left, write, progress, journal, ranks, lanes)
+            outside = write_answers(left, write, run, lanes)
             return [_answer(stock, prompts[i], one, outside.get(i, [])) for i, one in enumerate(walks)]
 
-        return run, workload
+        return packed, workload
 
 
 def most_likely(staged: Sequence[StagedPass], readouts: Sequence[Readouts]) -> Ints:
-    """For every predicted token of every sequence, in order, the most likely one there."""
+    """Returns the most likely token at each predicted position of every sequence, in order."""
     sequence = np.concatenate([one.choice for one in staged])
     argmax = np.concatenate([out.argmax for out in readouts])
     ordered: Ints = argmax[np.argsort(sequence, kind="stable")]
@@ -164,13 +157,10 @@ def most_likely(staged: Sequence[StagedPass], readouts: Sequence[Readouts]) -> I
 
 
 def decode(
-    decoder: Decoder,
-    begun: Sequence[Ints],
-    room: Sequence[int],
-    stop: frozenset[int],
+    decoder: Decoder, begun: Sequence[Ints], room: Sequence[int], stop: frozenset[int],
     done: Callable[[int, list[int]], None] = lambda *_: None,
-) -> list[list[int]]:
-    """The tokens that greedy decoding writes after each of these token sequences.
+) -> list[list[int]]:  # fmt: skip
+    """Returns the tokens that greedy decoding writes after each of these token sequences.
 
     Args:
         decoder: warm.

@@ -1,4 +1,4 @@
-"""From a model and a plan's buckets to an engine that is warm, checked against the stock model, and in the cache."""
+"""Builds a warm engine from a model and a plan's buckets, checks the engine and writes the cache."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,7 +29,7 @@ Done = Callable[[Any], None]
 
 
 class StageError(Exception):
-    """Another stage of a pipeline cannot compile its layers; says why."""
+    """Another stage of a pipeline cannot compile its layers. The message gives the reason."""
 
 
 # no C++ compiler, no Triton, an option that torch does not know, or a layer that does not compile
@@ -38,16 +38,16 @@ NOT_COMPILED = (TorchDynamoException, FailOnRecompileLimitHit, MissingOptionErro
 
 @dataclass(slots=True)
 class WarmEngine:
-    """A warm engine and how it came about.
+    """A warm engine, and the record of the warm-up.
 
     Attributes:
         name: "compiled" or "eager".
-        compiled: what for.
-        found: how.
-        decoder: what decodes answers; None where nothing is decoded, or this model cannot be so.
-        note: why it is not what was asked for, or None.
-        seconds: per fixed shape, in words, of compiling, running and capturing it.
-        moments: when that was done, by `time.perf_counter()`.
+        compiled: the fixed shapes that the engine is warm for.
+        found: probe results that the code was compiled under.
+        decoder: decodes answers; None where nothing is decoded, or where this model cannot be decoded with our cache.
+        note: the reason where the engine is not the one asked for, or None.
+        seconds: time to compile, run and capture each fixed shape, by the shape in words.
+        moments: the time when each fixed shape was warm, by `time.perf_counter()`.
     """
 
     engine: Engine | StreamingEngine
@@ -60,7 +60,7 @@ class WarmEngine:
     moments: dict[str, float] = field(default_factory=dict)
 
     def remark(self, note: str | None) -> None:
-        """Adds to the note, if there is something to add."""
+        """Adds to the note; None adds nothing."""
         if note:
             self.note = f"{self.note}; {note}" if self.note else note
 
@@ -69,15 +69,15 @@ class EngineBuilder:
     """Makes engines for one model.
 
     Args:
-        model: on its device.
-        stock: its own attention implementation.
-        attention: "flex" or "sdpa", as the probe has chosen.
+        model: the model, on its device.
+        stock: the model's own attention implementation.
+        attention: "flex" or "sdpa", chosen by the probe.
         readout_chunk: see `Engine`.
-        entry: of the compile cache; None compiles without.
-        stage: what the model is of a pipeline; None is all of it.
-        gather: what each rank has, in their order, which all wait for: all stages come to the same engine.
-        feed: of the model's layers, where they are streamed.
-        passes: then, how many go through a layer at once.
+        entry: the model's entry in the compile cache; None compiles without a cache.
+        stage: the part of a pipeline that the model is; None is a whole model.
+        gather: collects a value from all ranks, in their order. All stages come to the same engine.
+        feed: reads the layers' weights, where layers are streamed.
+        passes: the number of passes that go through a streamed layer together.
         precompiled: the engine that `begin` made.
     """
 
@@ -97,9 +97,9 @@ class EngineBuilder:
         self._precompiled = precompiled
 
     def begin(self, ready: StagedPlan) -> Engine | None:
-        """A compiled engine that has run every bucket, of a model whose weights are still being read.
+        """Returns a compiled engine that has run every bucket, of a model whose weights are still being read.
 
-        None where something is in the way, which `warm` will meet, and tell.
+        Returns None after any error: `warm` will meet the same error and report the error.
         """
         with suppress(Exception):
             engine = self._made(ready, compiled=True)
@@ -109,11 +109,11 @@ class EngineBuilder:
         return None
 
     def warm(self, name: str, ready: StagedPlan, done: Done) -> WarmEngine:
-        """An engine with every bucket warm: compiled, or uncompiled with a note where nothing compiles or is right.
+        """Returns an engine with every bucket warm. Where compiling fails or is wrong, the engine is eager.
 
         Args:
             name: "compiled" or "eager".
-            ready: what for.
+            ready: the plan to warm up for.
             done: called after each bucket.
 
         Raises:
@@ -195,7 +195,7 @@ class EngineBuilder:
         return StreamingEngine(self._model, ready.buckets, self._feed, passes=self._passes, **how)
 
     def _known(self, ready: StagedPlan) -> bool | None:
-        """Whether layers' inputs are free, where that is in the cache with all that is to be compiled."""
+        """Whether a layer may overwrite its input, if the cache knows and holds every shape; else None."""
         if self._entry is None or self._entry.found is None or self._stage is not None:
             return None  # a stage has its own answer
         return self._entry.found.inputs_are_free if self._entry.state(ready.compiled)[0] == WARM else None
@@ -231,7 +231,7 @@ class EngineBuilder:
         return f"the {warmed.name} pass is {off:.2g} times as far from the stock model as rounding explains"
 
     def _publish(self, ready: StagedPlan, found: ProbeResult) -> str | None:
-        """Writes what is new into the cache; what hinders it is a note, not a failure."""
+        """Writes new code into the cache. Returns the reason as a note where writing fails, else None."""
         if self._entry is not None and self._entry.state(ready.compiled)[0] != WARM:
             try:
                 self._entry.publish(ready.compiled, ready.geometry, found)
@@ -243,7 +243,7 @@ class EngineBuilder:
 def useful_tokens_per_second(
     engine: Engine | StreamingEngine, staged: Sequence[StagedPass], passes: int = 8, repeats: int = 3
 ) -> float:
-    """How fast a warm engine runs its first passes, by the fastest of a few repeats."""
+    """Returns useful tokens a second of a warm engine's first passes, by the fastest of a few repeats."""
     some = staged[:passes]
     best = float("inf")
     for _ in range(repeats):

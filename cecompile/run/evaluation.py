@@ -1,4 +1,4 @@
-"""An evaluation: scores or answers, judged, with everything that results.json says about the run."""
+"""An evaluation: scores or answers, judged, and all contents of results.json."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -24,11 +24,13 @@ from cecompile.results.write import (
 )
 from cecompile.run import provenance
 from cecompile.run.answerer import Answerer
+from cecompile.run.context import RunContext
 from cecompile.run.progress import Progress
 from cecompile.run.scorer import Scorer
-from cecompile.run.windows import Judged, run_in_windows
+from cecompile.run.windows import Judge, Judged, run_in_windows
 from cecompile.tasks.chat import AnswerSample, ChatQuestion, answer_metrics, judge_answer
-from cecompile.tasks.judge import Sample, judge, metrics
+from cecompile.tasks.judge import Sample, metrics
+from cecompile.tasks.judge import judge as judge_choices
 from cecompile.tasks.question import Question, digest
 from cecompile.tasks.windows import Windows
 
@@ -42,22 +44,12 @@ class Evaluation:
 
 
 def evaluate(
-    model: Scorer | Answerer,
-    questions: Sequence[Question] | Sequence[ChatQuestion] | Windows,
-    *,
-    window: int | None = None,
-    task: str = "choices",
-    data: str = "questions",
-    headline: str = "strict",
-    clock: Clock | None = None,
-    progress: Progress = lambda *_: None,
-    repeat: int = 1,
-    output: Path | None = None,
-    journal: Journal | None = None,
-    report: Callable[[dict[str, Any]], None] = lambda _: None,
-    baseline: Baseline | None = None,
-    command: Sequence[str] | None = None,
-) -> Evaluation:
+    model: Scorer | Answerer, questions: Sequence[Question] | Sequence[ChatQuestion] | Windows, *,
+    window: int | None = None, task: str = "choices", data: str = "questions", headline: str = "strict",
+    clock: Clock | None = None, progress: Progress = lambda *_: None, repeat: int = 1, output: Path | None = None,
+    journal: Journal | None = None, report: Callable[[dict[str, Any]], None] = lambda _: None,
+    baseline: Baseline | None = None, command: Sequence[str] | None = None,
+) -> Evaluation:  # fmt: skip
     """Scores or answers the questions, and judges.
 
     Args:
@@ -67,8 +59,7 @@ def evaluate(
         task, data: names for the result.
         headline: the latency that the run is known by: "strict", "section3" or "inference".
         clock: already running where reading is to be counted; left in the phase `score`.
-        progress: see `Scorer.score`.
-        repeat: times the inference phase runs; the latencies then count its median.
+        progress, repeat: see `RunContext`. Of several repeats, latencies count the median.
         output: directory for the result files; None writes nothing. Of several ranks, rank 0 writes.
         journal: of `output`, open. Finished work is taken from it; the journal is removed when all is written.
         report: called with the results before they are written, as the last thing that the clock sees.
@@ -79,15 +70,19 @@ def evaluate(
         UserError: see `Scorer.score`; the baseline is of other questions or another model; or the file system refuses.
         CheckError: see `Scorer.score`; or the model on the device is not what was loaded.
     """
-    clock = clock or Clock()
+    run = model.in_context(RunContext(clock or Clock(), progress, journal, repeat))
     if window is not None and not isinstance(questions, Windows) and len(questions) > window:
         questions = Windows.of(questions, window)
     digested = questions.digest if isinstance(questions, Windows) else digest(questions)
     known = {"task": task, "questions": len(questions), "data": {"name": data, "digest": digested}}
     _begin(model, known, baseline, journal)
-    judged = _judged(model, questions, clock, progress, repeat, journal, output)
+    judge: Judge = _answered if isinstance(model, Answerer) else _scored
+    if isinstance(questions, Windows):
+        judged = run_in_windows(judge, model, questions, run, output)
+    else:
+        judged = judge(model, questions, run)
     resumed = None if journal is None else journal.resumed
-    times = functools.partial(_times, clock, judged.inference_s, headline, resumed)
+    times = functools.partial(_times, run.clock, judged.inference_s, headline, resumed)
     results = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -95,7 +90,7 @@ def evaluate(
         **known,
         **judged.facts,
         "resumed": resumed,
-        "warmed": clock.since_start(judged.warm_moments),
+        "warmed": run.clock.since_start(judged.warm_moments),
         "inference_s": spread(judged.inference_s),
         "plan": None if judged.plan is None else plan_summary(judged.plan),
         **provenance.describe(model),
@@ -108,7 +103,7 @@ def evaluate(
 
 
 def _begin(model: Scorer | Answerer, known: dict[str, Any], baseline: Baseline | None, journal: Journal | None) -> None:
-    """Checks before the run, as far as known by then, that baseline, ranks and journal are of the same run."""
+    """Checks before the run that baseline, ranks and journal belong to the same model, task and data."""
     runtime = model.runtime
     if baseline is not None:
         _expect(baseline, model, dict(known))
@@ -120,18 +115,8 @@ def _begin(model: Scorer | Answerer, known: dict[str, Any], baseline: Baseline |
     runtime.ranks.clear_tally()
 
 
-def _judged(
-    model: Scorer | Answerer, questions: Any, clock: Clock, progress: Progress, repeat: int, journal: Journal | None,
-    output: Path | None,
-) -> Judged:  # fmt: skip
-    run = _answered if isinstance(model, Answerer) else _scored
-    if isinstance(questions, Windows):
-        return run_in_windows(run, model, questions, clock, progress, repeat, journal, output)
-    return run(model, questions, clock, progress, repeat, journal)  # type: ignore[arg-type]
-
-
 def _times(clock: Clock, inference: Sequence[float], headline: str, resumed: dict[str, Any] | None) -> dict[str, Any]:
-    """The results' part on the clock, up to now. A run of which a part was done before has no headline."""
+    """Returns the results' clock entries up to now. A resumed run has no headline."""
     phases = clock.phases()
     seconds = latencies(phases, inference)
     return {
@@ -146,7 +131,7 @@ def _write(
     model: Scorer | Answerer, judged: Judged, results: dict[str, Any], output: Path | None, baseline: Baseline | None,
     report: Callable[[dict[str, Any]], None], times: Callable[[], dict[str, Any]],
 ) -> None:  # fmt: skip
-    """Completes the results by comparison, digests and the last times, and writes all result files."""
+    """Adds comparison, digests and final times to the results, and writes all result files."""
     ranks = model.runtime.ranks
     if baseline is not None:
         name = "this run" if output is None else str(output)
@@ -167,14 +152,11 @@ def _write(
     ranks.barrier()
 
 
-def _scored(
-    scorer: Scorer, questions: Sequence[Question], clock: Clock, progress: Progress, repeat: int,
-    journal: Journal | None,
-) -> Judged:  # fmt: skip
-    scores = scorer.score(questions, clock=clock, progress=progress, repeat=repeat, journal=journal)
-    clock.enter("score")
+def _scored(scorer: Scorer, questions: Sequence[Question], run: RunContext) -> Judged:
+    scores = scorer.score(questions, run)
+    run.clock.enter("score")
     samples = [
-        judge(question, values, greedy)
+        judge_choices(question, values, greedy)
         for question, values, greedy in zip(questions, scores.loglikelihoods, scores.greedy, strict=True)
     ]
     facts = {
@@ -185,12 +167,9 @@ def _scored(
     return Judged(samples, facts, scores.workload.plan, scores.inference_s, scorer.runtime.warmup.moments)
 
 
-def _answered(
-    answerer: Answerer, questions: Sequence[ChatQuestion], clock: Clock, progress: Progress, repeat: int,
-    journal: Journal | None,
-) -> Judged:  # fmt: skip
-    answers = answerer.answer(questions, clock=clock, progress=progress, repeat=repeat, journal=journal)
-    clock.enter("score")
+def _answered(answerer: Answerer, questions: Sequence[ChatQuestion], run: RunContext) -> Judged:
+    answers = answerer.answer(questions, run)
+    run.clock.enter("score")
     samples = [
         judge_answer(question, one.text, one.tokens, one.decoded_tokens)
         for question, one in zip(questions, answers.answers, strict=True)
@@ -210,7 +189,7 @@ def _answered(
 
 
 def _expect(baseline: Baseline, model: Scorer | Answerer, known: dict[str, Any]) -> None:
-    """Refuses a baseline of something else, as far as it shows before anything is loaded; the weights do later."""
+    """Refuses a baseline of another model or task before anything is loaded. Loading compares the weights."""
     runtime, stored = model.runtime, baseline.stored
     known["model"] = {"tokenizer_digest": tokenizer_digest(model.tokenizer), **provenance.kind(on_meta(runtime.config))}
     if isinstance(model, Answerer):

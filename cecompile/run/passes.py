@@ -1,9 +1,10 @@
-"""Work that is journaled: what the journal has is taken from there, the rest is done, and journaled when it is."""
+"""Resumable work: an item that the journal holds is taken from there; any other item is done, then journaled."""
 
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,164 +16,213 @@ from cecompile.engine.stock_pipeline import StockPipeline
 from cecompile.errors import CheckError, first_line
 from cecompile.partitioned.pipeline import LostError
 from cecompile.partitioned.streaming import StreamingEngine
-from cecompile.ranks import Ranks
-from cecompile.results.journal import ANSWERS, PASSES, Journal
-from cecompile.run.progress import Counter, Progress
+from cecompile.results.journal import ANSWERS, PASSES
+from cecompile.run.context import RunContext
+from cecompile.run.progress import Counter
 from cecompile.workload.sequences import Ints, Sequences
 from cecompile.workload.stage import StagedPass
 
 UNIT = 2  # rows per lane that a rank decodes at once, where several share them
-Named = Callable[[int], str]  # what a user knows a sequence as
+Named = Callable[[int], str]  # the user's name for a sequence
 Write = Callable[[Sequence[Ints], Sequence[int], Callable[[int, list[int]], None]], None]
+Unit = TypeVar("Unit")
+Result = TypeVar("Result")
 _SCORE = struct.Struct("<d?")
 
 
+class Work(Generic[Result]):
+    """Numbered items that the ranks of a run share, each done once and then journaled.
+
+    Args:
+        run: the context of the run.
+        kind: the journal's name for the items, `PASSES` or `ANSWERS`.
+        items: the number of each item.
+        pack: turns a result into bytes for the journal.
+        unpack: turns an item's number and bytes into a result; None for bytes of another form.
+        unit: the items' name in messages.
+        phase: the phase's name for `RunContext.progress`.
+
+    Attributes:
+        kept: results that the journal holds, by item.
+        left: items to do.
+    """
+
+    def __init__(
+        self, run: RunContext, kind: str, items: Sequence[int], pack: Callable[[Result], bytes],
+        unpack: Callable[[int, bytes], Result | None], unit: str, phase: str = "inference",
+    ) -> None:  # fmt: skip
+        stored = {i: run.journal.get(kind, i) for i in items} if run.journal else {}
+        unpacked = {i: unpack(i, payload) for i, payload in stored.items() if payload is not None}
+        self.kept: dict[int, Result] = {i: result for i, result in unpacked.items() if result is not None}
+        self.left = [i for i in items if i not in self.kept]
+        self._run, self._kind, self._pack = run, kind, pack
+        self._mine: dict[int, Result] = {}
+        self._of = f"of {len(items)} {unit}"
+        self._place = {i: place for place, i in enumerate(self.left, len(self.kept) + 1)}
+        self._count = Counter(phase, len(items), run.progress, len(self.kept))
+
+    def claim(self, units: Sequence[Unit]) -> Iterator[Unit]:
+        """Iterates over units of this work, such as `left`, that no other rank does; see `Ranks.claim`."""
+        return self._run.ranks.claim(self._kind, units)
+
+    def done(self, item: int, result: Result, in_order: bool = True) -> None:
+        """Journals an item's result and shows progress; `in_order` where ranks finish items in the order of `left`.
+
+        Raises:
+            UserError: see `Journal.add`.
+        """
+        self._mine[item] = result
+        if self._run.journal is not None:
+            self._run.journal.add(self._kind, item, self._pack(result))
+        if in_order:
+            self.reach(item)
+        else:
+            self._count()
+
+    def reach(self, item: int) -> None:
+        """Shows progress up to an item, whose result another rank may have."""
+        self._count.reach(self._place[item])
+
+    def results(self) -> dict[int, Result]:
+        """Returns the results of all items, from the journal and from all ranks."""
+        return self.kept | self._run.ranks.collect(self._mine)
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Turns an error of the device or of torch into one line that says how far the run had come."""
+        try:
+            yield
+        except RuntimeError as error:
+            done = len(self.kept) + len(self._mine)
+            raise CheckError(f"inference failed after {done} {self._of}: {first_line(error)}") from error
+
+
 def run_passes(
-    engine: Engine | StreamingEngine, staged: Sequence[StagedPass], progress: Progress, named: Named,
-    journal: Journal | None, ranks: Ranks,
-) -> list[Readouts]:  # fmt: skip
-    """The readouts of all passes, in order.
+    engine: Engine | StreamingEngine, staged: Sequence[StagedPass], named: Named, run: RunContext
+) -> list[Readouts]:
+    """Returns the readouts of all passes, in order.
 
     Args:
         engine: warm.
         staged: the passes.
-        progress: called as ("inference", done, total).
-        named: for messages.
-        journal: begun; None does without.
-        ranks: that share the passes.
+        named: names a sequence in messages.
+        run: the context, with a journal that has begun.
 
     Raises:
         CheckError: a log-probability is not a number, a pass fails, or a rank was lost.
         UserError: see `Journal.add`.
     """
-    kept = {i: _readouts(one, journal.get(PASSES, i)) for i, one in enumerate(staged)} if journal else {}
-    out = {i: readouts for i, readouts in kept.items() if readouts is not None}
-    left = [i for i in range(len(staged)) if i not in out]
-    count = Counter("inference", len(staged), progress, len(out))
-    place = {i: number for number, i in enumerate(left, len(out) + 1)}
-    taken: list[int] = []
-    mine: dict[int, Readouts] = {}
-    gone = 0  # passes that this rank has handed on to the next stage
+    work = Work(run, PASSES, range(len(staged)), _packed, lambda i, data: _readouts(staged[i], data), "passes")
+    claimed: deque[int] = deque()  # passes under way
 
     def passes() -> Iterator[StagedPass]:
-        for i in ranks.claim(PASSES, left):
-            taken.append(i)
+        for i in work.claim(work.left):
+            claimed.append(i)
             yield staged[i]
-
-    def handed_on(*_: Any) -> None:
-        nonlocal gone
-        gone += 1
-        count.reach(place[taken[gone - 1]])
 
     def done(one: StagedPass, readouts: Readouts) -> None:
         _refuse_nonsense(one.choice, readouts.logprob, named)
-        i = taken[len(mine)]
-        mine[i] = readouts
-        if journal is not None:
-            journal.add(PASSES, i, readouts.logprob.astype("<f4").tobytes() + readouts.argmax.astype("<i4").tobytes())
-        ranks.tally(one.tokens)
-        count.reach(place[i])
+        run.ranks.tally(one.tokens)
+        work.done(claimed.popleft(), readouts)
+
+    def handed_on(*_: Any) -> None:
+        work.reach(claimed.popleft())
 
     stage = engine.stage if isinstance(engine, Engine) else None
-    with _failure_in_one_line(lambda: f"after {len(out) + len(mine)} of {len(staged)} passes"):
+    with work.failing():
         try:
             engine.run(passes(), done if stage is None or stage.ends else handed_on)
         except LostError:
-            raise ranks.lost() from None
-    out |= ranks.collect(mine)
-    return [out[i] for i in range(len(staged))]
+            raise run.ranks.lost() from None
+    results = work.results()
+    return [results[i] for i in range(len(staged))]
 
 
-def _readouts(one: StagedPass, payload: bytes | None) -> Readouts | None:
-    """A journaled pass's."""
-    if payload is None or len(payload) != 8 * len(one.entry):
+def _packed(readouts: Readouts) -> bytes:
+    return readouts.logprob.astype("<f4").tobytes() + readouts.argmax.astype("<i4").tobytes()
+
+
+def _readouts(one: StagedPass, data: bytes) -> Readouts | None:
+    """The readouts of a pass from `_packed` bytes; None for bytes of another length."""
+    count = len(one.entry)
+    if len(data) != 8 * count:
         return None
-    half = len(payload) // 2
-    return Readouts(
-        np.frombuffer(payload[:half], "<f4").astype(np.float32), np.frombuffer(payload[half:], "<i4").astype(np.int32)
-    )
+    logprob, argmax = np.frombuffer(data, "<f4", count), np.frombuffer(data, "<i4", count, 4 * count)
+    return Readouts(logprob.astype(np.float32), argmax.astype(np.int32))
 
 
 def score_sequences_alone(
-    model: PreTrainedModel, sequences: Sequences, progress: Progress, named: Named, journal: Journal | None,
-    ranks: Ranks,
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:  # fmt: skip
-    """`score_one_by_one`, journaled by sequence; args, raises: see `run_passes`."""
-    kept = {i: journal.get(PASSES, i) for i in range(len(sequences))} if journal else {}
-    out = {i: _SCORE.unpack(payload) for i, payload in kept.items() if payload and len(payload) == _SCORE.size}
-    left = [i for i in range(len(sequences)) if i not in out]
-    count = Counter("inference", len(sequences), progress, len(out))
-    mine: dict[int, tuple[float, bool]] = {}
-    for number, i in enumerate(ranks.claim(PASSES, left), len(out)):
-        with _failure_in_one_line(lambda number=number: f"after {number} of {len(sequences)} sequences"):  # type: ignore[misc]
-            mine[i] = score_alone(model, sequences, i)
-        _refuse_nonsense(np.array([i]), np.array(mine[i][:1]), named)
-        if journal is not None:
-            journal.add(PASSES, i, _SCORE.pack(*mine[i]))
-        ranks.tally(len(sequences.inputs(i)))
-        count()
-    out |= ranks.collect(mine)
-    loglikelihood, greedy = zip(*(out[i] for i in range(len(sequences))), strict=True)
+    model: PreTrainedModel, sequences: Sequences, named: Named, run: RunContext
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Scores sequence after sequence with the stock model; args, raises: see `run_passes`.
+
+    Returns:
+        (n,) loglikelihoods, and (n,) whether greedy decoding says all of each sequence.
+    """
+
+    def unpack(_: int, data: bytes) -> tuple[float, bool] | None:
+        return _SCORE.unpack(data) if len(data) == _SCORE.size else None
+
+    work = Work(run, PASSES, range(len(sequences)), lambda result: _SCORE.pack(*result), unpack, "sequences")
+    for i in work.claim(work.left):
+        with work.failing():
+            result = score_alone(model, sequences, i)
+        _refuse_nonsense(np.array([i]), np.array(result[:1]), named)
+        run.ranks.tally(len(sequences.inputs(i)))
+        work.done(i, result)
+    results = work.results()
+    loglikelihood, greedy = zip(*(results[i] for i in range(len(sequences))), strict=True)
     return np.array(loglikelihood), np.array(greedy, dtype=bool)
 
 
 def answer_alone(
-    stock: StockPipeline,
-    conversations: Sequence[list[dict[str, str]]],
-    new_tokens: int,
-    progress: Progress,
-    journal: Journal | None,
-    ranks: Ranks,
+    stock: StockPipeline, conversations: Sequence[list[dict[str, str]]], new_tokens: int, run: RunContext
 ) -> list[str]:
-    """The pipeline's answers, journaled by question; raises: see `run_passes`."""
-    kept = {i: journal.get(ANSWERS, i) for i in range(len(conversations))} if journal else {}
-    out = {i: payload.decode() for i, payload in kept.items() if payload is not None}
-    left = [i for i in range(len(conversations)) if i not in out]
-    count = Counter("inference", len(conversations), progress, len(out))
-    mine: dict[int, str] = {}
-    for number, i in enumerate(ranks.claim(ANSWERS, left), len(out)):
-        with _failure_in_one_line(lambda number=number: f"after {number} of {len(conversations)} answers"):  # type: ignore[misc]
-            mine[i] = stock.answer(conversations[i], new_tokens)
-        if journal is not None:
-            journal.add(ANSWERS, i, mine[i].encode())
-        count()
-    out |= ranks.collect(mine)
-    return [out[i] for i in range(len(conversations))]
+    """Returns the stock pipeline's answers, asked one question after another; raises: see `run_passes`."""
+    items = range(len(conversations))
+    work = Work(run, ANSWERS, items, str.encode, lambda _, data: data.decode(), "answers")
+    for i in work.claim(work.left):
+        with work.failing():
+            text = stock.answer(conversations[i], new_tokens)
+        work.done(i, text)
+    results = work.results()
+    return [results[i] for i in items]
 
 
 def write_answers(
-    rows: Mapping[int, tuple[Ints, int]], write: Write, progress: Progress, journal: Journal | None, ranks: Ranks,
-    lanes: int,
-) -> dict[int, list[int]]:  # fmt: skip
-    """The tokens that greedy decoding writes after each row, journaled by row; raises: see `run_passes`.
+    rows: Mapping[int, tuple[Ints, int]], write: Write, run: RunContext, lanes: int
+) -> dict[int, list[int]]:
+    """Returns the tokens that greedy decoding writes after each row; raises: see `run_passes`.
+
+    Ranks decode the same rows together however many ranks there are, but one process alone decodes all rows together.
 
     Args:
-        rows: by question, the tokens it begins with, and the most tokens to write.
-        write: decodes; is given both for all rows to do, and what to call with each row and its tokens.
-        progress: called as ("decoding", done, total) if there is something to decode.
-        journal: see `run_passes`.
-        ranks: that share the rows. Which are decoded together is the same for any number of them; one process alone
-            decodes all together.
+        rows: by question, the tokens that the row begins with, and the most tokens to write.
+        write: decodes. Called with the beginnings and the room of several rows, and with a function that takes the
+            number and the tokens of each row that is done.
+        run: the context. Progress is shown as ("decoding", done, total) if there are rows.
         lanes: rows that are written at the same time.
     """
-    kept = {i: journal.get(ANSWERS, i) for i in rows} if journal else {}
-    out = {i: np.frombuffer(payload, "<i4").tolist() for i, payload in kept.items() if payload is not None}
     if not rows:
-        return out
-    count = Counter("decoding", len(rows), progress, len(out))
-    mine: dict[int, list[int]] = {}
-    for unit in ranks.claim(ANSWERS, [list(rows)] if ranks.size == 1 else _units(rows, UNIT * lanes)):
-        left = [i for i in unit if i not in out]
+        return {}
+
+    def pack(tokens: list[int]) -> bytes:
+        return np.array(tokens, dtype="<i4").tobytes()
+
+    def unpack(_: int, data: bytes) -> list[int]:
+        tokens: list[int] = np.frombuffer(data, "<i4").tolist()
+        return tokens
+
+    work = Work(run, ANSWERS, list(rows), pack, unpack, "answers decoded", "decoding")
+    for unit in work.claim([list(rows)] if run.ranks.size == 1 else _units(rows, UNIT * lanes)):
+        left = [i for i in unit if i not in work.kept]
 
         def done(row: int, tokens: list[int], left: list[int] = left) -> None:
-            mine[left[row]] = tokens
-            if journal is not None:
-                journal.add(ANSWERS, left[row], np.array(tokens, dtype="<i4").tobytes())
-            count()
+            work.done(left[row], tokens, in_order=False)
 
-        with _failure_in_one_line(lambda: f"after {len(out) + len(mine)} of {len(rows)} answers decoded"):
+        with work.failing():
             write([rows[i][0] for i in left], [rows[i][1] for i in left], done)
-    return out | ranks.collect(mine)
+    return work.results()
 
 
 def _units(rows: Mapping[int, tuple[Ints, int]], size: int) -> list[list[int]]:
@@ -187,12 +237,3 @@ def _refuse_nonsense(sequence: Any, values: Any, named: Named) -> None:
         raise CheckError(
             f"{named(int(sequence[bad[0]]))}: the model's log-probability is {values[bad[0]]}; no result was written"
         )
-
-
-@contextmanager
-def _failure_in_one_line(where: Callable[[], str]) -> Iterator[None]:
-    """An error of the device or of torch, as one line; `where` says how far the run had come."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise CheckError(f"inference failed {where()}: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""How far a run has come, for whoever shows it."""
+"""Progress of a run, for a display."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ Progress = Callable[[str, int, int], None]  # (phase, done, total)
 
 
 class Counter:
-    """Turns "one more is done" into progress; `done` of them are from the start."""
+    """Counts finished items and reports progress; `done` items are finished from the start."""
 
     def __init__(self, phase: str, total: int, progress: Progress, done: int = 0) -> None:
         self._phase, self._total, self._progress = phase, total, progress
@@ -18,6 +18,6 @@ class Counter:
         self.reach(self._done + 1)
 
     def reach(self, done: int) -> None:
-        """So many are done."""
+        """Reports that `done` items are finished."""
         self._done = done
         self._progress(self._phase, self._done, self._total)

@@ -29,7 +29,7 @@ def describe(scored: Scorer | Answerer) -> dict[str, Any]:
     """
     runtime = scored.runtime
     mode, planner, warmup, ranks = runtime.mode, runtime.planner, runtime.warmup, runtime.ranks
-    shares, state = planner.sizing.shares, warmup.cache_state
+    shares, state = planner.sizing.needs.shares, warmup.cache_state
     cache = None if state is None else {"state": state[0], "reason": state[1]}
     facts = _model(scored)
     mine = {"passes": ranks.passes, "tokens": ranks.tokens, "devices": device_name(runtime.device)}
@@ -47,7 +47,7 @@ def describe(scored: Scorer | Answerer) -> dict[str, Any]:
         "model": facts,
         "cache": cache,
         "memory": {
-            "limit_bytes": planner.sizing.limit,
+            "limit_bytes": planner.sizing.room.limit,
             "predicted_bytes": planner.predicted_bytes,
             "peak_bytes": max(peak for _, peak in rows),
         },
@@ -144,7 +144,7 @@ def _replaced(model: PreTrainedModel, share: LayerRange | None) -> list[str] | N
 
 
 def _kinds(model: nn.Module) -> dict[str, Sequence[Any]]:
-    """By name: each module's class, and how often what it does was changed."""
+    """Returns, by name, each module's class and the number of changes to its behaviour."""
     hooks = ("_forward_hooks", "_forward_pre_hooks")
     return {
         name: (type(module), "forward" in vars(module), *(len(getattr(module, kind)) for kind in hooks))

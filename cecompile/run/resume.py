@@ -14,11 +14,11 @@ from cecompile.workload.sequences import Sequences
 
 
 def begin(runtime: Runtime, workload: Workload, journal: Journal | None, new_tokens: int = 0) -> None:
-    """Makes sure that all ranks are about to do the same, and begins the journal.
+    """Checks that all ranks are about to do the same work, and begins the journal.
 
     Raises:
-        UserError: a rank differs; or see `Journal.begin`; or the model was not loaded from a checkpoint, so that none
-            can be told to be the same.
+        UserError: a rank differs; or see `Journal.begin`; or the model was not loaded from a checkpoint, and so has no
+            fingerprint to compare.
     """
     if journal is None and runtime.ranks.size == 1:
         return

@@ -10,6 +10,7 @@ from cecompile.compile_cache.store import CompileCache
 from cecompile.model.structure import on_meta
 from cecompile.model.support import takes_ours
 from cecompile.planning.bucket_size import Sizing
+from cecompile.planning.options import RunOptions
 from cecompile.planning.planner import Mode, Planner
 from cecompile.ranks import ALONE, Ranks
 from cecompile.results.clock import Clock
@@ -25,10 +26,9 @@ class Runtime:
         name: the model's, for messages; a directory or hub id.
         config: the model's configuration.
         device: the device that runs the model.
-        dtype, engine, attention: as asked for.
+        options: of the run.
         sizing: bucket sizes.
         cache: of compiled code; None does without.
-        require_warm: refuse to compile what is not in the cache.
         ranks: the processes that share the work; they take the same decisions.
 
     Attributes:
@@ -39,27 +39,25 @@ class Runtime:
     """
 
     def __init__(
-        self, name: str, config: Any, device: torch.device, dtype: str, engine: str, attention: str, sizing: Sizing,
-        cache: CompileCache | None, require_warm: bool, ranks: Ranks = ALONE,
+        self, name: str, config: Any, device: torch.device, options: RunOptions, sizing: Sizing,
+        cache: CompileCache | None, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         self.name, self.config, self.device, self.ranks = name, config, device, ranks
 
         def facts() -> dict[str, Any]:
-            found = compile_facts(config, dtype, device, attention, sizing.tuning.readout_chunk)
-            return found | {"weights": "in memory" if sizing.streamed is None else "streamed"}
+            found = compile_facts(config, options.dtype, device, options.attention, sizing.tuning.readout_chunk)
+            return found | {"weights": "in memory" if sizing.needs.streamed is None else "streamed"}
 
         def recorded() -> dict[str, Any]:
             return {} if cache is None else cache.recorded(facts())
 
         usual = "flex" if device.type == "cuda" else "sdpa"
-        if attention == "auto" and sizing.stages > 1 and not takes_ours(on_meta(config)):
+        if options.attention == "auto" and options.pipeline > 1 and not takes_ours(on_meta(config)):
             usual = "sdpa"
-        self.mode = mode = Mode(engine, usual if attention == "auto" else attention)
+        self.mode = mode = Mode(options.engine, usual if options.attention == "auto" else options.attention)
         self.planner = Planner(name, config, device, mode, sizing, ranks, recorded)
-        self.weights = Weights(name, config, device, dtype, self.planner, ranks)
-        self.warmup = Warmup(
-            name, device, mode, attention, self.planner, self.weights, cache, facts, require_warm, ranks
-        )
+        self.weights = Weights(name, config, device, options.dtype, self.planner, ranks)
+        self.warmup = Warmup(name, device, mode, options, self.planner, self.weights, cache, facts, ranks)
 
     def load(self, plan: Plan | None = None, clock: Clock | None = None) -> PreTrainedModel:
         """The model with its weights, on its device.

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 from cecompile.engine.attention import stock_attention
 from cecompile.engine.forward import Readouts
-from cecompile.results.clock import Clock
-from cecompile.results.journal import Journal
+from cecompile.run.context import RunContext
 from cecompile.run.language_model import LanguageModel, Workload, timed
 from cecompile.run.passes import Named, run_passes, score_sequences_alone
 from cecompile.run.progress import Progress
@@ -20,12 +19,12 @@ from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import StagedPass
 
 Outcome = tuple[NDArray[np.float64], NDArray[np.bool_]]  # per sequence: loglikelihood, and whether all is the argmax
-Inference = Callable[[Journal | None], Outcome]
+Inference = Callable[[RunContext], Outcome]
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Per question, in order, one entry per choice: summed log-probabilities, and whether greedy decoding says it.
+    """For each question, in order, each choice's summed log-probability, and whether greedy decoding gives the choice.
 
     `inference_s` are the seconds of each run of the inference phase.
     """
@@ -44,38 +43,32 @@ class Scorer(LanguageModel):
         encoded = encode(questions, self.tokenizer, max_input_length(self.runtime.config, self.tokenizer))
         return self.workload(encoded.sequences, fit, encoded.truncated_questions)
 
-    def score(
-        self, questions: Sequence[Question], *, clock: Clock | None = None, progress: Progress = lambda *_: None,
-        repeat: int = 1, journal: Journal | None = None,
-    ) -> Scores:  # fmt: skip
-        """Loglikelihoods of every choice of every question.
+    def score(self, questions: Sequence[Question], run: RunContext | None = None) -> Scores:
+        """Returns the loglikelihood of every choice of every question.
 
         Args:
             questions: at least one.
-            clock: books the phases `preprocess`, `load_model`, `warmup` and `inference`, and is left in the last.
-            progress: called as (phase, done, total) while warming up and inferring.
-            repeat: times to run the inference phase.
-            journal: takes what is finished, and gives what an interrupted run has finished.
+            run: the context; None is a new one. The clock is left in the phase `inference`.
 
         Raises:
             UserError: the questions or the checkpoint cannot be used, or the journal is another run's or cannot be
                 written.
-            CheckError: the model gives a loglikelihood that is not a number, what runs is not what the stock model
-                computes, a pass fails, or the cache is not warm and has to be.
+            CheckError: a loglikelihood is not a number, the pass disagrees with the stock model, a pass fails, or the
+                cache is not warm and `require_warm` is set.
         """
-        clock = clock or Clock()
-        clock.enter("preprocess")
+        run = self.in_context(run)
+        run.clock.enter("preprocess")
         prepared = self.prepare(questions, fit=True)
         owner = prepared.sequences.questions
-        run, workload = self._inference(prepared, clock, progress, lambda i: f"question '{questions[owner[i]].id}'")
-        begin(self.runtime, workload, journal)
-        clock.enter("inference")
-        outcome, seconds = timed(run, repeat, journal, self.runtime.ranks)
+        infer, workload = self._inference(prepared, run, lambda i: f"question '{questions[owner[i]].id}'")
+        begin(self.runtime, workload, run.journal)
+        run.clock.enter("inference")
+        outcome, seconds = timed(infer, run)
         loglikelihoods, greedy = _by_question(questions, workload, *outcome)
         return Scores(loglikelihoods, greedy, workload, seconds)
 
     def score_sequences(self, sequences: Sequences, *, progress: Progress = lambda *_: None) -> Outcome:
-        """The same for token sequences: (n,) loglikelihoods, and (n,) whether greedy decoding says all of each.
+        """Scores n token sequences: (n,) loglikelihoods, and (n,) whether greedy decoding gives all of a sequence.
 
         Args:
             sequences: at least one.
@@ -84,30 +77,28 @@ class Scorer(LanguageModel):
         Raises:
             UserError, CheckError: see `score`.
         """
-        run, _ = self._inference(self.workload(sequences, fit=True), Clock(), progress, lambda i: f"request {i}")
-        return run(None)
+        run = self.in_context(RunContext(progress=progress))
+        infer, _ = self._inference(self.workload(sequences, fit=True), run, lambda i: f"request {i}")
+        return infer(run)
 
-    def _inference(
-        self, workload: Workload, clock: Clock, progress: Progress, named: Named
-    ) -> tuple[Inference, Workload]:
-        """Loads and warms up; returns what scores all sequences, and the workload as it is planned in the end."""
-        ranks = self.runtime.ranks
+    def _inference(self, workload: Workload, run: RunContext, named: Named) -> tuple[Inference, Workload]:
+        """Loads and warms up; returns a function that scores all sequences, and the final workload."""
         if workload.plan is None:
-            clock.enter("load_model")
+            run.clock.enter("load_model")
             model, stock, sequences = self.runtime.load(), self.runtime.weights.stock_attention, workload.sequences
 
-            def alone(journal: Journal | None) -> Outcome:
+            def alone(run: RunContext) -> Outcome:
                 with stock_attention(model, stock):
-                    return score_sequences_alone(model, sequences, progress, named, journal, ranks)
+                    return score_sequences_alone(model, sequences, named, run)
 
             return alone, workload
-        warmed, staged, workload = self.warm(workload, clock, progress)
+        warmed, staged, workload = self.warm(workload, run)
         count = len(workload.sequences)
 
-        def run(journal: Journal | None) -> Outcome:
-            return collect(count, staged, run_passes(warmed.engine, staged, progress, named, journal, ranks))
+        def packed(run: RunContext) -> Outcome:
+            return collect(count, staged, run_passes(warmed.engine, staged, named, run))
 
-        return run, workload
+        return packed, workload
 
 
 def collect(count: int, staged: Sequence[StagedPass], readouts: Sequence[Readouts]) -> Outcome:
@@ -121,10 +112,7 @@ def collect(count: int, staged: Sequence[StagedPass], readouts: Sequence[Readout
 
 
 def _by_question(
-    questions: Sequence[Question],
-    workload: Workload,
-    loglikelihood: NDArray[np.float64],
-    greedy: NDArray[np.bool_],
+    questions: Sequence[Question], workload: Workload, loglikelihood: NDArray[np.float64], greedy: NDArray[np.bool_]
 ) -> tuple[list[tuple[float, ...]], list[tuple[bool, ...]]]:
     bounds = np.searchsorted(workload.sequences.questions, np.arange(1, len(questions)))
     return (

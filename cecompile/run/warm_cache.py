@@ -1,4 +1,4 @@
-"""`cecompile warm`: everything compiled before there is a run to wait for it, and the bucket size measured."""
+"""`cecompile warm`: compiles everything before a run, and measures bucket sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ class Warmup:
     """The outcome of `warm`.
 
     Attributes:
-        before: the cache's state before, "warm", "partly warm" or "cold", and why.
-        seconds: per fixed shape, in words, of compiling, running and capturing it.
-        bytes: of the cache entry on disk.
+        before: the cache's state before, "warm", "partly warm" or "cold", and the reason.
+        seconds: time to compile, run and capture each fixed shape, by the shape in words.
+        bytes: size of the cache entry on disk.
         measured: useful tokens a second per bucket size in slots; empty unless asked for.
     """
 
@@ -46,8 +46,8 @@ def warm(
 
     Args:
         model: a scorer or an answerer, with the compiled engine.
-        questions: what will be run, in windows by the first of them; or None, for data not yet seen:
-        max_depth: tokens of its longest sequence. Every bucket that a plan might use is built then.
+        questions: the questions to come, of windows the first; None is for data not yet seen.
+        max_depth: tokens of the longest sequence of data not yet seen. Every bucket that a plan might use is built.
         tune: measure bucket sizes on the questions and record the fastest.
         progress: called as (phase, done, total).
 
@@ -87,7 +87,7 @@ def warm(
 
 
 def _ready(model: LanguageModel, sequences: Sequences | None, max_depth: int) -> StagedPlan:
-    """The buckets to warm up, with the sizes that the planner takes now."""
+    """Returns the buckets to warm up, in the planner's present sizes."""
     if sequences is None:
         answer = max_depth + model.new_tokens if model.new_tokens else 0
         geometry, decoding = model.runtime.planner.shapes(max_depth, answer, fit=True)

@@ -19,7 +19,8 @@ from cecompile.errors import CheckError, UserError, printable
 from cecompile.model.support import takes_ours
 from cecompile.model.unchanged import Content, made_buffers
 from cecompile.partitioned.streaming import StreamingEngine
-from cecompile.planning.planner import Mode, Planner, largest
+from cecompile.planning.options import RunOptions
+from cecompile.planning.planner import Mode, Planner
 from cecompile.ranks import Ranks
 from cecompile.run.engine_builder import EngineBuilder, WarmEngine
 from cecompile.run.progress import Counter, Progress
@@ -36,11 +37,10 @@ class Warmup:
         name: the model's, for messages.
         device: the device that runs.
         mode: the engine and attention in use. Where neither compiling nor an attention works, warm-up changes the mode.
-        wanted_attention: "auto", "flex" or "sdpa", as asked for.
+        options: of the run.
         planner, weights: of the same model.
         cache: of compiled code; None does without.
         facts: gives what compiled code depends on, for the cache's key.
-        require_warm: refuse to compile what is not in the cache.
         ranks: the processes that share the work; they take the same decisions.
 
     Attributes:
@@ -50,17 +50,16 @@ class Warmup:
     """
 
     def __init__(
-        self, name: str, device: torch.device, mode: Mode, wanted_attention: str, planner: Planner, weights: Weights,
-        cache: CompileCache | None, facts: Callable[[], dict[str, Any]], require_warm: bool, ranks: Ranks,
+        self, name: str, device: torch.device, mode: Mode, options: RunOptions, planner: Planner, weights: Weights,
+        cache: CompileCache | None, facts: Callable[[], dict[str, Any]], ranks: Ranks,
     ) -> None:  # fmt: skip
         self.entry: Entry | None = None
         self.cache_state: tuple[str, str] | None = None
         self.warmed: WarmEngine | None = None
         self._name, self._device, self._mode = name, device, mode
-        self._wanted_attention = wanted_attention
+        self._options = options
         self._planner, self._weights = planner, weights
         self._cache, self._facts = cache, facts
-        self._require_warm = require_warm
         self._ranks = ranks
         self._probed = False
         self._capacity_in_passes = 0  # of a streamed engine
@@ -75,22 +74,22 @@ class Warmup:
         return self.entry
 
     def look_up(self, plan: Plan) -> None:
-        """Finds out how much of a plan is in the cache.
+        """Looks up how much of a plan the cache holds.
 
         Raises:
-            CheckError: not all of the plan is, and has to be.
+            CheckError: the cache lacks a part of the plan, and `require_warm` is set.
         """
         entry = None if self._is_warm(plan.compiled) else self.open_cache()
         if entry is None:
             return
         self.cache_state = entry.state(plan.compiled)
-        if self._require_warm and self.cache_state[0] != WARM:
+        if self._options.require_warm and self.cache_state[0] != WARM:
             raise CheckError(f"{self._name}: the compile cache is {self.cache_state[0]}: {self.cache_state[1]}")
 
     def while_reading(self, plan: Plan) -> WhileReading | None:
         """Compiles for a plan while the weights are read; None where compiling has to wait for the weights.
 
-        The cache has to hold all that is otherwise found out on the weights, and memory has to hold passes as well.
+        The cache must hold every probe result that needs the weights, and memory must hold the passes too.
         """
         if self.entry is None or self.cache_state is None or self.cache_state[0] != WARM:
             return None
@@ -99,12 +98,12 @@ class Warmup:
             return None
         if found.inputs_are_free is None and self._device.type == "cuda":
             return None
-        if not self._planner.sizing.fits_beside_reading(largest(plan), self._mode.engine):
+        if not self._planner.fits_beside_reading(plan):
             return None
         return functools.partial(self._precompile, plan)
 
     def _precompile(self, plan: Plan, model: PreTrainedModel) -> tuple[dict[str, Content], Engine | None]:
-        """The compiled engine, and the digests that `Proof` needs of buffers that the model's code has made."""
+        """Returns digests for `Proof` of the buffers that the model's code has made, and the compiled engine."""
         buffers = made_buffers(model)
         initialise.begin(self._device).join()
         chunk = self._planner.sizing.tuning.readout_chunk
@@ -112,10 +111,10 @@ class Warmup:
         return buffers, builder.begin(StagedPlan(plan.geometry, plan.buckets, plan.decoding))
 
     def probe(self) -> bool:
-        """Chooses the attention by a check on the loaded model; True if the plan was made for another one.
+        """Chooses the attention by a check on the loaded model; True if the plan is for another attention.
 
-        An attention that the cache knows was chosen so before, for this configuration on this device. The warm engine
-        is compared with the loaded model once more.
+        An attention recorded in the cache is taken without a check: an earlier run has checked the attention for this
+        configuration on this device, and the warm engine is compared with the loaded model once more.
 
         Raises:
             UserError: no attention computes this model exactly.
@@ -123,7 +122,7 @@ class Warmup:
         planned = self._mode.attention
         if self._weights.stage is not None:  # has too little of the model; its warm engine is checked all the same
             return False
-        if not self._probed and self._planner.sizing.streamed is not None:  # likewise
+        if not self._probed and self._planner.sizing.needs.streamed is not None:  # likewise
             if planned == "flex" and not takes_ours(self._weights.load()):
                 self._mode.attention = "sdpa"
         elif not self._probed:
@@ -138,7 +137,7 @@ class Warmup:
         is_warm = self.cache_state is not None and self.cache_state[0] == WARM
         known = self.entry.found if self.entry is not None and is_warm else None
         if known is None or known.attention != planned:
-            mode.attention, reason = choose_attention(self._weights.load(), self._wanted_attention)
+            mode.attention, reason = choose_attention(self._weights.load(), self._options.attention)
             if reason:
                 mode.remark(f"attention {mode.attention}, because {printable(reason, 200)}")
         if self._ranks.any(mode.attention == "sdpa") and mode.attention != "sdpa":
@@ -146,7 +145,7 @@ class Warmup:
             mode.remark("attention sdpa, because another rank cannot do with flex")
 
     def engine_for(self, ready: StagedPlan, progress: Progress) -> WarmEngine | None:
-        """A warm engine, the last one if it fits; None if memory ran out and a plan of smaller buckets is needed."""
+        """Returns a warm engine, the last one if shapes match; None if memory ran out and buckets must be smaller."""
         if not self._is_warm(ready.compiled, len(ready.staged)):
             if self.entry is not None:
                 self.cache_state = self.entry.state(ready.compiled)
@@ -159,7 +158,7 @@ class Warmup:
         return self.warmed
 
     def warm(self, ready: StagedPlan, progress: Progress) -> WarmEngine | None:
-        """A new engine, warm; None if memory ran out, on any rank, and there is a smaller bucket to try.
+        """Returns a new warm engine; None if memory ran out on any rank and a smaller bucket is left to try.
 
         Raises:
             UserError: memory ran out on the smallest.
@@ -216,11 +215,11 @@ class Warmup:
 
     @property
     def modules(self) -> Sequence[nn.Module]:
-        """The modules that run in place of the model's own layers, where those are not loaded."""
+        """The modules that run in place of layers that are not loaded."""
         engine = None if self.warmed is None else self.warmed.engine
         return engine.modules if isinstance(engine, StreamingEngine) else ()
 
     @property
     def moments(self) -> dict[str, float]:
-        """When each fixed shape of the engine in use was warm, by `time.perf_counter()`."""
+        """The time when each fixed shape of the engine in use was warm, by `time.perf_counter()`."""
         return {} if self.warmed is None else self.warmed.moments

@@ -34,17 +34,17 @@ class Weights:
         config: the model's configuration.
         device: the device that holds the weights.
         dtype: as asked for.
-        planner: says what of the model is loaded, and how.
+        planner: decides which layers are loaded, and how.
         ranks: the processes that share the work.
 
     Attributes:
         model: None until loaded.
         checkpoint: None until loaded, and for an adopted model.
         stock_attention: the model's own attention implementation, once loaded.
-        stage: what this rank runs of a pipeline; None where it runs all of the model.
-        feed: the layers' weights, where they are streamed.
-        precompiled: the engine that was compiled while the weights were read; who builds an engine takes it over.
-        expected_fingerprint: the only one that the checkpoint may have; None is any.
+        stage: this rank's part of a pipeline; None where this rank runs the whole model.
+        feed: reads the layers' weights, where layers are streamed.
+        precompiled: the engine that was compiled while the weights were read, until an engine builder takes the engine.
+        expected_fingerprint: the only fingerprint that the checkpoint may have; None allows any.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Weights:
             UserError: the checkpoint cannot be used.
         """
         if self.model is None:
-            loaded = self._load_share() if self._planner.sizing.stages > 1 else self._load(while_reading)
+            loaded = self._load_share() if self._planner.sizing.options.pipeline > 1 else self._load(while_reading)
             overlap = loaded.overlap
             if clock is not None and overlap is not None and overlap.read_at < overlap.made_at:
                 clock.enter("warmup", overlap.read_at)
@@ -101,24 +101,24 @@ class Weights:
     def adopt(self, model: PreTrainedModel) -> None:
         """Takes a model that is loaded already, on this device, instead of loading one.
 
-        Another run may have adopted the model before: that run takes the model back when it runs.
+        Another run that has adopted the same model adopts the model again when that run goes on.
         """
         self.model, self.stock_attention = model, take_back(model)
         self._planner.loaded = True
         for module in compiled_parts(model):
             module._compiled_call_impl = None
-        self._planner.sizing.count_as_loaded(sum(p.numel() * p.element_size() for p in model.parameters()))
+        self._planner.sizing.room.count_as_loaded(sum(p.numel() * p.element_size() for p in model.parameters()))
 
     def watch(self) -> None:
-        """Notes what an adopted model holds, for `verify`; loading notes the same of a checkpoint."""
+        """Records digests of an adopted model for `verify`; loading records digests of a checkpoint."""
         if self.model is not None and self.checkpoint is None:
             self._proof = Proof(self.model)
 
     def verify(self) -> tuple[str, str]:
-        """Compares the model on the device with what was loaded, or with what `watch` has noted.
+        """Compares the model on the device with the digests that loading or `watch` has recorded.
 
         Returns:
-            What the comparison establishes, in words, and the fingerprint of what the device holds.
+            The claim that the comparison proves, in words, and the fingerprint of the model on the device.
 
         Raises:
             CheckError: see `Proof.check`.
@@ -133,7 +133,7 @@ class Weights:
         return verified, digest
 
     def _load(self, while_reading: WhileReading | None) -> Loaded:
-        streamed = self._planner.sizing.streamed
+        streamed = self._planner.sizing.needs.streamed
         if streamed is None:
             return load_checkpoint(self._name, self._config, self._dtype, self._device, while_reading=while_reading)
         self._files = Files(self._name, checkpoint_files(self._name))
@@ -141,8 +141,8 @@ class Weights:
         return load_checkpoint(self._name, self._config, self._dtype, self._device, share, keep_cached=keep)
 
     def _load_share(self) -> Loaded:
-        """Loads what this rank runs and makes it a stage. Each stage reads its own tensors; all learn their digests."""
-        share, ranks, stages = self._planner.share, self._ranks, self._planner.sizing.stages
+        """Loads this rank's layers as a stage. Each stage reads its own tensors; all stages learn all digests."""
+        share, ranks, stages = self._planner.share, self._ranks, self._planner.sizing.options.pipeline
         if share is None or ranks.stages != stages:
             raise UserError(f"--pipeline {stages}: needs as many processes, as torchrun starts them")
         loaded = load_checkpoint(self._name, self._config, self._dtype, self._device, share, read_all=False)
@@ -154,6 +154,6 @@ class Weights:
 
 
 def _identity(device: torch.device) -> str:
-    """A name that tells a device from all others, on whatever machine."""
+    """A name that no other device on any machine has."""
     about = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return str(getattr(about, "uuid", f"{device} of {platform.node()}"))

@@ -1,4 +1,4 @@
-"""A run over questions in windows: one after another by the same warm engine, and what they say together.
+"""A run over questions in windows: the same warm engine runs window after window, and the results are added up.
 
 Sequences share prefixes within a window. A window's passes have the shapes of those before, as long as these hold its
 sequences; otherwise there is a further warm-up.
@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cecompile.results.clock import Clock
-from cecompile.results.journal import Journal
 from cecompile.results.spool import Spool
+from cecompile.run.context import RunContext
 from cecompile.run.language_model import LanguageModel
-from cecompile.run.progress import Progress
 from cecompile.tasks.chat import AnswerSample, right_answers
 from cecompile.tasks.judge import metrics_of, right_choices
 from cecompile.tasks.windows import Windows
@@ -27,7 +25,7 @@ class Judged:
 
     Attributes:
         samples: in the order of the questions.
-        facts: what results.json says of them.
+        facts: the samples' entries in results.json.
         plan: None for the reference engine.
         inference_s: seconds of each run of the inference phase.
         warm_moments: see `Warmup.moments`.
@@ -40,29 +38,29 @@ class Judged:
     warm_moments: dict[str, float]
 
 
-Run = Callable[..., Judged]  # (model, questions, clock, progress, repeat, journal)
+Judge = Callable[[Any, Any, RunContext], Judged]  # (model, questions, run)
 
 
 def run_in_windows(
-    run: Run, model: LanguageModel, windows: Windows, clock: Clock, progress: Progress, repeat: int,
-    journal: Journal | None, output: Path | None,
-) -> Judged:  # fmt: skip
-    """Runs and judges window by window. What it holds does not grow with their number, but for a byte a question.
+    judge: Judge, model: LanguageModel, windows: Windows, run: RunContext, output: Path | None
+) -> Judged:
+    """Runs and judges window by window. Memory does not grow with the number of windows, but for a byte a question.
 
     Args:
-        run: does so with the questions of one window.
-        model, clock, progress, repeat, journal: for `run`. Progress is also told ("windows", done, number).
-        output: where the samples are kept until they are written; None keeps them elsewhere on disk.
+        judge: runs and judges the questions of one window.
+        model, run: for `judge`. Progress is also shown as ("windows", done, number).
+        output: the directory that keeps the samples until they are written; None keeps them elsewhere on disk.
 
     Raises:
-        UserError: what `run` raises, or the file system refuses.
+        UserError: see `judge`; or the file system refuses.
     """
-    if journal is not None:
-        journal.expect({"window": windows.size})
+    clock, progress = run.clock, run.progress
+    if run.journal is not None:
+        run.journal.expect({"window": windows.size})
     facts: dict[str, Any] = {}
     spool: Spool | None = None
     totals: Totals | None = None
-    seconds = [0.0] * repeat
+    seconds = [0.0] * run.repeat
     moments: dict[str, float] = {}
     right: dict[str, bytearray | None] = {}
     reading, number = iter(windows), 0
@@ -71,7 +69,7 @@ def run_in_windows(
         while (questions := next(reading, None)) is not None:
             progress("windows", number, windows.number)
             number += 1
-            judged = run(model, questions, clock, progress, repeat, journal)
+            judged = judge(model, questions, run)
             samples = list(judged.samples)
             spool = Spool(output, type(samples[0])) if spool is None else spool
             spool.add(samples)
@@ -110,7 +108,7 @@ def plan_in_windows(model: LanguageModel, questions: Sequence[Any] | Windows, fi
 
 
 def _count(right: dict[str, bytearray | None], samples: Sequence[Any]) -> None:
-    """Appends which samples are right, by metric; None where that is not known of all."""
+    """Appends which samples are right, by metric; None where a sample has no gold answer."""
     known = right_answers(samples) if isinstance(samples[0], AnswerSample) else right_choices(samples)
     for metric, some in known.items():
         counted = right.setdefault(metric, bytearray())
@@ -121,7 +119,7 @@ def _count(right: dict[str, bytearray | None], samples: Sequence[Any]) -> None:
 
 
 def _added(facts: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """The facts of all windows so far, with one more's; `metrics` are that one's."""
+    """Adds a window's facts to those of the windows before; `metrics` are the last window's."""
     if not facts:
         return more
     out = dict(more)
