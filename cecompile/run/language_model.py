@@ -98,7 +98,8 @@ class LanguageModel:
         Raises:
             UserError: there is no such option, or the cache directory is not safe.
         """
-        chosen = RunOptions(dtype=str(model.dtype).removeprefix("torch."), **options)
+        dtype = str(model.dtype).removeprefix("torch.")
+        chosen = RunOptions(str(model.device), dtype, pipeline=1, stream_weights=False, target_device=None, **options)
         sizing = Sizing(name, model.config, model.device, chosen)
         runtime = _runtime(name, model.config, model.device, chosen, sizing, ALONE)
         runtime.weights.adopt(model)

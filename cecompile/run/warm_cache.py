@@ -18,7 +18,7 @@ GAIN = 1.03  # how much faster than the usual bucket size another must be to be 
 
 
 @dataclass(frozen=True, slots=True)
-class Warmup:
+class CacheBuild:
     """The outcome of `warm`.
 
     Attributes:
@@ -41,7 +41,7 @@ def warm(
     max_depth: int = 1,
     tune: bool = False,
     progress: Progress = lambda *_: None,
-) -> Warmup:
+) -> CacheBuild:
     """Compiles and captures every bucket of a plan, and leaves the result in the cache.
 
     Args:
@@ -83,7 +83,7 @@ def warm(
         raise CheckError(f"{runtime.name}: {warmed.note}")
     if entry.state(ready.compiled)[0] != WARM:
         raise UserError(f"{runtime.name}: {warmed.note}")
-    return Warmup(before, warmed.seconds, entry.size(), measured)
+    return CacheBuild(before, warmed.seconds, entry.size(), measured)
 
 
 def _ready(model: LanguageModel, sequences: Sequences | None, max_depth: int) -> StagedPlan:
