@@ -65,10 +65,11 @@ class WarmEngine:
             self.note = f"{self.note}; {note}" if self.note else note
 
 
+@dataclass(slots=True)
 class EngineBuilder:
     """Makes engines for one model.
 
-    Args:
+    Attributes:
         model: the model, on its device.
         stock: the model's own attention implementation.
         attention: "flex" or "sdpa", chosen by the probe.
@@ -81,20 +82,16 @@ class EngineBuilder:
         precompiled: the engine that `begin` made.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, stock: str, attention: str, readout_chunk: int, entry: Entry | None,
-        stage: Stage | None = None, gather: Callable[[Any], list[Any]] = lambda mine: [mine],
-        feed: LayerFeed | None = None, passes: int = 1, precompiled: Engine | None = None,
-    ) -> None:  # fmt: skip
-        self._model = model
-        self._stock = stock
-        self._attention = attention
-        self._chunk = readout_chunk
-        self._entry = entry
-        self._stage = stage
-        self._gather = gather
-        self._feed, self._passes = feed, passes
-        self._precompiled = precompiled
+    model: PreTrainedModel
+    stock: str
+    attention: str
+    readout_chunk: int
+    entry: Entry | None
+    stage: Stage | None = None
+    gather: Callable[[Any], list[Any]] = lambda mine: [mine]
+    feed: LayerFeed | None = None
+    passes: int = 1
+    precompiled: Engine | None = None
 
     def begin(self, ready: StagedPlan) -> Engine | None:
         """Returns a compiled engine that has run every bucket, of a model whose weights are still being read.
@@ -141,7 +138,7 @@ class EngineBuilder:
 
         Where one stage fails, because nothing compiles or memory runs out, every stage fails with the same error.
         """
-        if self._stage is None:
+        if self.stage is None:
             return make()
         made: WarmEngine | None = None
         error: Exception | None = None
@@ -153,7 +150,7 @@ class EngineBuilder:
             if not is_out_of_memory(caught):
                 raise
             error = torch.OutOfMemoryError(str(caught))
-        failed = [one for one in self._gather(error and (type(error) is torch.OutOfMemoryError, str(error))) if one]
+        failed = [one for one in self.gather(error and (type(error) is torch.OutOfMemoryError, str(error))) if one]
         if failed:
             out_of_memory, message = max(failed)
             raise torch.OutOfMemoryError(message) if out_of_memory else StageError(message)
@@ -162,14 +159,14 @@ class EngineBuilder:
 
     def _engine(self, name: str, ready: StagedPlan, done: Done) -> WarmEngine:
         began = perf_counter()
-        precompiled, self._precompiled = self._precompiled, None
+        precompiled, self.precompiled = self.precompiled, None
         engine: Engine | StreamingEngine
-        if name == "compiled" and precompiled is not None and precompiled.is_for(ready.buckets, self._attention):
+        if name == "compiled" and precompiled is not None and precompiled.is_for(ready.buckets, self.attention):
             engine = precompiled
         else:
             engine = self._made(ready, name == "compiled")
         free = engine.inputs_free if isinstance(engine, Engine) else None
-        warmed = WarmEngine(engine, name, ready.compiled, ProbeResult(self._attention, free))
+        warmed = WarmEngine(engine, name, ready.compiled, ProbeResult(self.attention, free))
 
         def book(what: str) -> None:
             nonlocal began
@@ -189,39 +186,39 @@ class EngineBuilder:
         return warmed
 
     def _made(self, ready: StagedPlan, compiled: bool) -> Engine | StreamingEngine:
-        how: Any = {"attention": self._attention, "compiled": compiled, "readout_chunk": self._chunk}
-        if self._feed is None:
-            return Engine(self._model, ready.buckets, stage=self._stage, inputs_free=self._known(ready), **how)
-        return StreamingEngine(self._model, ready.buckets, self._feed, passes=self._passes, **how)
+        how: Any = {"attention": self.attention, "compiled": compiled, "readout_chunk": self.readout_chunk}
+        if self.feed is None:
+            return Engine(self.model, ready.buckets, stage=self.stage, inputs_free=self._known(ready), **how)
+        return StreamingEngine(self.model, ready.buckets, self.feed, passes=self.passes, **how)
 
     def _known(self, ready: StagedPlan) -> bool | None:
         """Whether a layer may overwrite its input, if the cache knows and holds every shape; else None."""
-        if self._entry is None or self._entry.found is None or self._stage is not None:
+        if self.entry is None or self.entry.found is None or self.stage is not None:
             return None  # a stage has its own answer
-        return self._entry.found.inputs_are_free if self._entry.state(ready.compiled)[0] == WARM else None
+        return self.entry.found.inputs_are_free if self.entry.state(ready.compiled)[0] == WARM else None
 
     def _wrong(self, warmed: WarmEngine, ready: StagedPlan) -> str | None:
         if ready.sequences is None:
             return None
         try:
             off: float | None
-            against_stock = (self._model, self._stock, ready.sequences, ready.staged)
+            against_stock = (self.model, self.stock, ready.sequences, ready.staged)
             if isinstance(warmed.engine, StreamingEngine):
                 off = sweep_disagreement(warmed.engine, *against_stock)
-            elif self._stage is not None:
-                off = pipeline_disagreement(warmed.engine, self._stage, *against_stock)
+            elif self.stage is not None:
+                off = pipeline_disagreement(warmed.engine, self.stage, *against_stock)
             else:
                 off = disagreement(warmed.engine, *against_stock)
             if warmed.decoder is not None:
                 assert off is not None
-                off = max(off, decoding_disagreement(warmed.decoder, self._model, self._stock, ready.sequences))
+                off = max(off, decoding_disagreement(warmed.decoder, self.model, self.stock, ready.sequences))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            if self._stage is not None:  # the others wait for what it would have sent
+            if self.stage is not None:  # the others wait for what it would have sent
                 raise CheckError(f"out of memory as the {warmed.name} pass was checked") from None
             off = None
-        found = self._gather(off) if self._stage is not None else [off]
+        found = self.gather(off) if self.stage is not None else [off]
         if None in found:
             warmed.remark("not verified against the stock model: too little memory left")
             return None
@@ -232,9 +229,9 @@ class EngineBuilder:
 
     def _publish(self, ready: StagedPlan, found: ProbeResult) -> str | None:
         """Writes new code into the cache. Returns the reason as a note where writing fails, else None."""
-        if self._entry is not None and self._entry.state(ready.compiled)[0] != WARM:
+        if self.entry is not None and self.entry.state(ready.compiled)[0] != WARM:
             try:
-                self._entry.publish(ready.compiled, ready.geometry, found)
+                self.entry.publish(ready.compiled, ready.geometry, found)
             except UserError as error:
                 return f"compile cache not written: {printable(str(error), 200)}"
         return None
