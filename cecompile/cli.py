@@ -207,9 +207,9 @@ def plan_command(
     from cecompile.run.windows import plan_in_windows
 
     if how["engine"] == "reference":
-        raise UserError("--engine reference: runs without a plan")
+        raise UserError("--engine reference: runs without a plan; choose another engine")
     if profile and how["pipeline"] > 1:
-        raise UserError("--profile: estimates are of one device; leave out --pipeline")
+        raise UserError("--profile: estimates are for one device; leave out --pipeline")
     model = _model(as_planned_on(profile, how) if profile else how, dataset.task)
     runtime, fit = model.runtime, how["memory_limit"] is not None
     if profile and not fit:  # where the weights do not, the plan is shown all the same, and says so
@@ -256,7 +256,7 @@ def warm_command(
             print_cache(Console(), cache.directory, cache.entries())
         return
     if max_depth is not None and (data is not None or tune):
-        raise UserError("--max-depth: stands for data not yet seen; it goes with neither --data nor --tune")
+        raise UserError("--max-depth: is for data not yet seen; leave out --data and --tune")
     _prefetch(how)
     from cecompile.run.warm_cache import warm
     from cecompile.tasks.read import read_windows

@@ -47,7 +47,7 @@ class CecompileLM(HFLM):
             try:
                 own["memory_limit"] = parse_size(limit)
             except ValueError:
-                raise UserError(f"memory_limit '{limit}': a number of bytes, with a unit such as GB") from None
+                raise UserError(f"memory_limit '{limit}': give bytes, or a number with a unit such as GB") from None
         self._scorer = Scorer.from_model(
             self.model.eval().requires_grad_(False),
             self.tokenizer,
@@ -104,7 +104,7 @@ def as_sequences(requests: Sequence[Pair], max_length: int) -> tuple[Sequences, 
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, (_, context, continuation) in enumerate(requests):
         if not 0 < len(continuation) <= max_length:
-            raise UserError(f"a continuation of {len(continuation)} tokens; the model reads {max_length}")
+            raise UserError(f"a continuation has {len(continuation)} tokens; the model needs 1 to {max_length}")
         groups.setdefault(tuple(context), []).append(number)
     order = [number for group in groups.values() for number in group]
     tokens = [(requests[n][1] + requests[n][2])[-(max_length + 1) :] for n in order]

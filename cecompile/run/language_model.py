@@ -233,9 +233,9 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: not a device; auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: not supported; auto, cpu, cuda or cuda:N")
+        raise UserError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or (device.index or 0) >= count:

@@ -23,7 +23,7 @@ def begin(runtime: Runtime, workload: Workload, journal: Journal | None, new_tok
     if journal is None and runtime.ranks.size == 1:
         return
     if runtime.weights.fingerprint is None:
-        raise UserError(f"{runtime.name}: loaded elsewhere, has no fingerprint: its runs cannot be journaled")
+        raise UserError(f"{runtime.name}: a model given to from_model has no fingerprint; leave out the journal")
     facts = _run_facts(runtime, workload, new_tokens)
     devices = runtime.ranks.gather(facts.pop("device"))
     runtime.ranks.all_same(facts)

@@ -60,7 +60,7 @@ def warm(
         with runtime.planner.same_shapes():
             return warm(model, next(iter(questions)), tune=tune, progress=progress)
     if runtime.mode.engine != "compiled":
-        raise UserError(f"--engine {runtime.mode.engine}: nothing to compile")
+        raise UserError(f"--engine {runtime.mode.engine}: nothing to compile; leave out --engine")
     entry = runtime.warmup.open_cache()
     if entry is None:
         raise UserError(f"{runtime.name}: {runtime.mode.note}")

@@ -186,7 +186,7 @@ class Warmup:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         if not self._planner.sizing.step_down(ready.geometry):
-            raise UserError(f"{self._name}: out of memory on {self._device} with buckets of {slots} tokens")
+            raise UserError(f"{self._name}: out of memory on {self._device} with the smallest buckets, {slots} tokens")
         self._planner.forget_shapes()
         self._mode.remark(f"buckets made smaller: memory ran out with {slots} tokens")
         return None

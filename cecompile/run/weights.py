@@ -144,7 +144,7 @@ class Weights:
         """Loads this rank's layers as a stage. Each stage reads its own tensors; all stages learn all digests."""
         share, ranks, stages = self._planner.share, self._ranks, self._planner.sizing.options.pipeline
         if share is None or ranks.stages != stages:
-            raise UserError(f"--pipeline {stages}: needs as many processes, as torchrun starts them")
+            raise UserError(f"--pipeline {stages}: needs as many processes; start {stages} by torchrun")
         loaded = load_checkpoint(self._name, self._config, self._dtype, self._device, share, read_all=False)
         whole = loaded.checkpoint.with_read(ranks.collect(loaded.checkpoint.read()))
         devices = ranks.gather(_identity(self._device))
