@@ -92,6 +92,11 @@ if [ "$versions" = newest ] || [ ! -e "$stamp" ] || [ "$root/pyproject.toml" -nt
     "${pip[@]}" 'torch>=2.8.0a0' ||
         stop "cecompile needs torch 2.8 or newer; this machine keeps $(cat "$venv/kept-torch.txt" 2>/dev/null || echo none)"
     install --editable "$root[$extras]"
+    for pth in "$venv"/lib/python3*/site-packages/*.pth; do # Python before 3.13 reads them in the locale's encoding
+        if [ "$(cat "$pth")" = "$root" ]; then
+            echo ../../../.. >"$pth" # the same folder by a name that every locale can spell
+        fi
+    done
     if [[ ",$extras," = *,test,* && "$(uname -s)" = Linux ]] &&
         "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
         "${pip[@]}" triton # compiles for a GPU that is not there, as a test does; other builds of torch have their own
