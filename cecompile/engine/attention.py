@@ -1,7 +1,8 @@
 """Attention over token trees, as two attention implementations registered with `transformers`.
 
-A stock model asks `transformers` by name for its mask and its attention function. The names here give masks made from
-the static buffers of the running bucket, and attention functions for them. All else is the model's own code.
+A stock model asks `transformers` by name for its mask and its attention function. The names registered here give masks
+made from the static buffers of the running bucket, and attention functions that take such masks. All else is the
+model's own code.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,10 +25,12 @@ _before: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
 def install(model: PreTrainedModel, attention: str) -> None:
-    """Makes `model` use our attention, "flex" or "sdpa". With "sdpa" a model that does not ask by name keeps its own.
+    """Makes `model` use our attention, "flex" or "sdpa".
+
+    With "sdpa" a model that does not ask for its attention by name keeps its own.
 
     Raises:
-        NotImplementedError: "flex", for such a model.
+        NotImplementedError: "flex", for a model that does not ask by name.
     """
     global _shared_memory
     if model.device.type == "cuda":
@@ -47,14 +50,14 @@ def take_back(model: PreTrainedModel) -> str:
 
 
 def attention_before(model: PreTrainedModel) -> str:
-    """The model's own implementation: the present one, or the one before `install`."""
+    """The model's own attention implementation: the present one, or the one before `install`."""
     now: str = model.config._attn_implementation
     return _before.get(model, now) if now in NAMES.values() else now
 
 
 @contextmanager
 def stock_attention(model: PreTrainedModel, stock: str) -> Iterator[None]:
-    """While this lasts, the model runs uncompiled, with its own attention implementation `stock`."""
+    """Within this context, the model runs uncompiled, with its own attention implementation `stock`."""
     now = model.config._attn_implementation
     _use(model, stock)
     try:
@@ -70,19 +73,19 @@ def _use(model: PreTrainedModel, name: str) -> None:
 
 
 class Masks:
-    """The source of masks for a model with our attention, while it is active."""
+    """A source of masks for models with our attention; in use while `active`."""
 
     def get(self, window: int | None, dtype: torch.dtype) -> Tensor | BlockMask:
         """The mask of layers that see `window` tokens back along their path, or with None the whole path."""
         raise NotImplementedError
 
     def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The model's arguments beside its tokens: our mask, where the model does not ask for one by name."""
+        """The model's arguments beside its tokens: our mask, where the model does not ask for a mask by name."""
         return {} if takes_ours(model) else {"attention_mask": self.get(None, model.dtype)}
 
     @contextmanager
     def active(self) -> Iterator["Masks"]:
-        """While this lasts, models with our attention get their masks here."""
+        """Within this context, models with our attention get their masks from this source."""
         global _active
         before, _active = _active, self
         try:
@@ -100,8 +103,8 @@ class TreeMasks(Masks):
     """The attention masks of one bucket, read from its static buffers.
 
     Args:
-        part: the bucket's buffers by name (`workload.stage.fields`), int32 on the device. With a tile index among
-            them, masks are block-sparse, for FlexAttention; else dense, for scaled dot-product attention.
+        part: the bucket's buffers by name (`workload.stage.fields`), int32 on the device. Buffers with a tile index
+            give block-sparse masks, for FlexAttention; others give dense masks, for scaled dot-product attention.
     """
 
     def __init__(self, part: Mapping[str, Tensor]) -> None:
@@ -110,7 +113,7 @@ class TreeMasks(Masks):
         self._made: dict[tuple[int | None, torch.dtype], Tensor | BlockMask] = {}
 
     def get(self, window: int | None, dtype: torch.dtype) -> Tensor | BlockMask:
-        """See `Masks`. Block-sparse masks, views of the buffers, are made once; dense masks once per pass."""
+        """See `Masks`. Block-sparse masks are views of the buffers, made once; dense masks are made once per pass."""
         key = (window, dtype)
         if key not in self._made:
             self._made[key] = self._block_mask(window) if self._blocks else self._dense_mask(window, dtype)
@@ -118,7 +121,6 @@ class TreeMasks(Masks):
 
     @contextmanager
     def active(self) -> Iterator[Masks]:
-        """See `Masks`."""
         if not self._blocks:
             self._made.clear()
         with super().active():
@@ -176,19 +178,13 @@ def _flex(
         return _sdpa(module, query, key, value, attention_mask, scaling, softcap, s_aux, **kwargs)
     _refuse_unknown(module, kwargs)
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex
-    if query.device.type == "cpu":  # its kernel forgets a view's offset (torch 2.13)
+    if query.device.type == "cpu":  # the CPU's kernel forgets a view's offset (torch 2.13)
         query, key, value = (t.clone(memory_format=torch.contiguous_format) for t in (query, key, value))
     out = attend(
-        query,
-        key,
-        value,
-        score_mod=None if softcap is None else _softcapping(softcap),
-        block_mask=attention_mask,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-        kernel_options=_kernel_options(query, value),
+        query, key, value, score_mod=None if softcap is None else _softcapping(softcap), block_mask=attention_mask,
+        scale=scaling, enable_gqa=query.shape[1] != key.shape[1], kernel_options=_kernel_options(query, value),
         return_lse=s_aux is not None,  # type: ignore[arg-type]
-    )
+    )  # fmt: skip
     if s_aux is not None:
         out, normaliser = out
         out = out * torch.sigmoid(normaliser - s_aux[None, :, None]).to(out.dtype)[..., None]
@@ -199,7 +195,7 @@ _shared_memory = 0  # bytes per multiprocessor of the device; one block of threa
 
 
 def _kernel_options(query: Tensor, value: Tensor) -> Any:
-    """FlexAttention's tiles: the largest that fit the device's shared memory, with the most stages that pay.
+    """FlexAttention's tiles: the largest that fit into the device's shared memory, with the most stages that pay.
 
     Measured in passes of 7B and 1B models on an H100: 64 x 64 tiles with four warps and three stages took 0.71 and 0.75
     times as long as the default 128 x 128 tiles; eight warps took about twice as long as four; the third stage paid for
@@ -230,16 +226,9 @@ def _softcapping(limit: float) -> Any:
 
 
 def _sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None = None,
+    softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     _refuse_unknown(module, kwargs)
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
     if groups > 1:  # torch's grouped attention is slow with a mask
@@ -266,9 +255,9 @@ def _sdpa(
 
 
 def _strips(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The queries of a tree's rows in up to STRIPS strips, each with the keys, values and mask up to its own end.
+    """The queries of a tree's rows in up to STRIPS strips, each with the keys, values and mask up to the strip's end.
 
-    No token sees later ones, yet a kernel with a mask computes all scores. On a CPU rows of 512 and 1,024 tokens took
+    No token sees later tokens, yet a kernel with a mask computes all scores. On a CPU rows of 512 and 1,024 tokens took
     0.75 and 0.69 times as long in four strips as in one. Steps of decoding, with more keys than queries, stay whole.
     """
     length = query.shape[2]
@@ -283,7 +272,7 @@ def _strips(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> list[tup
 
 
 def _sinks(logits: Tensor, scores: Tensor) -> Tensor:
-    """The sinks' logits (heads,) as one more key of scores (rows, heads or groups of them, queries, keys)."""
+    """The sinks' logits (heads,) as one more key of scores (rows, heads or groups of heads, queries, keys)."""
     tokens = scores.shape[2] * scores.shape[1] // len(logits)
     each = logits.to(scores.dtype).view(scores.shape[1], -1, 1).expand(-1, -1, tokens)
     return each.reshape(1, scores.shape[1], scores.shape[2], 1).expand(len(scores), -1, -1, -1)
