@@ -14,31 +14,17 @@ from transformers.pipelines.text_generation import ReturnType
 from cecompile.errors import UserError
 
 # Fields of a generation config that make greedy decoding take another token than the most likely, or stop elsewhere,
-# with the values that change nothing.
-_PLAIN: dict[str, Any] = {
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "bad_words_ids": None,
-    "sequence_bias": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "guidance_scale": None,
-    "penalty_alpha": None,
-    "dola_layers": None,
-    "watermarking_config": None,
-    "stop_strings": None,
-    "max_time": None,
-}
+# with the values that change nothing. The other fields in _UNSET change nothing where they are None.
+_PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+_UNSET = (
+    "min_new_tokens", "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens",
+    "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "guidance_scale",
+    "penalty_alpha", "dola_layers", "watermarking_config", "stop_strings", "max_time",
+)  # fmt: skip
 
 
 class StockPipeline:
-    """The text-generation pipeline around a model on its device, and the model's tokenizer."""
+    """The text-generation pipeline around a model, on the model's device, and its tokenizer."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
         self._model = model
@@ -78,9 +64,9 @@ def stop_tokens(name: str, config: GenerationConfig) -> frozenset[int]:
     Raises:
         UserError: `config` asks for more than the most likely token each time.
     """
-    for field, plain in _PLAIN.items():
+    for field in (*_PLAIN, *_UNSET):
         value = getattr(config, field, None)
-        if value is not None and value != plain and value != []:
+        if value not in (None, _PLAIN.get(field), []):
             raise UserError(
                 f"{name}: generation_config.json: {field} {value!r:.40}: more than greedy decoding; "
                 "--engine reference answers so"

@@ -1,4 +1,4 @@
-"""The stock forward one layer at a time: hidden states enter in place of a layer's input, and are taken out behind."""
+"""The stock forward one layer at a time: given hidden states replace a layer's input, and its output is taken out."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +14,10 @@ from cecompile.partitioned.span import PassThroughLayer, checked, list_of, no_em
 class LayerwiseModel:
     """The stock decoder with its layers replaced, so that one layer after another runs within the model's own forward.
 
-    While `open` does not last, the model is as it was.
+    Outside of `open` the model is unchanged.
 
     Args:
-        model: with the weights of all beside the layers on its device.
+        model: has all weights but the layers' on its device.
 
     Attributes:
         layers: the model's own, in order; their weights are not used.
@@ -38,7 +38,7 @@ class LayerwiseModel:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """While this lasts, the layers are out of the model, and the methods below work."""
+        """Within this context, the layers are out of the model, and the methods below work."""
         for place, station in zip(self._places, self._stations, strict=True):
             self._held[place] = station
         try:
@@ -67,8 +67,8 @@ class LayerwiseModel:
         """The output of `layer`, (rows, length, width), run in place of the model's layer of index `place`.
 
         Args:
-            place: decides what the decoder passes to the layer beside the hidden states.
-            layer: called as the model's own.
+            place: decides the decoder's arguments to the layer beside the hidden states.
+            layer: called like the model's own layer.
             token_ids, arguments: see `begin`.
             received: (rows, length, width), which the layer may overwrite.
 
@@ -88,10 +88,9 @@ class LayerwiseModel:
 
     def finish(self, token_ids: Tensor, received: Tensor, **arguments: Any) -> Tensor:
         """The model's last hidden states, (rows, length, width), from the last layer's output; see `step`."""
-        embeddings = self._no_embeddings(token_ids)
+        given = {"inputs_embeds": self._no_embeddings(token_ids), **arguments}
         with _at_work(self._stations[-1], received):
-            hidden = self._model.base_model(inputs_embeds=embeddings, use_cache=False, **arguments)
-            return self._checked(hidden.last_hidden_state, token_ids)
+            return self._checked(self._model.base_model(**given, use_cache=False).last_hidden_state, token_ids)
 
     def logits(self, token_ids: Tensor, received: Tensor) -> Tensor:
         """The model's logits, (rows, length, vocabulary), from the last layer's output."""
@@ -111,10 +110,9 @@ def _same(hidden: Tensor) -> Tensor:
 def _at_work(
     station: PassThroughLayer, received: Tensor | None = None, layer: Callable[..., Any] | None = None
 ) -> Iterator[PassThroughLayer]:
-    """While this lasts, the station takes `received` as its input, calls `layer`, and keeps the result."""
+    """Within this context, the station takes `received` as its input, calls `layer`, and keeps the result."""
     station.instead, station.layer, station.keeps = received, None if layer is None else (layer,), True
     try:
         yield station
     finally:
-        station.instead = station.layer = station.taken = None
-        station.keeps = False
+        station.instead, station.layer, station.keeps, station.taken = None, None, False, None
