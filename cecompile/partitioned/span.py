@@ -1,8 +1,8 @@
 """A part of a model: some of its decoder layers, run within the stock forward.
 
 A model that does not fit one device runs a few layers at a time. The model's own forward still runs, with its masks and
-position embeddings. Layers that are absent pass their input through, and the one before the first that is present
-passes on the hidden states that another part has computed.
+position embeddings. Absent layers pass their input through. The absent layer before the first present one passes on the
+hidden states that another part has computed.
 """
 
 import ast
@@ -23,11 +23,11 @@ class Span:
     """The stock decoder with only the layers from `first` to before `last`; the others leave the model for good.
 
     Args:
-        model: with the weights of these layers, and of all beside the layers, on its device.
+        model: has the weights of these layers, and all weights outside of layers, on its device.
         first, last: indices of decoder layers.
 
     Attributes:
-        begins, ends: whether the model's first and last layer are in this span.
+        begins, ends: True where the model's first or last layer is in this span.
         width: of the hidden states between two parts.
 
     Raises:
@@ -38,13 +38,11 @@ class Span:
         layers = decoder_layers(model)
         self.begins, self.ends = first == 0, last == len(layers)
         self.width: int = model.config.get_text_config().hidden_size
-        self._body = model.base_model
-        self._name = type(model).__name__
+        self._body, self._name = model.base_model, type(model).__name__
         held, places = list_of(model, layers)
-        absent: dict[int, PassThroughLayer] = {}
-        for i, layer in enumerate(layers):
-            if not first <= i < last:
-                held[places[i]] = absent[i] = PassThroughLayer(layer)
+        absent = {i: PassThroughLayer(layer) for i, layer in enumerate(layers) if not first <= i < last}
+        for i, layer in absent.items():
+            held[places[i]] = layer
         self._no_embeddings = no_embeddings(model)  # on the device of what is left
         self._before, self._after = absent.get(first - 1), absent.get(last)
         if self._after is not None:
@@ -57,18 +55,18 @@ class Span:
         Raises:
             UserError: see `Span`.
         """
-        absent = share.absent(model)
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if module is not None and any(id(t) in absent for t in own_tensors(module)):
-                _put(model, module, _Absent(module))
+        absent, ends = share.absent(model), (model.get_input_embeddings(), model.get_output_embeddings())
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if module in ends and any(id(t) in absent for t in own_tensors(module)):
+                model.set_submodule(name, _Absent(module))
         return cls(model, share.first, share.last)
 
     def __call__(self, token_ids: Tensor, received: Tensor | None, **arguments: Any) -> Tensor:
-        """The hidden states after these layers, (rows, length, width); after the model's last norm where it `ends`.
+        """The hidden states after these layers, (rows, length, width); where the span `ends`, after the last norm.
 
         Args:
             token_ids: (rows, length) int64.
-            received: (rows, length, width), after the layers before; unused where this `begins`.
+            received: hidden states of the part before, (rows, length, width); unused where the span `begins`.
             arguments: of the decoder, beside the tokens.
 
         Raises:
@@ -92,16 +90,15 @@ class PassThroughLayer(nn.Module):
     """Replaces a decoder layer: passes its input through, unless told otherwise.
 
     Attributes:
-        instead: hidden states that take the place of the input; None for the input.
-        layer: what the hidden states go through, in a tuple, so that it is no submodule; None for nothing.
-        keeps: whether the result is kept as `taken`.
+        instead: hidden states that replace the input; None leaves the input.
+        layer: called with the hidden states; in a tuple, which makes the layer no submodule. None calls nothing.
+        keeps: True keeps the result as `taken`.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        plain = (str, int, float, bool, type(None))
         for name, value in vars(layer).items():  # such as the kind of mask that the decoder is to pass
-            if not name.startswith("_") and isinstance(value, plain) and name != "training":
+            if not name.startswith("_") and isinstance(value, str | int | float | None) and name != "training":
                 setattr(self, name, value)
         self.instead: Tensor | None = None
         self.layer: tuple[Callable[..., Any]] | None = None
@@ -126,18 +123,11 @@ class PassThroughLayer(nn.Module):
 
 
 class _Absent(nn.Module):
-    """Replaces an embedding or head that nobody calls; of the same width."""
+    """Replaces an embedding or head that nobody calls; has the same width."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.embedding_dim = getattr(module, "embedding_dim", None)
-
-
-def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
 
 
 def _returns_pair(layer: nn.Module) -> bool:
@@ -156,7 +146,7 @@ def list_of(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[nn.Mod
 
 
 def no_embeddings(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """A function from token ids to embeddings that are all 0, for a forward in which nobody reads them."""
+    """A function from token ids to embeddings that are all 0, for a forward in which nobody reads the embeddings."""
     zero = torch.zeros((), dtype=model.dtype, device=model.device)
     size = model.get_input_embeddings().embedding_dim
     return lambda token_ids: zero.expand(*token_ids.shape, size)
@@ -166,7 +156,7 @@ def checked(hidden: Any, shape: Sequence[int], name: str) -> Tensor:
     """Returns `hidden`, which must be hidden states of a shape that begins with `shape`.
 
     Raises:
-        UserError: it is not; names the model.
+        UserError: `hidden` is anything else; the message names the model.
     """
     if not isinstance(hidden, Tensor) or hidden.shape[: len(shape)] != tuple(shape):
         raise UserError(f"{name}: its layers do not hand on hidden states alone: cannot be run in parts")
