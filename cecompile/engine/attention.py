@@ -100,11 +100,10 @@ def dense(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class TreeMasks(Masks):
-    """The attention masks of one bucket, read from its static buffers.
+    """The attention masks of one bucket, read from its static buffers `part`, int32 on the device, by name.
 
-    Args:
-        part: the bucket's buffers by name (`workload.stage.fields`), int32 on the device. Buffers with a tile index
-            give block-sparse masks, for FlexAttention; others give dense masks, for scaled dot-product attention.
+    For the names see `workload.stage.fields`. Buffers with a tile index give block-sparse masks, for FlexAttention;
+    others give dense masks, for scaled dot-product attention.
     """
 
     def __init__(self, part: Mapping[str, Tensor]) -> None:
@@ -164,16 +163,13 @@ def _mask(*, dtype: torch.dtype, local_size: int | None = None, **_: Any) -> Ten
 
 
 def _flex(
-    module: nn.Module,
-    query: Tensor,  # (rows, heads, length, head size)
-    key: Tensor,  # (rows, key-value heads, length, head size)
-    value: Tensor,
-    attention_mask: BlockMask | Tensor,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,  # (heads,) the logit of each head's sink: one more key, without a value
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: BlockMask | Tensor,
+    scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention of `query` (rows, heads, length, head size) over `key` and `value`, with key-value heads for heads.
+
+    `s_aux` (heads,) is the logit of each head's sink: one more key, without a value.
+    """
     if isinstance(attention_mask, Tensor):  # a step of decoding
         return _sdpa(module, query, key, value, attention_mask, scaling, softcap, s_aux, **kwargs)
     _refuse_unknown(module, kwargs)
@@ -265,10 +261,8 @@ def _strips(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> list[tup
         return [(query, key, value, mask)]
     width = -(-length // STRIPS // BLOCK) * BLOCK
     parts = [(at, min(at + width, length)) for at in range(0, length, width)]
-    return [
-        (query[:, :, at:end], key[:, :, :end], value[:, :, :end], mask[:, :, at:end, :end])
-        for at, end in parts  # torch 2.8 does not trace a zip of unequal lengths
-    ]
+    # torch 2.8 does not trace a zip of unequal lengths
+    return [(query[:, :, at:end], key[:, :, :end], value[:, :, :end], mask[:, :, at:end, :end]) for at, end in parts]
 
 
 def _sinks(logits: Tensor, scores: Tensor) -> Tensor:
@@ -288,7 +282,6 @@ def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
         raise NotImplementedError(f"{type(module).__name__} asks attention for {', '.join(unknown)}")
 
 
-AttentionInterface.register(NAMES["flex"], _flex)
-AttentionInterface.register(NAMES["sdpa"], _sdpa)
-for _name in NAMES.values():
+for _name, _attend in ((NAMES["flex"], _flex), (NAMES["sdpa"], _sdpa)):
+    AttentionInterface.register(_name, _attend)
     AttentionMaskInterface.register(_name, _mask)

@@ -64,12 +64,13 @@ class Outputs:
         self._argmax = torch.empty(readouts, dtype=torch.int32, pin_memory=on_cuda)
         self._filled = torch.cuda.Event() if on_cuda else None
 
-    def fetch(self, logprob: Tensor, argmax: Tensor) -> None:
-        """Queues the copy of (readouts, TARGETS) and (readouts,) to the host."""
+    def fetch(self, logprob: Tensor, argmax: Tensor) -> "Outputs":
+        """Queues the copy of (readouts, TARGETS) and (readouts,) to the host; returns these buffers."""
         self._logprob.copy_(logprob, non_blocking=True)
         self._argmax.copy_(argmax, non_blocking=True)
         if self._filled is not None:
             self._filled.record()
+        return self
 
     def collect(self, one: StagedPass) -> Readouts:
         """Waits for the outputs; returns the pass's own."""
@@ -112,9 +113,7 @@ class BucketBuffers:
 
     def fetch(self) -> Outputs:
         """Queues the copy of the outputs to host buffers, which are overwritten by the next but one `fetch`."""
-        outputs = next(self._outputs)
-        outputs.fetch(self.logprob, self.argmax)
-        return outputs
+        return next(self._outputs).fetch(self.logprob, self.argmax)
 
 
 class Collector:

@@ -93,7 +93,9 @@ class Decoder:
             buffers.graph.replay()
         else:
             self._forward(buffers)
-        return buffers.collect(len(step.read))
+        outputs = (buffers.logprob, buffers.argmax)
+        logprob, argmax = (t[: len(step.read)].to("cpu", copy=True).numpy() for t in outputs)
+        return logprob, argmax
 
     def _allocate(self, sizes: Sequence[tuple[_Size, _Size]]) -> list["_LayerCache"]:
         """Every layer's cache, filled with zeros: unseen values are multiplied by 0, and must be numbers.
@@ -184,17 +186,12 @@ class _StepBuffers:
         self.argmax = torch.zeros(shape.lanes, dtype=torch.int32, device=device)
 
     def load(self, step: Step) -> None:
-        """Copies a step into the static buffers; unused entries write to the last slot, which no row sees."""
+        """Copies a step into the static buffers. Unused entries write to the last slot, which no row sees."""
         for name, unused in self._unused.items():
             values = getattr(step, name)
             self._given[name][: len(values)] = values
             self._given[name][len(values) :] = unused
         self._data.copy_(self._host)  # not `non_blocking`: the next `load` may come before the device has read this one
-
-    def collect(self, read: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """The first `read` outputs, on the host."""
-        logprob, argmax = (t[:read].to("cpu", copy=True).numpy() for t in (self.logprob, self.argmax))
-        return logprob, argmax
 
 
 def _with_cache(call: Callable[..., Any], place: _Place, cache: _LayerCache, /, *args: Any, **kwargs: Any) -> Any:

@@ -22,8 +22,7 @@ _USED = ("inv_freq", "original_inv_freq", "config")  # of a rotary embedding
 class Frequencies:
     """The frequencies that the passes of a model use. Without longrope all methods do nothing.
 
-    Attributes:
-        boundary: tokens of the longest short input; None without longrope.
+    `boundary` is the tokens of the longest short input; None without longrope.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -84,10 +84,7 @@ def inputs_are_free(model: PreTrainedModel, run: Callable[[Tensor], Tensor] | No
     """Whether a decoder layer may overwrite its input: no later module reads it.
 
     A trial on a few tokens decides: each layer's input is filled with NaN once the layer is done, and the model's
-    output must stay finite.
-
-    Args:
-        run: runs the model's layers on token ids; None runs the whole model.
+    output must stay finite. `run` runs the model's layers on token ids; None runs the whole model.
     """
     run = run or Part(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -14,10 +14,7 @@ from cecompile.partitioned.span import PassThroughLayer, checked, list_of, no_em
 class LayerwiseModel:
     """The stock decoder with its layers replaced, so that one layer after another runs within the model's own forward.
 
-    Outside of `open` the model is unchanged.
-
-    Args:
-        model: has all weights but the layers' on its device.
+    Outside of `open` the model is unchanged. All weights but the layers' are on the model's device.
 
     Attributes:
         layers: the model's own, in order; their weights are not used.
@@ -48,11 +45,9 @@ class LayerwiseModel:
                 self._held[place] = layer
 
     def begin(self, token_ids: Tensor, **arguments: Any) -> Tensor:
-        """The first layer's input, (rows, length, width).
+        """The first layer's input, (rows, length, width), for `token_ids`, (rows, length) int64.
 
-        Args:
-            token_ids: (rows, length) int64.
-            arguments: of the decoder, beside the tokens.
+        `arguments` are the decoder's, beside the tokens.
 
         Raises:
             UserError: the model's layers do not hand on hidden states alone.

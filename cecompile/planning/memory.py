@@ -98,32 +98,30 @@ def budget(
         decoding: the decoder's shape, where answers are decoded.
         streamed: the layers, where they are streamed; `sizes` then counts the rest of the model.
     """
-    slots = geometry.rows * geometry.length
+    slots, chunk = geometry.rows * geometry.length, geometry.readout_chunk
     (widths, factor, fixed), in_turns = FITS[device, engine], (device, engine) == ("cuda", "compiled")
     per_slot = factor * (widths * sizes.width + 3 * sizes.inner) * sizes.itemsize
     pairs = 0 if geometry.blocks else geometry.rows * geometry.length**2
-    logits = geometry.readout_chunk * sizes.vocabulary
-    resident = sizes.parameters * sizes.itemsize
-    held = 0 if streamed is None else PLACES * streamed.layer_bytes
-    read = resident if streamed is None else resident + streamed.layers * streamed.layer_bytes
+    logits = chunk * sizes.vocabulary
+    read = resident = sizes.parameters * sizes.itemsize
+    held = hidden = 0
+    if streamed is not None:
+        held, read = PLACES * streamed.layer_bytes, resident + streamed.layers * streamed.layer_bytes
+        data = data_size(Bucket(geometry.rows, geometry.length, -(-slots // chunk) * chunk), geometry.blocks)
+        a_pass = slots * sizes.width * sizes.itemsize + 4 * data  # under way: hidden states and data
+        hidden = (streamed.passes + BUCKETS + SPARE[device]) * a_pass
+        fixed += FEEDING[device]
     return Budget(
         weights=resident + held,
         activations=int(slots * per_slot) + sizes.states * slots * sizes.width * sizes.itemsize,
         mask=pairs * (sizes.itemsize + 1),
         head=logits * (sizes.itemsize if engine == "compiled" else sizes.itemsize + 8),
         cache=0 if decoding is None else _cache(sizes, decoding, per_slot if in_turns else 0),
-        fixed=fixed + (0 if streamed is None else FEEDING[device]),
+        fixed=fixed,
         loading=max(0, min(LOADING[device], read) - held),  # files are read before the layers' places are allocated
         in_turns=in_turns,
-        hidden=0 if streamed is None else (streamed.passes + BUCKETS + SPARE[device]) * pass_bytes(sizes, geometry),
+        hidden=hidden,
     )
-
-
-def pass_bytes(sizes: Sizes, geometry: Geometry) -> int:
-    """Bytes of a pass under way: hidden states and data."""
-    slots, chunk = geometry.rows * geometry.length, geometry.readout_chunk
-    bucket = Bucket(geometry.rows, geometry.length, -(-slots // chunk) * chunk)
-    return slots * sizes.width * sizes.itemsize + 4 * data_size(bucket, geometry.blocks)
 
 
 def _cache(sizes: Sizes, decoding: DecodeShape, per_token: float) -> int:
