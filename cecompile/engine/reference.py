@@ -45,11 +45,9 @@ def rounding(
     """The distance that rounding alone moves the stock model's logits; 0 for a model with one attention implementation.
 
     The distance is between the model's own attention and another of the same arithmetic: "eager", or "sdpa" where the
-    own is "eager". It is the root mean square of the differences, in standard deviations of the logits.
+    own is "eager". The distance is the root mean square of the differences, in standard deviations of the logits.
 
-    Args:
-        which: the sequences to run.
-        all_logits: runs the model; None runs the whole model, one sequence after another.
+    `all_logits` runs the model on the sequences `which`; None runs the whole model, one sequence after another.
     """
     own = model.config._attn_implementation
     other = "eager" if own != "eager" else "sdpa"

@@ -43,10 +43,8 @@ def disagreement(
     The tolerance is TOLERANCE, or ROUNDINGS times the model's `rounding` if larger. Where the model's logits are not
     finite the distance is 0.
 
-    Args:
-        engine: a warm engine over `model`.
-        stock: the model's own attention implementation.
-        staged: the passes of all `sequences`; the first pass of each bucket is run.
+    `stock` is the model's own attention implementation. `staged` are the passes of all `sequences`, of which the first
+    of each bucket is run.
     """
     picked = picked_of(engine.run, sequences, staged)
     with as_stock(model, stock):

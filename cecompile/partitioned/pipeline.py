@@ -47,29 +47,18 @@ def places(stages: int, rank: int, size: int, own_device: bool) -> Place:
         rank, size: of the default process group.
         own_device: each rank has a CUDA device of its own, so NCCL connects the ranks; otherwise Gloo does.
     """
-    before = after = None
-    for left in range(size - 1):
-        if left % stages == stages - 1:
-            continue
-        group = dist.new_group([left, left + 1], backend="nccl" if own_device else "gloo")
-        if rank == left:
-            after = left + 1, group
-        elif rank == left + 1:
-            before = left, group
+    backend, lefts = "nccl" if own_device else "gloo", [left for left in range(size - 1) if (left + 1) % stages]
+    groups = {left: dist.new_group([left, left + 1], backend=backend) for left in lefts}
+    before = (rank - 1, groups[rank - 1]) if rank - 1 in groups else None
+    after = (rank + 1, groups[rank]) if rank in groups else None
     return Place(before, after)
 
 
 class Stage(Part):
     """The part of a model that is one stage of a pipeline.
 
-    Args:
-        model: with the weights of `share` on its device; the other layers leave the model for good.
-        share: the stage's layers.
-        place: the stage's neighbours.
-
-    Attributes:
-        ends: True for the last stage.
-        suffices: False once memory did not suffice for a sequence `alone`.
+    The model has the weights of `share` on its device; the other layers leave the model for good. `suffices` is False
+    once memory did not suffice for a sequence `alone`.
     """
 
     suffices = True

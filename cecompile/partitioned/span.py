@@ -8,7 +8,8 @@ hidden states that another part has computed.
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,34 +20,67 @@ from cecompile.errors import UserError
 from cecompile.model.structure import LayerRange, decoder_layers, own_tensors
 
 
-class Span:
-    """The stock decoder with only the layers from `first` to before `last`; the others leave the model for good.
+class StockForward:
+    """The stock decoder's own forward, with layers replaced where hidden states come in or are taken out.
 
-    Args:
-        model: has the weights of these layers, and all weights outside of layers, on its device.
-        first, last: indices of decoder layers.
-
-    Attributes:
-        begins, ends: True where the model's first or last layer is in this span.
-        width: of the hidden states between two parts.
+    `replaced` gives, by index, the replacements of layers that leave the model for good. `layers` are the model's own
+    layers, in order; `width` is that of the hidden states between two layers.
 
     Raises:
         UserError: the model's layers are not in one list.
     """
 
+    def __init__(self, model: PreTrainedModel, replaced: Mapping[int, "PassThroughLayer"]) -> None:
+        self.layers = decoder_layers(model)
+        self.width: int = model.config.get_text_config().hidden_size
+        self._model = model
+        self._list, self._places = _list_of(model, self.layers)
+        for i, layer in replaced.items():
+            self._list[self._places[i]] = layer
+        self._zero = torch.zeros((), dtype=model.dtype, device=model.device)  # on the device of the layers that stay
+
+    def _run(
+        self, token_ids: Tensor, enter: "PassThroughLayer | None", received: Tensor | None,
+        leave: "PassThroughLayer | None", **arguments: Any,
+    ) -> Tensor:  # fmt: skip
+        """The hidden states taken out behind the layer `leave`; with None, the decoder's last hidden states.
+
+        Where there is a layer `enter`, `received` replaces the layer's input. `arguments` are the decoder's, beside the
+        tokens. Raises UserError where the model's layers do not hand on hidden states alone.
+        """
+        given = {"input_ids": token_ids} if enter is None else {"inputs_embeds": self._no_embeddings(token_ids)}
+        with open_at(enter, received, leave):
+            hidden = self._model.base_model(**given, use_cache=False, **arguments).last_hidden_state
+            return self._checked(hidden if leave is None else leave.taken, *token_ids.shape)
+
+    def _no_embeddings(self, token_ids: Tensor) -> Tensor:
+        """Embeddings that are all 0, for a forward in which nobody reads the embeddings."""
+        return self._zero.expand(*token_ids.shape, self._model.get_input_embeddings().embedding_dim)
+
+    def _checked(self, hidden: Any, *shape: int) -> Tensor:
+        """Returns `hidden`, which must be hidden states of a shape that begins with `shape`; else raises UserError."""
+        if not isinstance(hidden, Tensor) or hidden.shape[: len(shape)] != shape:
+            name = type(self._model).__name__
+            raise UserError(f"{name}: its layers do not hand on hidden states alone: cannot be run in parts")
+        return hidden
+
+
+class Span(StockForward):
+    """The stock decoder with only the layers from `first` to before `last`; the others leave the model for good.
+
+    `begins` and `ends` are True where the model's first or last layer is in the span. All weights of the layers in the
+    span, and all weights outside of layers, are on the model's device.
+
+    Raises:
+        UserError: see `StockForward`.
+    """
+
     def __init__(self, model: PreTrainedModel, first: int, last: int) -> None:
         layers = decoder_layers(model)
         self.begins, self.ends = first == 0, last == len(layers)
-        self.width: int = model.config.get_text_config().hidden_size
-        self._body, self._name = model.base_model, type(model).__name__
-        held, places = list_of(model, layers)
         absent = {i: PassThroughLayer(layer) for i, layer in enumerate(layers) if not first <= i < last}
-        for i, layer in absent.items():
-            held[places[i]] = layer
-        self._no_embeddings = no_embeddings(model)  # on the device of what is left
+        super().__init__(model, absent)
         self._before, self._after = absent.get(first - 1), absent.get(last)
-        if self._after is not None:
-            self._after.keeps = True
 
     @classmethod
     def of(cls, model: PreTrainedModel, share: LayerRange) -> "Span":
@@ -72,18 +106,8 @@ class Span:
         Raises:
             UserError: the model's layers do not hand on hidden states alone.
         """
-        given = {"input_ids": token_ids}
-        if self._before is not None:
-            self._before.instead = received
-            given = {"inputs_embeds": self._no_embeddings(token_ids)}
-        try:
-            hidden = self._body(**given, use_cache=False, **arguments).last_hidden_state
-        finally:
-            if self._before is not None:
-                self._before.instead = None
-        if self._after is not None:
-            hidden, self._after.taken = self._after.taken, None
-        return checked(hidden, (*token_ids.shape, self.width), self._name)
+        hidden = self._run(token_ids, self._before, received, self._after, **arguments)
+        return self._checked(hidden, *token_ids.shape, self.width)
 
 
 class PassThroughLayer(nn.Module):
@@ -136,8 +160,8 @@ def _returns_pair(layer: nn.Module) -> bool:
     return any(isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) for node in ast.walk(code))
 
 
-def list_of(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[nn.ModuleList, list[int]]:
-    """The list that holds the layers, and each layer's index in it."""
+def _list_of(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[nn.ModuleList, list[int]]:
+    """The list that holds the layers, and each layer's index in the list."""
     for module in model.base_model.modules():
         held = list(module) if isinstance(module, nn.ModuleList) else []
         if layers and all(layer in held for layer in layers):
@@ -145,19 +169,17 @@ def list_of(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[nn.Mod
     raise UserError(f"{type(model).__name__}: its layers are not in one list: cannot be run in parts")
 
 
-def no_embeddings(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """A function from token ids to embeddings that are all 0, for a forward in which nobody reads the embeddings."""
-    zero = torch.zeros((), dtype=model.dtype, device=model.device)
-    size = model.get_input_embeddings().embedding_dim
-    return lambda token_ids: zero.expand(*token_ids.shape, size)
-
-
-def checked(hidden: Any, shape: Sequence[int], name: str) -> Tensor:
-    """Returns `hidden`, which must be hidden states of a shape that begins with `shape`.
-
-    Raises:
-        UserError: `hidden` is anything else; the message names the model.
-    """
-    if not isinstance(hidden, Tensor) or hidden.shape[: len(shape)] != tuple(shape):
-        raise UserError(f"{name}: its layers do not hand on hidden states alone: cannot be run in parts")
-    return hidden
+@contextmanager
+def open_at(enter: PassThroughLayer | None, received: Tensor | None, leave: PassThroughLayer | None) -> Iterator[None]:
+    """Within this context, `received` replaces the input of the layer `enter`, and `leave` keeps its result."""
+    if enter is not None:
+        enter.instead = received
+    if leave is not None:
+        leave.keeps = True
+    try:
+        yield
+    finally:
+        if enter is not None:
+            enter.instead = None
+        if leave is not None:
+            leave.keeps, leave.taken = False, None

@@ -111,10 +111,11 @@ class StreamingEngine:
     def warm_up(self, done: Callable[[Bucket], None] = lambda _: None) -> None:
         """Compiles, runs and captures every bucket, largest first. `done` is called after each."""
         self.feed.settle()  # while a graph is captured, no other thread may use the device
+        steps: list[_Step] = ["begin", *self._modules, "finish"]
         with self.stations.open():
             for shape in self._shapes:
                 hidden = self._places[0].hidden_of(shape.bucket) if self._pool is None else shape.hidden
-                for step in ("begin", *self._modules, "finish"):
+                for step in steps:
                     compute = functools.partial(self._compute, shape, step, hidden, shape.bucket.readouts)
                     if self._pool is None:
                         compute()

@@ -104,31 +104,28 @@ def budget(
     pairs = 0 if geometry.blocks else geometry.rows * geometry.length**2
     logits = chunk * sizes.vocabulary
     read = resident = sizes.parameters * sizes.itemsize
-    held = hidden = 0
+    held = hidden = cache = 0
     if streamed is not None:
         held, read = PLACES * streamed.layer_bytes, resident + streamed.layers * streamed.layer_bytes
         data = data_size(Bucket(geometry.rows, geometry.length, -(-slots // chunk) * chunk), geometry.blocks)
-        a_pass = slots * sizes.width * sizes.itemsize + 4 * data  # under way: hidden states and data
-        hidden = (streamed.passes + BUCKETS + SPARE[device]) * a_pass
+        one_pass = slots * sizes.width * sizes.itemsize + 4 * data  # under way: hidden states and data
+        hidden = (streamed.passes + BUCKETS + SPARE[device]) * one_pass
         fixed += FEEDING[device]
+    if decoding is not None:  # keys and values, a step's mask over them, and the step's tokens
+        tokens = decoding.step_tokens[0]
+        step_mask = tokens * decoding.slots * (1 + (1 + sizes.groups) * sizes.itemsize)
+        cache = decoding.slots * sizes.cached * sizes.itemsize + step_mask + int(tokens * per_slot if in_turns else 0)
     return Budget(
         weights=resident + held,
         activations=int(slots * per_slot) + sizes.states * slots * sizes.width * sizes.itemsize,
         mask=pairs * (sizes.itemsize + 1),
         head=logits * (sizes.itemsize if engine == "compiled" else sizes.itemsize + 8),
-        cache=0 if decoding is None else _cache(sizes, decoding, per_slot if in_turns else 0),
+        cache=cache,
         fixed=fixed,
         loading=max(0, min(LOADING[device], read) - held),  # files are read before the layers' places are allocated
         in_turns=in_turns,
         hidden=hidden,
     )
-
-
-def _cache(sizes: Sizes, decoding: DecodeShape, per_token: float) -> int:
-    """Bytes of all keys and values, of a step's mask over them, and of the step's tokens at `per_token` bytes."""
-    tokens = decoding.step_tokens[0]
-    mask = tokens * decoding.slots * (1 + (1 + sizes.groups) * sizes.itemsize)
-    return decoding.slots * sizes.cached * sizes.itemsize + mask + int(tokens * per_token)
 
 
 def reading(device: torch.device) -> int:

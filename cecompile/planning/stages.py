@@ -13,11 +13,7 @@ Fits = Callable[[int, int, int], bool]  # (stage, first, end): whether the stage
 def split(layers: Sequence[float], stages: int, last: float = 0.0, fits: Fits = lambda *_: True) -> list[int] | None:
     """Divides layers among stages so that the slowest stage is as fast as possible.
 
-    Args:
-        layers: cost of each.
-        stages: number of stages.
-        last: cost of the last stage's head.
-        fits: see `Fits`.
+    `layers` gives the cost of each layer, and `last` the cost of the last stage's head.
 
     Returns:
         The layer before which each stage ends: `stages` increasing numbers, the last of which is the number of layers.
