@@ -177,9 +177,9 @@ def _flex(
     if query.device.type == "cpu":  # the CPU's kernel forgets a view's offset (torch 2.13)
         query, key, value = (t.clone(memory_format=torch.contiguous_format) for t in (query, key, value))
     out = attend(
-        query, key, value, score_mod=None if softcap is None else _softcapping(softcap), block_mask=attention_mask,
-        scale=scaling, enable_gqa=query.shape[1] != key.shape[1], kernel_options=_kernel_options(query, value),
-        return_lse=s_aux is not None,  # type: ignore[arg-type]
+        query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+        score_mod=None if softcap is None else lambda score, b, h, q, k: softcap * torch.tanh(score / softcap),
+        kernel_options=_kernel_options(query, value), return_lse=s_aux is not None,  # type: ignore[arg-type]
     )  # fmt: skip
     if s_aux is not None:
         out, normaliser = out
@@ -212,13 +212,6 @@ _compiled_flex = torch.compile(flex_attention, dynamic=False)
 for _name, _least in (("recompile_limit", 256), ("accumulated_recompile_limit", 4096)):
     if hasattr(torch._dynamo.config, _name):  # without it, a run that exceeds the limit notes that it ran uncompiled
         setattr(torch._dynamo.config, _name, max(getattr(torch._dynamo.config, _name), _least))
-
-
-def _softcapping(limit: float) -> Any:
-    def softcap(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return limit * torch.tanh(score / limit)
-
-    return softcap
 
 
 def _sdpa(

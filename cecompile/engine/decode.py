@@ -39,9 +39,8 @@ class Decoder:
     Args:
         model: with our attention installed, and its layers compiled unless the decoder is to run uncompiled.
         readout: of the model's head, see `head.readout_of`.
-        shape: of the cache and of its steps.
+        shape, rope: the shape of the cache and of its steps, and the model's rotary frequencies.
         pool: memory pool for a CUDA graph of each size of step; None captures no graph.
-        rope: the model's rotary frequencies.
 
     Raises:
         NotDecodableError: the model's layers take no key-value cache of the form used here.

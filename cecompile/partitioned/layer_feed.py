@@ -97,13 +97,11 @@ class LayerFeed:
         name: the model's, for errors.
         loaded: the model, without its layers' weights.
         files: of the checkpoint, opened before `loaded` was.
-        device: for the layers.
 
     Attributes:
         layout: of every layer.
         places: two tensors of (layout.size,) uint8 on the device.
-        layers: the number of layers.
-        layer_bytes: read from the files per layer.
+        layers, layer_bytes: the number of layers, and the bytes read from the files per layer.
         read_seconds: during which something was being read, so far.
         waited: seconds that the host waited in `take`; a CUDA device waits by itself.
 

@@ -36,22 +36,14 @@ _Step = tuple[int, int] | str  # of a pass: "begin", "finish", or the kind of a 
 
 @dataclass(frozen=True, slots=True)
 class Streaming:
-    """The reading and the waiting of a run with streamed layers.
+    """The reading and the waiting of a run with streamed layers."""
 
-    Attributes:
-        sweeps: how often all layers were read.
-        passes_per_sweep: the most passes that went through a layer at once.
-        layer_bytes, read_bytes: read per layer, and in all.
-        read_seconds: during which something was being read.
-        waited_seconds: during which the device waited for a layer.
-    """
-
-    sweeps: int
-    passes_per_sweep: int
-    layer_bytes: int
-    read_bytes: int
-    read_seconds: float
-    waited_seconds: float
+    sweeps: int  # how often all layers were read
+    passes_per_sweep: int  # the most passes that went through a layer at once
+    layer_bytes: int  # read per layer
+    read_bytes: int  # read in all
+    read_seconds: float  # during which something was being read
+    waited_seconds: float  # during which the device waited for a layer
 
     def summary(self) -> dict[str, Any]:
         """Returns results.json's `streaming`."""

@@ -142,10 +142,8 @@ def estimate(
 ) -> dict[str, Any]:
     """The `estimate` in `plan --json`: seconds of each phase on a device, labelled.
 
-    Args:
-        name: one of PROFILES.
-        plan: made for the device (see `as_planned_on`) and `sequences` sequences.
-        streaming: the plan's, where layers are streamed.
+    `name` is one of PROFILES. The plan is made for the device (see `as_planned_on`) and `sequences` sequences;
+    `streaming` is the plan's, where layers are streamed.
 
     Raises:
         UserError: transformers cannot build the model.
@@ -179,9 +177,8 @@ def weights_fit(name: str, parameters: int) -> bool:
 def as_planned_on(name: str, how: dict[str, Any]) -> dict[str, Any]:
     """A scorer's options for making, on any machine, the plan that a device would run.
 
-    Args:
-        name: one of PROFILES, all of which are CUDA devices.
-        how: `attention`, `memory_limit` and `dtype` as a user gave them; other options are passed on.
+    `name` is one of PROFILES, all of which are CUDA devices. `how` has `attention`, `memory_limit` and `dtype` as the
+    user gave them; other options are passed on.
 
     Raises:
         UserError: float32 is asked for; the profiles' figures are for 16-bit arithmetic.

@@ -71,19 +71,12 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class TargetDevice:
-    """A device to plan for that this machine lacks. Models run in 16 bits on the device.
+    """A device to plan for that this machine lacks. Models run in 16 bits on the device."""
 
-    Attributes:
-        name: for messages.
-        kind: "cuda" or "cpu".
-        room: bytes that a prediction may fill.
-        tokens_per_bucket: slots of a pass, where memory suffices and the user asks for nothing else.
-    """
-
-    name: str
-    kind: str
-    room: int
-    tokens_per_bucket: int
+    name: str  # for messages
+    kind: str  # "cuda" or "cpu"
+    room: int  # bytes that a prediction may fill
+    tokens_per_bucket: int  # slots of a pass, where memory suffices and the user asks for nothing else
 
 
 def budget(

@@ -7,33 +7,19 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A device and its host. The host defaults to a present x86-64 server.
+    """A device and its host. The host defaults to a present x86-64 server."""
 
-    Attributes:
-        title: the device's full name.
-        peak_flops: dense matrix rate in bfloat16 or float16 with float32 accumulation, FLOP/s.
-        reached: the share of `peak_flops` that large linear layers reach.
-        peak_bandwidth: of device memory, bytes/s.
-        bandwidth_reached: the share of `peak_bandwidth` that elementwise kernels reach.
-        memory: bytes that a process can allocate on the device.
-        source: where the figures come from.
-        storage_rate: reading a checkpoint and placing it on the device, bytes/s; an assumption everywhere.
-        host_speed: speed of a CPU core relative to the server's; an assumption but for h100.
-        layer_overhead: time that launching a layer's kernels from a graph adds to their work, seconds; an assumption.
-        tokens_per_bucket: slots of a pass, as planned for the device.
-    """
-
-    title: str
-    peak_flops: float
-    reached: float
-    peak_bandwidth: float
-    bandwidth_reached: float
-    memory: float
-    source: str
-    storage_rate: float = 3e9
-    host_speed: float = 1.0
-    layer_overhead: float = 20e-6
-    tokens_per_bucket: int = 8192
+    title: str  # the device's full name
+    peak_flops: float  # dense matrix rate in bfloat16 or float16 with float32 accumulation, FLOP/s
+    reached: float  # the share of `peak_flops` that large linear layers reach
+    peak_bandwidth: float  # of device memory, bytes/s
+    bandwidth_reached: float  # the share of `peak_bandwidth` that elementwise kernels reach
+    memory: float  # bytes that a process can allocate on the device
+    source: str  # where the figures come from
+    storage_rate: float = 3e9  # reading a checkpoint and placing it on the device, bytes/s; an assumption everywhere
+    host_speed: float = 1.0  # speed of a CPU core relative to the server's; an assumption but for h100
+    layer_overhead: float = 20e-6  # seconds that launching a layer's kernels from a graph adds; an assumption
+    tokens_per_bucket: int = 8192  # slots of a pass, as planned for the device
 
     @property
     def matrix_rate(self) -> float:

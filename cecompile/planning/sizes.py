@@ -17,33 +17,20 @@ class Sizes:
     """Counts that decide a model's memory and speed.
 
     For a stage, `parameters` and `vocabulary` are the stage's own; the other counts are the whole model's.
-
-    Attributes:
-        parameters: number of weights, each tied weight counted once.
-        layers: decoder layers.
-        layer_parameters: weights in the matrices of all decoder layers.
-        active_parameters: as `layer_parameters`, but only the weights that one token is multiplied with.
-        width, inner: values of a hidden state, and of a hidden state within the MLP.
-        vocabulary: logits of a token; 0 without a head.
-        cached: values of keys and values per token, over all layers.
-        groups: queries' heads per keys' head.
-        key_cost: arithmetic of a token looking at one more key, relative to all weights in decoder layers.
-        itemsize: bytes of a weight and of an activation.
-        states: buffers of hidden states received from or sent to other stages.
     """
 
-    parameters: int
-    layers: int
-    layer_parameters: int
-    active_parameters: int
-    width: int
-    inner: int
-    vocabulary: int
-    cached: int
-    groups: int
-    key_cost: float
-    itemsize: int
-    states: int = 0
+    parameters: int  # number of weights, each tied weight counted once
+    layers: int  # decoder layers
+    layer_parameters: int  # weights in the matrices of all decoder layers
+    active_parameters: int  # as `layer_parameters`, but only the weights that one token is multiplied with
+    width: int  # values of a hidden state
+    inner: int  # values of a hidden state within the MLP
+    vocabulary: int  # logits of a token; 0 without a head
+    cached: int  # values of keys and values per token, over all layers
+    groups: int  # queries' heads per keys' head
+    key_cost: float  # arithmetic of a token looking at one more key, relative to all weights in decoder layers
+    itemsize: int  # bytes of a weight and of an activation
+    states: int = 0  # buffers of hidden states received from or sent to other stages
 
 
 @dataclass(frozen=True, slots=True)
