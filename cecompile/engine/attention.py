@@ -1,8 +1,7 @@
 """Attention over token trees, as two attention implementations registered with `transformers`.
 
 A stock model asks `transformers` by name for its mask and its attention function. The names registered here give masks
-made from the static buffers of the running bucket, and attention functions that take such masks. All else is the
-model's own code.
+made from the running bucket's static buffers, and functions that take such masks. All else is the model's own code.
 """
 
 from collections.abc import Iterator, Mapping
@@ -147,10 +146,9 @@ class TreeMasks(Masks):
         kinds = ("partial", "full") if window is None else ("any",)
         return BlockMask.from_kv_blocks(
             *(self._part[f"{kind}_{what}"][:, None] for kind in kinds for what in ("count", "index")),  # type: ignore
-            BLOCK_SIZE=TILE,
-            mask_mod=path if window is None else path_within_window,
+            BLOCK_SIZE=TILE, mask_mod=path if window is None else path_within_window,
             seq_lengths=(end.shape[1], end.shape[1]),
-        )
+        )  # fmt: skip
 
 
 _active: Masks | None = None

@@ -207,10 +207,7 @@ def _put(value: Any, place: _Place, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 class _Recorder:
-    """Replaces the cache that a layer is called with.
-
-    Notes the place of the cache among the arguments, and the sizes of the keys and values that the layer adds.
-    """
+    """Replaces a layer's cache; notes the cache's place among the arguments, and the sizes that the layer adds."""
 
     def __init__(self) -> None:
         self.places: list[_Place] = []

@@ -32,8 +32,7 @@ class Engine:
         readout_chunk: readouts whose logits are held at once; divides every bucket's readouts.
         stage: the part of the model that runs here; None is the whole model. All parts run the same passes. All but
             the last part read out zeros.
-        inputs_free: see `inputs_are_free`; None finds out when compiling for CUDA. Also an attribute, None where
-            unknown.
+        inputs_free: see `inputs_are_free`; None finds out when compiling for CUDA. The attribute is None if unknown.
     """
 
     def __init__(

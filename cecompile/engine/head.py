@@ -50,8 +50,7 @@ def head_of(model: PreTrainedModel) -> Head:
     head._modules[model.base_model_prefix] = _GivenHiddenStates()
 
     def logits(hidden: Tensor) -> Tensor:
-        found: Tensor = head(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
-        return found
+        return head(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
 
     return logits
 

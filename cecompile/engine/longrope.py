@@ -1,8 +1,7 @@
 """longrope: rotary embeddings with one set of frequencies for short inputs and another for long inputs.
 
 `transformers` chooses the set in every forward, by the longest input of the batch. Some versions then wait for the
-device, which a captured graph cannot. All sequences of a pass are on one side of the boundary, so the set is chosen
-before the pass.
+device, which a captured graph cannot. Here all sequences of a pass use one set, so the set is chosen before the pass.
 """
 
 from collections.abc import Iterator

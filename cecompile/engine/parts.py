@@ -45,8 +45,7 @@ class Part:
 
         `token_ids` are (rows, length) int64; `arguments` are the decoder's, beside the tokens.
         """
-        hidden: Tensor = self._decoder(input_ids=token_ids, use_cache=False, **arguments).last_hidden_state
-        return hidden
+        return self._decoder(input_ids=token_ids, use_cache=False, **arguments).last_hidden_state
 
 
 def compiled_parts(model: PreTrainedModel) -> list[nn.Module]:
@@ -61,8 +60,7 @@ def compile_modules(modules: Sequence[nn.Module], readout: Readout, options: dic
     """
     for module in modules:
         module.compile(fullgraph=True, dynamic=False, options=options)
-    compiled: Readout = torch.compile(readout, fullgraph=True, dynamic=False, options=options)
-    return compiled
+    return torch.compile(readout, fullgraph=True, dynamic=False, options=options)
 
 
 def compile_options(model: PreTrainedModel, inputs_free: bool) -> dict[str, Any]:

@@ -41,9 +41,8 @@ def choose_attention(model: PreTrainedModel, wanted: str) -> tuple[str, str | No
         if problem is None:
             return attention, "; ".join(reasons) or None
         reasons.append(f"{attention}: {problem}")
-    raise UserError(
-        f"{type(model).__name__}: cannot be scored as trees ({'; '.join(reasons)}); --engine reference scores it"
-    )
+    name, why = type(model).__name__, "; ".join(reasons)
+    raise UserError(f"{name}: cannot be scored as trees ({why}); --engine reference scores it")
 
 
 def _problem(model: PreTrainedModel, attention: str) -> str | None:

@@ -33,18 +33,13 @@ class StockPipeline:
     def answer(self, messages: list[dict[str, str]], new_tokens: int) -> str:
         """The pipeline's greedy answer to a conversation, of at most `new_tokens` tokens."""
         options = {"max_new_tokens": new_tokens, "return_full_text": False, "do_sample": False}
-        text: str = self._pipeline(messages, **options)[0]["generated_text"]
-        return text
+        return self._pipeline(messages, **options)[0]["generated_text"]
 
     def text(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
         """The pipeline's text for the new `tokens` after a prompt."""
-        outputs = {
-            "generated_sequence": torch.tensor([[[*prompt, *tokens]]]),
-            "input_ids": torch.tensor([list(prompt)]),
-            "prompt_text": "",
-        }
-        records: list[dict[str, str]] = self._pipeline.postprocess(outputs, return_type=ReturnType.NEW_TEXT)
-        return records[0]["generated_text"]
+        whole, given = torch.tensor([[[*prompt, *tokens]]]), torch.tensor([list(prompt)])
+        outputs = {"generated_sequence": whole, "input_ids": given, "prompt_text": ""}
+        return self._pipeline.postprocess(outputs, return_type=ReturnType.NEW_TEXT)[0]["generated_text"]
 
     def continued(self, tokens: Sequence[int], new_tokens: int) -> list[int]:
         """Greedy decoding's next tokens, at most `new_tokens`."""
@@ -54,8 +49,7 @@ class StockPipeline:
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
             pad_token_id=0 if pad is None else pad,
         )  # fmt: skip
-        written: list[int] = out[0, len(tokens) :].tolist()
-        return written
+        return out[0, len(tokens) :].tolist()
 
 
 def stop_tokens(name: str, config: GenerationConfig) -> frozenset[int]:
@@ -67,9 +61,7 @@ def stop_tokens(name: str, config: GenerationConfig) -> frozenset[int]:
     for field in (*_PLAIN, *_UNSET):
         value = getattr(config, field, None)
         if value not in (None, _PLAIN.get(field), []):
-            raise UserError(
-                f"{name}: generation_config.json: {field} {value!r:.40}: more than greedy decoding; "
-                "--engine reference answers so"
-            )
+            problem = f"{field} {value!r:.40}: more than greedy decoding; --engine reference answers so"
+            raise UserError(f"{name}: generation_config.json: {problem}")
     ends = config.eos_token_id
     return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)

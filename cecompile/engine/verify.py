@@ -90,8 +90,7 @@ def _spread(among: NDArray[Any], sequences: Sequences) -> list[int]:
     """A few of the sequences `among`, from the shorter half: the warm engine leaves little memory."""
     lengths = sequences.input_lengths[among]
     short = among[lengths <= np.median(lengths)]
-    chosen: list[int] = short[np.linspace(0, len(short) - 1, min(CHECKED, len(short))).astype(int)].tolist()
-    return chosen
+    return short[np.linspace(0, len(short) - 1, min(CHECKED, len(short))).astype(int)].tolist()
 
 
 def distance(

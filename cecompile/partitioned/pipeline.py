@@ -30,10 +30,7 @@ class LostError(CheckError):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """This process's neighbours in a pipeline: the ranks that hidden states come from and go to; None at an end.
-
-    With each rank comes the process group of the pair.
-    """
+    """This process's neighbours in a pipeline: each a rank and the process group of the pair; None at an end."""
 
     before: tuple[int, Any] | None
     after: tuple[int, Any] | None

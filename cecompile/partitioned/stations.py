@@ -78,8 +78,7 @@ class LayerwiseModel(StockForward):
     def logits(self, token_ids: Tensor, received: Tensor) -> Tensor:
         """The model's logits, (rows, length, vocabulary), from the last layer's output."""
         with open_at(self._stations[-1], received, None):
-            logits: Tensor = self._model(inputs_embeds=self._no_embeddings(token_ids), use_cache=False).logits
-            return logits
+            return self._model(inputs_embeds=self._no_embeddings(token_ids), use_cache=False).logits
 
 
 def _same(hidden: Tensor) -> Tensor:

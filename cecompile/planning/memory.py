@@ -113,12 +113,9 @@ def budget(
         activations=int(slots * per_slot) + sizes.states * slots * sizes.width * sizes.itemsize,
         mask=pairs * (sizes.itemsize + 1),
         head=logits * (sizes.itemsize if engine == "compiled" else sizes.itemsize + 8),
-        cache=cache,
-        fixed=fixed,
+        cache=cache, fixed=fixed, hidden=hidden, in_turns=in_turns,
         loading=max(0, min(LOADING[device], read) - held),  # files are read before the layers' places are allocated
-        in_turns=in_turns,
-        hidden=hidden,
-    )
+    )  # fmt: skip
 
 
 def reading(device: torch.device) -> int:
