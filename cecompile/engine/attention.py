@@ -206,9 +206,9 @@ def _kernel_options(query: Tensor, value: Tensor) -> Any:
 
 # Uncompiled, the operator computes every score of the dense matrix.
 _compiled_flex = torch.compile(flex_attention, dynamic=False)
-# All layers and buckets share a code object, and each shape and mask is another graph of it.
+# All layers and buckets share a code object; each shape and mask adds a graph to the object.
 for _name, _least in (("recompile_limit", 256), ("accumulated_recompile_limit", 4096)):
-    if hasattr(torch._dynamo.config, _name):  # without it, a run that exceeds the limit notes that it ran uncompiled
+    if hasattr(torch._dynamo.config, _name):  # without the option, a run over the limit notes that it ran uncompiled
         setattr(torch._dynamo.config, _name, max(getattr(torch._dynamo.config, _name), _least))
 
 
@@ -270,7 +270,7 @@ _ANSWERED = {"dropout", "is_causal", "sliding_window", "position_ids", "use_cach
 def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
     unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not False and k not in _ANSWERED)
     if unknown:
-        raise NotImplementedError(f"{type(module).__name__} asks attention for {', '.join(unknown)}")
+        raise NotImplementedError(f"{type(module).__name__} gives attention unknown arguments: {', '.join(unknown)}")
 
 
 for _name, _attend in ((NAMES["flex"], _flex), (NAMES["sdpa"], _sdpa)):

@@ -2,7 +2,7 @@
 
 All rows in flight share one cache of `shape.slots` token slots in every layer. Each row has a segment of the cache. A
 step reads a few tokens, each with its slot and the first slot of its segment. A token sees its segment up to itself;
-its position id is its place in the segment. So one fixed shape serves any mix of prompts and answers, whatever their
+the position id is the place in the segment. So one fixed shape serves any mix of prompts and answers, whatever their
 lengths. A step reads the keys and values of the whole cache once, not once per row.
 """
 

@@ -88,7 +88,7 @@ def _untransposed(node: Node) -> Any:
 def quote_paths() -> None:
     """Makes this process quote, from now on, all paths that Inductor passes to a C++ compiler.
 
-    Inductor joins a command line and splits it again. Some versions of torch do not quote all paths in between (2.8
+    Inductor joins and splits each command line. Some versions of torch do not quote all paths in between (2.8
     quotes headers only), so nothing compiles where torch or the compiled code is in a directory with a space.
     """
     from torch._inductor.cpp_builder import CppBuilder  # slow to import

@@ -1,7 +1,7 @@
 """Compiling for CUDA: spares a decoder layer two passes over memory that Inductor's code makes.
 
 - `x + down(...)` writes the product to memory, and another kernel reads both and writes the sum. cuBLAS can add to the
-  contents of its output buffer before it rounds. So a product is accumulated into the residual wherever no later
+  contents of its output buffer before rounding. So a product is accumulated into the residual wherever no later
   operation reads the residual.
 - FlexAttention's result has the layout of its query. Inductor lays the query out head by head, so the output projection
   needs a transposed copy. A query laid out token by token, as the model computes it, needs none.
@@ -26,7 +26,7 @@ def compile_options(inputs_are_free: bool) -> dict[str, Any]:
     """Inductor options for compiling layers and head; `inputs_are_free` is the answer of `parts.inputs_are_free`."""
     options: dict[str, Any] = {"post_grad_custom_post_pass": _PASSES[inputs_are_free]}
     options["triton.autotune_pointwise"] = False  # the warm cache keeps no timings: each run would measure again
-    if hasattr(torch._inductor.config, "deterministic"):  # without it, timings decide how sums are taken
+    if hasattr(torch._inductor.config, "deterministic"):  # without this option, timings decide how sums are taken
         options["deterministic"] = True
     return options
 

@@ -1,8 +1,8 @@
 """Set-up that a process needs once before compiling or running, done while weights are read.
 
 Inductor hashes all sources of torch and Triton for its cache keys, and on a CPU builds and loads a small program per
-instruction set. On CUDA cuBLAS is set up. Dynamo, from Python 3.11 on, reads the whole source of each file that it
-traces, to name the function of a line.
+instruction set. On CUDA cuBLAS is set up. Dynamo, from Python 3.11 on, reads the whole source of each traced file, to
+name the function of a line.
 """
 
 import contextlib

@@ -56,7 +56,7 @@ def compiled_parts(model: PreTrainedModel) -> list[nn.Module]:
 def compile_modules(modules: Sequence[nn.Module], readout: Readout, options: dict[str, Any]) -> Readout:
     """Sets each module's call to compiled code, and returns the compiled `readout`.
 
-    Each is compiled when first called. Modules that differ in their weights alone share one graph per shape.
+    Code is compiled when first called. Modules that differ in their weights alone share one graph per shape.
     """
     for module in modules:
         module.compile(fullgraph=True, dynamic=False, options=options)

@@ -17,7 +17,7 @@ from cecompile.workload.tree import TARGETS
 # Root mean square of the logits' differences, in standard deviations of the logits. Rounding alone gave up to 0.06 in
 # bfloat16, over 32 random layers of width 4,096; a wrong mask gives about 1.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.02}
-ROUNDINGS = 3  # tolerated beyond: so many times the difference that rounding alone makes in this model
+ROUNDINGS = 3  # tolerated where larger: so many times the difference that rounding alone makes in the model
 
 
 def choose_attention(model: PreTrainedModel, wanted: str) -> tuple[str, str | None]:

@@ -14,7 +14,7 @@ from transformers.pipelines.text_generation import ReturnType
 from cecompile.errors import UserError
 
 # Fields of a generation config that make greedy decoding take another token than the most likely, or stop elsewhere,
-# with the values that change nothing. The other fields in _UNSET change nothing where they are None.
+# with the values that change nothing; for the fields of _UNSET, None changes nothing.
 _PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
 _UNSET = (
     "min_new_tokens", "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens",
@@ -61,7 +61,7 @@ def stop_tokens(name: str, config: GenerationConfig) -> frozenset[int]:
     for field in (*_PLAIN, *_UNSET):
         value = getattr(config, field, None)
         if value not in (None, _PLAIN.get(field), []):
-            problem = f"{field} {value!r:.40}: more than greedy decoding; --engine reference answers so"
+            problem = f"{field} {value!r:.40} asks for more than greedy decoding; use --engine reference"
             raise UserError(f"{name}: generation_config.json: {problem}")
     ends = config.eos_token_id
     return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)

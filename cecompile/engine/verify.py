@@ -25,7 +25,7 @@ from cecompile.workload.decode_schedule import Step
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import StagedPass
 
-# without cuDNN, which plans each length anew: slower than running it once
+# without cuDNN, which plans each length anew, in more time than one run takes
 _PLANNED_FOR_NO_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CHECKED = 4  # sequences per pass
 ROUNDED = 2  # sequences on which `rounding` is measured

@@ -1,8 +1,8 @@
 """The layers of a checkpoint, one after another and around again, in two places on the device.
 
-While a layer computes, threads read the next layer's tensors from the safetensors files. On the CPU they read straight
-into the layer's place. For a CUDA device they read into a few pinned buffers, from which a stream per place copies. A
-place is overwritten once all work that uses its last layer is done.
+While a layer computes, threads read the next layer's tensors from the safetensors files: on the CPU straight into
+the layer's place, for a CUDA device into a few pinned buffers, from which a stream per place copies. A place is
+overwritten once all work that uses its last layer is done.
 """
 
 import os
@@ -28,7 +28,7 @@ from cecompile.model.structure import decoder_layers
 from cecompile.procfs import memory_left
 
 BLOCK = 8 * 2**20  # most bytes read at once, as stored and as converted
-BUFFERS = 2  # pinned, per thread: one is read into while the other is copied from
+BUFFERS = 2  # pinned, per thread: one is filled while the other is copied from
 READERS = {"cuda": min(8, os.cpu_count() or 1), "cpu": 1}  # on the CPU all cores compute layers
 
 

@@ -2,7 +2,7 @@
 
 A sweep takes as many passes as there is memory for their hidden states. Each pass begins (embedding), goes through
 layer after layer as the feed brings the layers, and finishes (last norm, head). All steps are the stock forward with
-our attention. They give the numbers of `forward.Engine`: a compiled layer is the same code on the same inputs. Each
+our attention. The results equal those of `forward.Engine`: a compiled layer is the same code on the same inputs. Each
 kind of layer has one module per place of the feed, a copy of the model's own layer over the weights in that place. So
 on CUDA a bucket has one graph to begin, one per kind and place, and one to finish.
 """
@@ -205,7 +205,7 @@ class StreamingEngine:
 
 
 class _Shape(BucketBuffers):
-    """A bucket's buffers, and its graphs once captured. The graphs read and write `hidden`, of width 0 without them."""
+    """A bucket's buffers, and its graphs once captured. The graphs use `hidden`, which has width 0 without graphs."""
 
     def __init__(self, bucket: Bucket, blocks: bool, width: int, model: PreTrainedModel) -> None:
         super().__init__(bucket, blocks, model.device)
@@ -227,7 +227,7 @@ class _Place:
 
 def _module(model: PreTrainedModel, index: int, feed: LayerFeed, place: int) -> nn.Module:
     """A copy of a layer over the weights in a place of the feed."""
-    configs = (model.config, model.config.get_text_config())  # not copied: they name the attention in use
+    configs = (model.config, model.config.get_text_config())  # not copied: the configurations name the attention in use
     layer = copy.deepcopy(decoder_layers(model)[index], {id(one): one for one in configs})
     views_of = feed.layout.views(feed.places[place])
     for name, module in layer.named_modules():

@@ -73,7 +73,7 @@ def pass_seconds(profile: Profile, sizes: Sizes, bucket: Bucket, keys: int) -> f
 
     Every matrix has one hidden-sized side. The activation on its other side is written or read by another kernel
     (attention reads q, k and v and writes its output; the activation function reads the gate and writes the product).
-    So a token has as many values of these activations as there are weights for each hidden unit.
+    So a token has as many values of such activations as there are weights for each hidden unit.
     """
     slots = bucket.slots
     weights = sizes.layer_parameters * VALUE / profile.bandwidth

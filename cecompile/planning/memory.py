@@ -33,7 +33,7 @@ FITS = {
 LOADING = {"cuda": 0, "cpu": 264 * MiB}  # bytes of the device's memory that reading files takes at most, and gives back
 BUCKETS = 2  # all buckets' hidden states, in those of the largest: each is at most half as large as the one before
 # Streamed layers take more, in hidden states of a pass and in bytes. Fitted on an H100 to Llamas of 0.5 GB (2,048 to
-# 8,192 slots) and 13.5 GB (8,192); the sum is within 10 % of what torch reserved.
+# 8,192 slots) and 13.5 GB (8,192); the sum is within 10 % of the bytes that torch reserved.
 SPARE, FEEDING = {"cuda": 4, "cpu": 0}, {"cuda": 38 * MiB, "cpu": 0}
 USABLE = {"cuda": 0.985, "cpu": 0.92}  # the share of the memory that a prediction may fill
 
@@ -89,7 +89,7 @@ def budget(
         device: "cpu" or "cuda".
         engine: "compiled" or "eager".
         decoding: the decoder's shape, where answers are decoded.
-        streamed: the layers, where they are streamed; `sizes` then counts the rest of the model.
+        streamed: counts of the layers, where layers are streamed; `sizes` then counts the rest of the model.
     """
     slots, chunk = geometry.rows * geometry.length, geometry.readout_chunk
     (widths, factor, fixed), in_turns = FITS[device, engine], (device, engine) == ("cuda", "compiled")
