@@ -164,7 +164,7 @@ def _flex(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: BlockMask | Tensor,
     scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention of `query` (rows, heads, length, head size) over `key` and `value`, with key-value heads for heads.
+    """Attention of `query` (rows, heads, length, size) over `key` and `value` (rows, key-value heads, length, size).
 
     `s_aux` (heads,) is the logit of each head's sink: one more key, without a value.
     """

@@ -15,11 +15,14 @@ from cecompile.errors import UserError
 
 # Fields of a generation config that make greedy decoding take another token than the most likely, or stop elsewhere,
 # with the values that change nothing; for the fields of _UNSET, None changes nothing.
-_PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+_PLAIN = {
+    "num_beams": 1, "min_length": 0, "min_new_tokens": 0, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "guidance_scale": 1.0, "token_healing": False,
+}  # fmt: skip
 _UNSET = (
-    "min_new_tokens", "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens",
-    "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "guidance_scale",
-    "penalty_alpha", "dola_layers", "watermarking_config", "stop_strings", "max_time",
+    "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+    "forced_eos_token_id", "exponential_decay_length_penalty", "penalty_alpha", "dola_layers", "watermarking_config",
+    "stop_strings", "max_time",
 )  # fmt: skip
 
 
