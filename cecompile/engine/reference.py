@@ -44,8 +44,8 @@ def rounding(
 ) -> float:
     """The distance that rounding alone moves the stock model's logits; 0 for a model with one attention implementation.
 
-    The distance is between the model's own attention and another of the same arithmetic: "eager", or "sdpa" where the
-    own is "eager". The distance is the root mean square of the differences, in standard deviations of the logits.
+    The model's own attention is compared with another of the same arithmetic: "eager", or "sdpa" where the own is
+    "eager". The distance is the root mean square of the differences, in standard deviations of the logits.
 
     `all_logits` runs the model on the sequences `which`; None runs the whole model, one sequence after another.
     """

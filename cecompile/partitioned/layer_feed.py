@@ -80,7 +80,7 @@ def _state(found: os.stat_result) -> tuple[int, int, int, int]:
 
 
 def worth_keeping(size: int, device: torch.device) -> bool:
-    """Whether to keep files of `size` bytes in the page cache: all fit, and the device's memory is not the host's."""
+    """Whether to keep files of `size` bytes in the page cache: all fit in memory, and the device has its own memory."""
     return not is_integrated(device) and size <= CACHED * memory_left()
 
 

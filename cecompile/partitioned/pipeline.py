@@ -44,8 +44,8 @@ def places(stages: int, rank: int, size: int, own_device: bool) -> Place:
         rank, size: of the default process group.
         own_device: each rank has a CUDA device of its own, so NCCL connects the ranks; otherwise Gloo does.
     """
-    backend, lefts = "nccl" if own_device else "gloo", [left for left in range(size - 1) if (left + 1) % stages]
-    groups = {left: dist.new_group([left, left + 1], backend=backend) for left in lefts}
+    lefts = [left for left in range(size - 1) if (left + 1) % stages]  # all ranks but the last of each replica
+    groups = {left: dist.new_group([left, left + 1], backend="nccl" if own_device else "gloo") for left in lefts}
     before = (rank - 1, groups[rank - 1]) if rank - 1 in groups else None
     after = (rank + 1, groups[rank]) if rank in groups else None
     return Place(before, after)
@@ -136,7 +136,7 @@ class Stage(Part):
 
 
 class _Wire:
-    """Sends to another rank, or receives from it; through pinned memory for Gloo, which cannot read CUDA memory."""
+    """Sends to and receives from another rank; through pinned memory for Gloo, which cannot read CUDA memory."""
 
     def __init__(self, rank: int, group: Any, device: torch.device) -> None:
         self._rank, self._group = rank, group

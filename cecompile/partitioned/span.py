@@ -23,18 +23,17 @@ from cecompile.model.structure import LayerRange, decoder_layers, own_tensors
 class StockForward:
     """The stock decoder's own forward, with layers replaced where hidden states come in or are taken out.
 
-    `replaced` gives, by index, the replacements of layers that leave the model for good. `layers` are the model's own
-    layers, in order; `width` is that of the hidden states between two layers.
+    `replaced` gives, by index, the replacements of layers that leave the model for good. `width` is that of the hidden
+    states between two layers.
 
     Raises:
         UserError: the model's layers are not in one list.
     """
 
     def __init__(self, model: PreTrainedModel, replaced: Mapping[int, "PassThroughLayer"]) -> None:
-        self.layers = decoder_layers(model)
         self.width: int = model.config.get_text_config().hidden_size
         self._model = model
-        self._list, self._places = _list_of(model, self.layers)
+        self._list, self._places = _list_of(model, decoder_layers(model))
         for i, layer in replaced.items():
             self._list[self._places[i]] = layer
         self._zero = torch.zeros((), dtype=model.dtype, device=model.device)  # on the device of the layers that stay

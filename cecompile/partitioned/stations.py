@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cecompile.model.structure import norms_beside
+from cecompile.model.structure import decoder_layers, norms_beside
 from cecompile.partitioned.span import PassThroughLayer, StockForward, open_at
 
 
 class LayerwiseModel(StockForward):
     """The stock decoder with its layers replaced, so that one layer after another runs within the model's own forward.
 
-    Outside of `open` the model is unchanged. The weights of the model's own layers are not used.
+    Outside of `open` the model is unchanged. `layers` are the model's own, in order; their weights are not used.
 
     Raises:
         UserError: see `StockForward`.
@@ -22,7 +22,7 @@ class LayerwiseModel(StockForward):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model, {})
-        self._norms = norms_beside(model)
+        self.layers, self._norms = decoder_layers(model), norms_beside(model)
         self._stations = [PassThroughLayer(layer) for layer in self.layers]
 
     @contextmanager

@@ -126,8 +126,8 @@ def streamed_seconds(profile: Profile, streaming: dict[str, int], layers: int, i
     """The inference phase with streamed layers, from the phase's seconds with all weights in memory.
 
     Returns:
-        read_s, compute_s: seconds of one layer, for the passes of a sweep. inference: seconds of the phase. verdict:
-        whether the run waits for reading or for computing.
+        read_s, compute_s: seconds to read a layer, and to compute a layer for the passes of a sweep. inference: seconds
+        of the phase. verdict: whether the run waits for reading or for computing.
     """
     read, steps = streaming["layer_bytes"] / profile.storage_rate, streaming["sweeps"] * layers
     compute = inference / steps
