@@ -56,7 +56,7 @@ def attention_before(model: PreTrainedModel) -> str:
 
 @contextmanager
 def stock_attention(model: PreTrainedModel, stock: str) -> Iterator[None]:
-    """Within this context, the model runs uncompiled, with its own attention implementation `stock`."""
+    """Makes the model run uncompiled within this context, with its own attention implementation `stock`."""
     now = model.config._attn_implementation
     _use(model, stock)
     try:
@@ -84,7 +84,7 @@ class Masks:
 
     @contextmanager
     def active(self) -> Iterator["Masks"]:
-        """Within this context, models with our attention get their masks from this source."""
+        """Makes models with our attention get their masks from this source, within this context."""
         global _active
         before, _active = _active, self
         try:

@@ -73,7 +73,7 @@ class Outputs:
         return self
 
     def collect(self, one: StagedPass) -> Readouts:
-        """Waits for the outputs; returns the pass's own."""
+        """Waits for the outputs; returns the outputs that the pass uses."""
         if self._filled is not None:
             self._filled.synchronize()
         return Readouts(self._logprob.numpy().reshape(-1)[one.entry], self._argmax.numpy()[one.entry // TARGETS])

@@ -123,7 +123,7 @@ class Decoder:
 
     @contextmanager
     def _caching(self, slot: Tensor) -> Iterator[None]:
-        """Within this context, every decoder layer is called with its own cache."""
+        """Makes every decoder layer run with its own cache, within this context."""
         slots = slot.long()
         calls = [layer._compiled_call_impl for layer in self._layers]
         for layer, place, cache, call in zip(self._layers, self._places, self._caches, calls, strict=True):
@@ -159,7 +159,7 @@ class _StepMasks(Masks):
         self._slot, self._first, self._slots = slot, first, slots
 
     def get(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(1, 1, tokens, slots), 0 where visible, else minus infinity."""
+        """The mask, (1, 1, tokens, slots): 0 where visible, else minus infinity."""
         key = torch.arange(self._slots, device=self._slot.device, dtype=self._slot.dtype)
         slot, first = self._slot[:, None], self._first[:, None]
         visible = (first <= key) & (key <= slot)
@@ -214,7 +214,7 @@ class _Recorder:
         self.sizes: list[tuple[_Size, _Size]] = []
 
     def replace(self, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """A layer's pre-hook. Looks at all arguments: their names differ between architectures and versions."""
+        """Replaces the cache in a layer's arguments, as a pre-hook. Names of arguments differ, so all are looked at."""
         given: dict[_Place, Any] = {**dict(enumerate(args)), **kwargs}
         for place, value in given.items():
             if isinstance(value, Cache):
@@ -229,7 +229,7 @@ class _Recorder:
 
 
 def _probe(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[tuple[_Place, tuple[_Size, _Size]]]:
-    """Per layer, the place of the cache among the arguments, and the sizes of the keys and of the values.
+    """The place of the cache among each layer's arguments, and the sizes of the layer's keys and values.
 
     One token goes through the model with the model's own cache, which a recorder replaces in each layer.
 

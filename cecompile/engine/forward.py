@@ -96,7 +96,7 @@ class Engine:
             done(slot.bucket)
 
     def decoder(self, shape: DecodeShape) -> Decoder:
-        """A decoder over this engine's model, not warm yet, to be compiled and captured as the engine is.
+        """A decoder over this engine's model, still cold, to be compiled and captured like the engine.
 
         Raises:
             NotDecodableError: see `Decoder`.

@@ -42,7 +42,7 @@ class Frequencies:
 
     @contextmanager
     def fixed(self) -> Iterator[None]:
-        """Within this context, the model uses the chosen frequencies."""
+        """Makes the model use the chosen frequencies, within this context."""
         before = [one.embedding.inv_freq for one in self._sets]
         for one in self._sets:
             one.embedding.inv_freq, one.embedding.rope_type = one.now, "default"

@@ -72,7 +72,7 @@ def decoding_disagreement(decoder: Decoder, model: PreTrainedModel, stock: str, 
 
 @contextmanager
 def as_stock(model: PreTrainedModel, stock: str) -> Iterator[None]:
-    """Within this context, the model is the stock model, with its own attention implementation `stock`."""
+    """Makes the model the stock model within this context, with its own attention implementation `stock`."""
     with stock_attention(model, stock), sdpa_kernel(_PLANNED_FOR_NO_LENGTH):
         yield
 

@@ -170,7 +170,7 @@ def _list_of(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[nn.Mo
 
 @contextmanager
 def open_at(enter: PassThroughLayer | None, received: Tensor | None, leave: PassThroughLayer | None) -> Iterator[None]:
-    """Within this context, `received` replaces the input of the layer `enter`, and `leave` keeps its result."""
+    """Replaces the input of the layer `enter` by `received`, and lets `leave` keep its result, within this context."""
     if enter is not None:
         enter.instead = received
     if leave is not None:

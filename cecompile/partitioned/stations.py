@@ -27,7 +27,7 @@ class LayerwiseModel(StockForward):
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Within this context, the layers are out of the model, and the methods below work."""
+        """Takes the layers out of the model within this context, where the methods below work."""
         for place, station in zip(self._places, self._stations, strict=True):
             self._list[place] = station
         try:
