@@ -1,1 +1,1 @@
-"""The static pass: attention over trees, one compiled forward per bucket, and the checks that it is right."""
+"""The static pass: attention over trees, one compiled forward per bucket, and checks against the stock model."""

@@ -1,7 +1,7 @@
 """Attention over token trees, as two attention implementations registered with `transformers`.
 
-A stock model asks `transformers` by name for its mask and its attention function. The names here give masks made from
-the static buffers of the running bucket, and attention functions for them. All else is the model's own code.
+A stock model asks `transformers` by name for its mask and its attention function. The names registered here give masks
+made from the running bucket's static buffers, and functions that take such masks. All else is the model's own code.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,10 +24,12 @@ _before: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
 def install(model: PreTrainedModel, attention: str) -> None:
-    """Makes `model` use our attention, "flex" or "sdpa". With "sdpa" a model that does not ask by name keeps its own.
+    """Makes `model` use our attention, "flex" or "sdpa".
+
+    With "sdpa" a model that does not ask for its attention by name keeps its own.
 
     Raises:
-        NotImplementedError: "flex", for such a model.
+        NotImplementedError: "flex", for a model that does not ask by name.
     """
     global _shared_memory
     if model.device.type == "cuda":
@@ -47,14 +49,14 @@ def take_back(model: PreTrainedModel) -> str:
 
 
 def attention_before(model: PreTrainedModel) -> str:
-    """The model's own implementation: the present one, or the one before `install`."""
+    """The model's own attention implementation: the present one, or the one before `install`."""
     now: str = model.config._attn_implementation
     return _before.get(model, now) if now in NAMES.values() else now
 
 
 @contextmanager
 def stock_attention(model: PreTrainedModel, stock: str) -> Iterator[None]:
-    """While this lasts, the model runs uncompiled, with its own attention implementation `stock`."""
+    """Makes the model run uncompiled within this context, with its own attention implementation `stock`."""
     now = model.config._attn_implementation
     _use(model, stock)
     try:
@@ -70,19 +72,19 @@ def _use(model: PreTrainedModel, name: str) -> None:
 
 
 class Masks:
-    """The source of masks for a model with our attention, while it is active."""
+    """A source of masks for models with our attention; in use while `active`."""
 
     def get(self, window: int | None, dtype: torch.dtype) -> Tensor | BlockMask:
         """The mask of layers that see `window` tokens back along their path, or with None the whole path."""
         raise NotImplementedError
 
     def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The model's arguments beside its tokens: our mask, where the model does not ask for one by name."""
+        """The model's arguments beside its tokens: our mask, where the model does not ask for a mask by name."""
         return {} if takes_ours(model) else {"attention_mask": self.get(None, model.dtype)}
 
     @contextmanager
     def active(self) -> Iterator["Masks"]:
-        """While this lasts, models with our attention get their masks here."""
+        """Makes models with our attention get their masks from this source, within this context."""
         global _active
         before, _active = _active, self
         try:
@@ -97,11 +99,10 @@ def dense(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class TreeMasks(Masks):
-    """The attention masks of one bucket, read from its static buffers.
+    """The attention masks of one bucket, read from its static buffers `part`, int32 on the device, by name.
 
-    Args:
-        part: the bucket's buffers by name (`workload.stage.fields`), int32 on the device. With a tile index among
-            them, masks are block-sparse, for FlexAttention; else dense, for scaled dot-product attention.
+    For the names see `workload.stage.fields`. Buffers with a tile index give block-sparse masks, for FlexAttention;
+    others give dense masks, for scaled dot-product attention.
     """
 
     def __init__(self, part: Mapping[str, Tensor]) -> None:
@@ -110,7 +111,7 @@ class TreeMasks(Masks):
         self._made: dict[tuple[int | None, torch.dtype], Tensor | BlockMask] = {}
 
     def get(self, window: int | None, dtype: torch.dtype) -> Tensor | BlockMask:
-        """See `Masks`. Block-sparse masks, views of the buffers, are made once; dense masks once per pass."""
+        """See `Masks`. Block-sparse masks are views of the buffers, made once; dense masks are made once per pass."""
         key = (window, dtype)
         if key not in self._made:
             self._made[key] = self._block_mask(window) if self._blocks else self._dense_mask(window, dtype)
@@ -118,7 +119,6 @@ class TreeMasks(Masks):
 
     @contextmanager
     def active(self) -> Iterator[Masks]:
-        """See `Masks`."""
         if not self._blocks:
             self._made.clear()
         with super().active():
@@ -146,10 +146,9 @@ class TreeMasks(Masks):
         kinds = ("partial", "full") if window is None else ("any",)
         return BlockMask.from_kv_blocks(
             *(self._part[f"{kind}_{what}"][:, None] for kind in kinds for what in ("count", "index")),  # type: ignore
-            BLOCK_SIZE=TILE,
-            mask_mod=path if window is None else path_within_window,
+            BLOCK_SIZE=TILE, mask_mod=path if window is None else path_within_window,
             seq_lengths=(end.shape[1], end.shape[1]),
-        )
+        )  # fmt: skip
 
 
 _active: Masks | None = None
@@ -162,33 +161,24 @@ def _mask(*, dtype: torch.dtype, local_size: int | None = None, **_: Any) -> Ten
 
 
 def _flex(
-    module: nn.Module,
-    query: Tensor,  # (rows, heads, length, head size)
-    key: Tensor,  # (rows, key-value heads, length, head size)
-    value: Tensor,
-    attention_mask: BlockMask | Tensor,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,  # (heads,) the logit of each head's sink: one more key, without a value
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: BlockMask | Tensor,
+    scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention of `query` (rows, heads, length, size) over `key` and `value` (rows, key-value heads, length, size).
+
+    `s_aux` (heads,) is the logit of each head's sink: one more key, without a value.
+    """
     if isinstance(attention_mask, Tensor):  # a step of decoding
         return _sdpa(module, query, key, value, attention_mask, scaling, softcap, s_aux, **kwargs)
     _refuse_unknown(module, kwargs)
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex
-    if query.device.type == "cpu":  # its kernel forgets a view's offset (torch 2.13)
+    if query.device.type == "cpu":  # the CPU's kernel forgets a view's offset (torch 2.13)
         query, key, value = (t.clone(memory_format=torch.contiguous_format) for t in (query, key, value))
     out = attend(
-        query,
-        key,
-        value,
-        score_mod=None if softcap is None else _softcapping(softcap),
-        block_mask=attention_mask,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-        kernel_options=_kernel_options(query, value),
-        return_lse=s_aux is not None,  # type: ignore[arg-type]
-    )
+        query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+        score_mod=None if softcap is None else lambda score, b, h, q, k: softcap * torch.tanh(score / softcap),
+        kernel_options=_kernel_options(query, value), return_lse=s_aux is not None,  # type: ignore[arg-type]
+    )  # fmt: skip
     if s_aux is not None:
         out, normaliser = out
         out = out * torch.sigmoid(normaliser - s_aux[None, :, None]).to(out.dtype)[..., None]
@@ -199,7 +189,7 @@ _shared_memory = 0  # bytes per multiprocessor of the device; one block of threa
 
 
 def _kernel_options(query: Tensor, value: Tensor) -> Any:
-    """FlexAttention's tiles: the largest that fit the device's shared memory, with the most stages that pay.
+    """FlexAttention's tiles: the largest that fit into the device's shared memory, with the most stages that pay.
 
     Measured in passes of 7B and 1B models on an H100: 64 x 64 tiles with four warps and three stages took 0.71 and 0.75
     times as long as the default 128 x 128 tiles; eight warps took about twice as long as four; the third stage paid for
@@ -216,30 +206,16 @@ def _kernel_options(query: Tensor, value: Tensor) -> Any:
 
 # Uncompiled, the operator computes every score of the dense matrix.
 _compiled_flex = torch.compile(flex_attention, dynamic=False)
-# All layers and buckets share a code object, and each shape and mask is another graph of it.
+# All layers and buckets share a code object; each shape and mask adds a graph to the object.
 for _name, _least in (("recompile_limit", 256), ("accumulated_recompile_limit", 4096)):
-    if hasattr(torch._dynamo.config, _name):  # without it, a run that exceeds the limit notes that it ran uncompiled
+    if hasattr(torch._dynamo.config, _name):  # without the option, a run over the limit notes that it ran uncompiled
         setattr(torch._dynamo.config, _name, max(getattr(torch._dynamo.config, _name), _least))
 
 
-def _softcapping(limit: float) -> Any:
-    def softcap(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return limit * torch.tanh(score / limit)
-
-    return softcap
-
-
 def _sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None = None,
+    softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     _refuse_unknown(module, kwargs)
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
     if groups > 1:  # torch's grouped attention is slow with a mask
@@ -266,9 +242,9 @@ def _sdpa(
 
 
 def _strips(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The queries of a tree's rows in up to STRIPS strips, each with the keys, values and mask up to its own end.
+    """The queries of a tree's rows in up to STRIPS strips, each with the keys, values and mask up to the strip's end.
 
-    No token sees later ones, yet a kernel with a mask computes all scores. On a CPU rows of 512 and 1,024 tokens took
+    No token sees later tokens, yet a kernel with a mask computes all scores. On a CPU rows of 512 and 1,024 tokens took
     0.75 and 0.69 times as long in four strips as in one. Steps of decoding, with more keys than queries, stay whole.
     """
     length = query.shape[2]
@@ -276,14 +252,12 @@ def _strips(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> list[tup
         return [(query, key, value, mask)]
     width = -(-length // STRIPS // BLOCK) * BLOCK
     parts = [(at, min(at + width, length)) for at in range(0, length, width)]
-    return [
-        (query[:, :, at:end], key[:, :, :end], value[:, :, :end], mask[:, :, at:end, :end])
-        for at, end in parts  # torch 2.8 does not trace a zip of unequal lengths
-    ]
+    # torch 2.8 does not trace a zip of unequal lengths
+    return [(query[:, :, at:end], key[:, :, :end], value[:, :, :end], mask[:, :, at:end, :end]) for at, end in parts]
 
 
 def _sinks(logits: Tensor, scores: Tensor) -> Tensor:
-    """The sinks' logits (heads,) as one more key of scores (rows, heads or groups of them, queries, keys)."""
+    """The sinks' logits (heads,) as one more key of scores (rows, heads or groups of heads, queries, keys)."""
     tokens = scores.shape[2] * scores.shape[1] // len(logits)
     each = logits.to(scores.dtype).view(scores.shape[1], -1, 1).expand(-1, -1, tokens)
     return each.reshape(1, scores.shape[1], scores.shape[2], 1).expand(len(scores), -1, -1, -1)
@@ -296,10 +270,9 @@ _ANSWERED = {"dropout", "is_causal", "sliding_window", "position_ids", "use_cach
 def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
     unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not False and k not in _ANSWERED)
     if unknown:
-        raise NotImplementedError(f"{type(module).__name__} asks attention for {', '.join(unknown)}")
+        raise NotImplementedError(f"{type(module).__name__} gives attention unknown arguments: {', '.join(unknown)}")
 
 
-AttentionInterface.register(NAMES["flex"], _flex)
-AttentionInterface.register(NAMES["sdpa"], _sdpa)
-for _name in NAMES.values():
+for _name, _attend in ((NAMES["flex"], _flex), (NAMES["sdpa"], _sdpa)):
+    AttentionInterface.register(_name, _attend)
     AttentionMaskInterface.register(_name, _mask)

@@ -1,4 +1,4 @@
-"""A bucket's static buffers on the device, and the host buffers that passes cross in."""
+"""A bucket's static buffers on the device, and the host buffers for data on the way to the device and back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ Done = Callable[[StagedPass, Readouts], None]
 
 
 class Inputs:
-    """A host buffer for one pass's data. With CUDA it is pinned, and the host waits for no copy.
+    """A host buffer for one pass's data. With CUDA the buffer is pinned, and the host waits for no copy.
 
-    The data crosses on a stream of its own, into a buffer of its own, while the pass before still runs.
+    The data crosses on a separate stream, into a separate device buffer, while the pass before still runs.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -56,7 +56,7 @@ class Inputs:
 
 
 class Outputs:
-    """Host buffers for one pass's outputs. With CUDA they are pinned, and only `collect` waits for the copy."""
+    """Host buffers for one pass's outputs. With CUDA the buffers are pinned, and only `collect` waits for the copy."""
 
     def __init__(self, readouts: int, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
@@ -64,15 +64,16 @@ class Outputs:
         self._argmax = torch.empty(readouts, dtype=torch.int32, pin_memory=on_cuda)
         self._filled = torch.cuda.Event() if on_cuda else None
 
-    def fetch(self, logprob: Tensor, argmax: Tensor) -> None:
-        """Queues the copy of (readouts, TARGETS) and (readouts,) to the host."""
+    def fetch(self, logprob: Tensor, argmax: Tensor) -> "Outputs":
+        """Queues the copy of (readouts, TARGETS) and (readouts,) to the host; returns these buffers."""
         self._logprob.copy_(logprob, non_blocking=True)
         self._argmax.copy_(argmax, non_blocking=True)
         if self._filled is not None:
             self._filled.record()
+        return self
 
     def collect(self, one: StagedPass) -> Readouts:
-        """Waits for the outputs, and picks those that the pass uses."""
+        """Waits for the outputs; returns the outputs that the pass uses."""
         if self._filled is not None:
             self._filled.synchronize()
         return Readouts(self._logprob.numpy().reshape(-1)[one.entry], self._argmax.numpy()[one.entry // TARGETS])
@@ -82,8 +83,9 @@ class BucketBuffers:
     """A bucket's static buffers.
 
     Attributes:
-        data: a pass's data, (n,) int32, and `part`, views of it by name.
-        masks: that read `part`.
+        data: a pass's data, (n,) int32.
+        part: views of `data` by name.
+        masks: the masks that read `part`.
         logprob, argmax: outputs, (readouts, TARGETS) float32 and (readouts,) int32.
     """
 
@@ -102,7 +104,7 @@ class BucketBuffers:
         return {"token_ids": token_ids, "position_ids": depth, **self.masks.arguments(model)}
 
     def read_out(self, readout: Readout, hidden: Tensor, readouts: int, at_once: int) -> None:
-        """Computes the first `readouts` outputs, `at_once` by `at_once`, from the last hidden states."""
+        """Computes the first `readouts` outputs from the last hidden states, `at_once` at a time."""
         hidden = hidden.flatten(0, 1)
         for at in range(0, readouts, at_once):
             chunk = slice(at, at + at_once)
@@ -110,39 +112,31 @@ class BucketBuffers:
             self.logprob[chunk], self.argmax[chunk] = readout(chosen, self.part["target"][chunk])
 
     def fetch(self) -> Outputs:
-        """Queues the copy of the outputs to host buffers, which serve until the next but one `fetch`."""
-        outputs = next(self._outputs)
-        outputs.fetch(self.logprob, self.argmax)
-        return outputs
+        """Queues the copy of the outputs to host buffers, which are overwritten by the next but one `fetch`."""
+        return next(self._outputs).fetch(self.logprob, self.argmax)
 
 
 class Collector:
     """Collects passes in order. On CUDA the host collects a pass while the device runs the next.
 
-    Args:
-        done: called with each pass and its readouts.
-
-    Attributes:
-        out: the readouts collected so far.
+    `done` is called with each pass and its readouts. `out` holds the readouts collected so far.
     """
 
     def __init__(self, device: torch.device, done: Done) -> None:
-        self._late = device.type != "cpu"
-        self._done = done
+        self._late, self._done = device.type != "cpu", done
         self._queued: tuple[StagedPass, Outputs] | None = None
         self.out: list[Readouts] = []
 
     def add(self, one: StagedPass, outputs: Outputs) -> None:
-        """Takes a pass whose outputs are being fetched, and collects the pass before."""
+        """Takes a pass whose outputs are being fetched, and collects the previous pass."""
         self.flush()
         self._queued = one, outputs
         if not self._late:
             self.flush()
 
     def flush(self) -> None:
-        """Collects the last pass, if that is still due."""
+        """Collects the last pass, if not yet collected."""
         if self._queued is not None:
-            one, outputs = self._queued
-            self._queued = None
+            (one, outputs), self._queued = self._queued, None
             self.out.append(outputs.collect(one))
             self._done(one, self.out[-1])

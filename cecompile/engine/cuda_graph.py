@@ -8,7 +8,7 @@ import torch
 
 
 def settle(forward: Callable[[], None]) -> None:
-    """Runs `forward` on a side stream, so that it is compiled and all libraries are set up."""
+    """Runs `forward` on a side stream, so that its code is compiled and all libraries are set up."""
     stream = _beside(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -17,12 +17,9 @@ def settle(forward: Callable[[], None]) -> None:
 
 
 def capture(forward: Callable[[], None], pool: Any, settled: bool = False) -> torch.cuda.CUDAGraph:
-    """Captures `forward` in a graph. Meanwhile no other thread may use the device.
+    """Captures `forward`, which works on static buffers only, in a graph. Meanwhile no other thread may use the device.
 
-    Args:
-        forward: works on static buffers only.
-        pool: handle of a memory pool, shared by graphs that never run at the same time.
-        settled: `forward` has run already, by `settle`.
+    Graphs that never run at the same time share a memory `pool`. With `settled`, `settle` has run `forward` already.
     """
     if not settled:
         settle(forward)
@@ -34,5 +31,5 @@ def capture(forward: Callable[[], None], pool: Any, settled: bool = False) -> to
 
 @functools.cache
 def _beside(device: int) -> torch.cuda.Stream:
-    """One stream for all settling: cuBLAS keeps a workspace of 32 MiB and more for each stream that it has seen."""
+    """One stream for all settling: cuBLAS keeps a workspace of 32 MiB and more for each stream in use."""
     return torch.cuda.Stream(device)

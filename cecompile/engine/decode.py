@@ -1,9 +1,9 @@
 """Greedy decoding of many rows at once: the static pass with a key-value cache.
 
-All rows in flight share one cache of `shape.slots` token slots in every layer; each row has a segment of it. A step
-reads a few tokens, each with its slot and the first slot of its segment. A token sees its segment up to itself, and its
-position id is its place there. So one fixed shape serves any mix of prompts and answers, whatever their lengths, and a
-step reads the keys and values of the whole cache once, not once per row.
+All rows in flight share one cache of `shape.slots` token slots in every layer. Each row has a segment of the cache. A
+step reads a few tokens, each with its slot and the first slot of its segment. A token sees its segment up to itself;
+the position id is the place in the segment. So one fixed shape serves any mix of prompts and answers, whatever their
+lengths. A step reads the keys and values of the whole cache once, not once per row.
 """
 
 import functools
@@ -30,7 +30,7 @@ _Size = tuple[int, int]  # heads, head size
 
 
 class NotDecodableError(Exception):
-    """This model's layers take no key-value cache of the form used here; the text says why."""
+    """This model's layers take no key-value cache of the form used here; the message says why."""
 
 
 class Decoder:
@@ -39,9 +39,8 @@ class Decoder:
     Args:
         model: with our attention installed, and its layers compiled unless the decoder is to run uncompiled.
         readout: of the model's head, see `head.readout_of`.
-        shape: of the cache and of its steps.
-        pool: memory pool for a CUDA graph of each size of step; None captures none.
-        rope: the model's rotary frequencies.
+        shape, rope: the shape of the cache and of its steps, and the model's rotary frequencies.
+        pool: memory pool for a CUDA graph of each size of step; None captures no graph.
 
     Raises:
         NotDecodableError: the model's layers take no key-value cache of the form used here.
@@ -53,19 +52,15 @@ class Decoder:
         if max(shape.step_tokens) >= shape.slots:
             raise ValueError(f"a cache of {shape.slots} slots does not hold a step of {max(shape.step_tokens)} tokens")
         self.shape = shape
-        self._model = model
-        self._body = model.base_model
-        self._readout = readout
-        self._device = model.device
-        self._layers = decoder_layers(model)
+        self._model, self._layers = model, decoder_layers(model)
+        self._readout, self._rope = readout, rope
         self._pool = pool
-        self._rope = rope
         self._clear: torch.cuda.CUDAGraph | None = None
         with torch.inference_mode():
             found = _probe(model, self._layers)
             self._places = [place for place, _ in found]
             self._caches = self._allocate([sizes for _, sizes in found])
-            self._steps = [_StepBuffers(size, shape, self._device) for size in shape.step_tokens]
+            self._steps = [_StepBuffers(size, shape, model.device) for size in shape.step_tokens]
 
     @torch.inference_mode()
     def warm_up(self, done: Callable[[int], None] = lambda _: None) -> None:
@@ -79,7 +74,7 @@ class Decoder:
             done(step.size)
 
     def clear(self) -> None:
-        """Empties the cache. Due whenever the model has run passes: captured ones use the cache's memory."""
+        """Empties the cache. Due whenever the model has run passes: captured passes use the cache's memory."""
         if self._clear is not None:
             self._clear.replay()
 
@@ -97,37 +92,30 @@ class Decoder:
             buffers.graph.replay()
         else:
             self._forward(buffers)
-        return buffers.collect(len(step.read))
+        outputs = (buffers.logprob, buffers.argmax)
+        logprob, argmax = (t[: len(step.read)].to("cpu", copy=True).numpy() for t in outputs)
+        return logprob, argmax
 
     def _allocate(self, sizes: Sequence[tuple[_Size, _Size]]) -> list["_LayerCache"]:
         """Every layer's cache, filled with zeros: unseen values are multiplied by 0, and must be numbers.
 
         With a pool the cache takes the memory of the captured passes' activations, which lie idle during decoding.
         """
-        caches: list[_LayerCache] = []
-
-        def allocate() -> None:
-            caches.extend(_LayerCache(self.shape.slots, *size, self._model.dtype, self._device) for size in sizes)
-
-        if self._pool is None:
-            allocate()
-            return caches
-        self._clear = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._clear, pool=self._pool):
-            allocate()
-        self._clear.replay()
+        with ExitStack() as stack:
+            if self._pool is not None:
+                self._clear = torch.cuda.CUDAGraph()
+                stack.enter_context(torch.cuda.graph(self._clear, pool=self._pool))
+            caches = [_LayerCache(self.shape.slots, *size, self._model) for size in sizes]
+        self.clear()
         return caches
 
     def _forward(self, step: "_StepBuffers") -> None:
         part = step.part
         masks = _StepMasks(part["slot"], part["first"], self.shape.slots)
         with masks.active(), self._rope.fixed(), self._caching(part["slot"]):
-            hidden = self._body(
-                input_ids=part["token_ids"].long()[None],
-                position_ids=(part["slot"] - part["first"]).long()[None],
-                use_cache=False,
-                **masks.arguments(self._model),
-            ).last_hidden_state
+            ids, position_ids = part["token_ids"].long()[None], (part["slot"] - part["first"]).long()[None]
+            arguments = {"input_ids": ids, "position_ids": position_ids, **masks.arguments(self._model)}
+            hidden = self._model.base_model(use_cache=False, **arguments).last_hidden_state
         chosen = hidden[0].index_select(0, part["read"])
         logprob, argmax = self._readout(chosen, part["target"][:, None])
         step.logprob.copy_(logprob[:, 0])
@@ -135,12 +123,12 @@ class Decoder:
 
     @contextmanager
     def _caching(self, slot: Tensor) -> Iterator[None]:
-        """While this lasts, every decoder layer is called with its own cache."""
+        """Makes every decoder layer run with its own cache, within this context."""
         slots = slot.long()
         calls = [layer._compiled_call_impl for layer in self._layers]
         for layer, place, cache, call in zip(self._layers, self._places, self._caches, calls, strict=True):
             cache.slots = slots
-            layer._compiled_call_impl = _with_cache(call or layer._call_impl, place, cache)
+            layer._compiled_call_impl = functools.partial(_with_cache, call or layer._call_impl, place, cache)
         try:
             yield
         finally:
@@ -149,12 +137,13 @@ class Decoder:
 
 
 class _LayerCache:
-    """One layer's keys and values, of the form in which a layer adds to its cache."""
+    """One layer's keys and values, with the method by which a layer adds to its cache."""
 
-    def __init__(self, slots: int, key: _Size, value: _Size, dtype: torch.dtype, device: torch.device) -> None:
-        self.keys = torch.zeros(1, key[0], slots, key[1], dtype=dtype, device=device)
-        self.values = torch.zeros(1, value[0], slots, value[1], dtype=dtype, device=device)
-        self.slots = torch.zeros(0, dtype=torch.long, device=device)
+    def __init__(self, slots: int, key: _Size, value: _Size, model: PreTrainedModel) -> None:
+        (heads, size), (value_heads, value_size) = key, value
+        self.keys = torch.zeros(1, heads, slots, size, dtype=model.dtype, device=model.device)
+        self.values = torch.zeros(1, value_heads, slots, value_size, dtype=model.dtype, device=model.device)
+        self.slots = torch.zeros(0, dtype=torch.long, device=model.device)
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Writes (1, heads, tokens, head size) at the step's slots; returns the whole cache."""
@@ -170,7 +159,7 @@ class _StepMasks(Masks):
         self._slot, self._first, self._slots = slot, first, slots
 
     def get(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(1, 1, tokens, slots), 0 where visible, else minus infinity."""
+        """The mask, (1, 1, tokens, slots): 0 where visible, else minus infinity."""
         key = torch.arange(self._slots, device=self._slot.device, dtype=self._slot.dtype)
         slot, first = self._slot[:, None], self._first[:, None]
         visible = (first <= key) & (key <= slot)
@@ -180,43 +169,34 @@ class _StepMasks(Masks):
 
 
 class _StepBuffers:
-    """The static buffers of one size of step, and its graph once captured."""
+    """The static buffers of one size of step, and the step's graph once captured."""
 
     def __init__(self, size: int, shape: DecodeShape, device: torch.device) -> None:
         self.size = size
         self.graph: torch.cuda.CUDAGraph | None = None
         lengths = {"token_ids": size, "slot": size, "first": size, "read": shape.lanes, "target": shape.lanes}
         self._unused = dict.fromkeys(lengths, 0) | dict.fromkeys(("slot", "first"), shape.slots - 1)
-        on_cuda = device.type == "cuda"
-        self._host = torch.zeros(sum(lengths.values()), dtype=torch.int32, pin_memory=on_cuda)
+        self._host = torch.zeros(sum(lengths.values()), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._data = self._host.to(device, copy=True)
-        self.part = dict(zip(lengths, self._data.split(list(lengths.values())), strict=True))
-        self._given = {n: t.numpy() for n, t in zip(lengths, self._host.split(list(lengths.values())), strict=True)}
+        sizes = list(lengths.values())
+        self.part = dict(zip(lengths, self._data.split(sizes), strict=True))
+        self._given = {name: t.numpy() for name, t in zip(lengths, self._host.split(sizes), strict=True)}
         self.logprob = torch.zeros(shape.lanes, dtype=torch.float32, device=device)
         self.argmax = torch.zeros(shape.lanes, dtype=torch.int32, device=device)
 
     def load(self, step: Step) -> None:
-        """Copies a step into the static buffers; unused entries write to the last slot, which no row sees."""
+        """Copies a step into the static buffers. Unused entries write to the last slot, which no row sees."""
         for name, unused in self._unused.items():
             values = getattr(step, name)
             self._given[name][: len(values)] = values
             self._given[name][len(values) :] = unused
         self._data.copy_(self._host)  # not `non_blocking`: the next `load` may come before the device has read this one
 
-    def collect(self, read: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """The outputs in use, on the host."""
-        logprob, argmax = (t[:read].to("cpu", copy=True).numpy() for t in (self.logprob, self.argmax))
-        return logprob, argmax
 
-
-def _with_cache(call: Callable[..., Any], place: _Place, cache: _LayerCache) -> Callable[..., Any]:
-    """A layer's `call` with `cache` as its key-value cache."""
-
-    def with_cache(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _put(cache, place, args, kwargs)
-        return call(*args, **kwargs)
-
-    return with_cache
+def _with_cache(call: Callable[..., Any], place: _Place, cache: _LayerCache, /, *args: Any, **kwargs: Any) -> Any:
+    """Calls a layer with `cache` as its key-value cache."""
+    args, kwargs = _put(cache, place, args, kwargs)
+    return call(*args, **kwargs)
 
 
 def _put(value: Any, place: _Place, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -227,18 +207,19 @@ def _put(value: Any, place: _Place, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 class _Recorder:
-    """Replaces the cache that a layer is called with. Notes the argument's place, and the sizes that the layer adds."""
+    """Replaces a layer's cache; notes the cache's place among the arguments, and the sizes that the layer adds."""
 
     def __init__(self) -> None:
         self.places: list[_Place] = []
         self.sizes: list[tuple[_Size, _Size]] = []
 
     def replace(self, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """A layer's pre-hook. Arguments' names differ between architectures and versions, so all are looked at."""
+        """Replaces the cache in a layer's arguments, as a pre-hook. Names of arguments differ, so all are looked at."""
         given: dict[_Place, Any] = {**dict(enumerate(args)), **kwargs}
-        for place in (place for place, value in given.items() if isinstance(value, Cache)):
-            self.places.append(place)
-            args, kwargs = _put(self, place, args, kwargs)
+        for place, value in given.items():
+            if isinstance(value, Cache):
+                self.places.append(place)
+                args, kwargs = _put(self, place, args, kwargs)
         return args, kwargs
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -248,9 +229,9 @@ class _Recorder:
 
 
 def _probe(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[tuple[_Place, tuple[_Size, _Size]]]:
-    """Per layer, the place of the cache among its arguments, and the sizes of its keys and of its values.
+    """The place of the cache among each layer's arguments, and the sizes of the layer's keys and values.
 
-    They are found by one token through the model, with the model's own cache, which a recorder replaces in each layer.
+    One token goes through the model with the model's own cache, which a recorder replaces in each layer.
 
     Raises:
         NotDecodableError: a layer takes no cache, or none of this form.

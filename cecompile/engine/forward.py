@@ -30,26 +30,15 @@ class Engine:
         compiled: compile each decoder layer and the head.
         captured: on CUDA, capture each compiled bucket in a graph.
         readout_chunk: readouts whose logits are held at once; divides every bucket's readouts.
-        stage: the part of the model that runs here, None for all of it. All parts run the same passes, and all but the
-            last read out zeros.
-        inputs_free: see `inputs_are_free`; None finds out, when compiling for CUDA.
-
-    Attributes:
-        inputs_free: as given or found; None where unknown.
+        stage: the part of the model that runs here; None is the whole model. All parts run the same passes. All but
+            the last part read out zeros.
+        inputs_free: see `inputs_are_free`; None finds out when compiling for CUDA. The attribute is None if unknown.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        buckets: Sequence[Bucket],
-        *,
-        attention: str,
-        compiled: bool,
-        readout_chunk: int,
-        captured: bool = True,
-        stage: Part | None = None,
-        inputs_free: bool | None = None,
-    ) -> None:
+        self, model: PreTrainedModel, buckets: Sequence[Bucket], *, attention: str, compiled: bool, readout_chunk: int,
+        captured: bool = True, stage: Part | None = None, inputs_free: bool | None = None,
+    ) -> None:  # fmt: skip
         modules = compiled_parts(model)
         for module in modules:
             module._compiled_call_impl = None  # another engine may have set it, and sets it again when it runs
@@ -59,17 +48,14 @@ class Engine:
             self.inputs_free = inputs_are_free(model, self.stage.trial)
         options = compile_options(model, bool(self.inputs_free)) if compiled else {}
         install(model, attention)
-        self.buckets = tuple(buckets)
-        self._model = model
+        self.buckets, self._chunk = tuple(buckets), readout_chunk
+        self._model, self._attention = model, attention
         self.stage.reserve(max(bucket.slots for bucket in buckets))
         self._rope = Frequencies(model)
         self._readout = readout_of(model)
-        self._chunk = readout_chunk
-        self._device = model.device
-        self._on_cuda = self._device.type == "cuda"
+        self._device, self._on_cuda = model.device, model.device.type == "cuda"
         if compiled:
             self._readout = compile_modules(modules, self._readout, options)
-        self._attention = attention
         self._calls = [(module, module._compiled_call_impl) for module in modules]
         with torch.inference_mode():
             self._slots = [_Slot(bucket, attention == "flex", self._device) for bucket in buckets]
@@ -80,7 +66,7 @@ class Engine:
         return (self.buckets, self._attention) == (tuple(buckets), attention)
 
     def take(self) -> None:
-        """Makes the model this engine's again: another engine may have used it since."""
+        """Makes the model this engine's again, as another engine may have used the model since."""
         install(self._model, self._attention)
         for module, call in self._calls:
             module._compiled_call_impl = call
@@ -110,7 +96,7 @@ class Engine:
             done(slot.bucket)
 
     def decoder(self, shape: DecodeShape) -> Decoder:
-        """A decoder over this engine's model, to be compiled and captured as the engine is. It is not warm yet.
+        """A decoder over this engine's model, still cold, to be compiled and captured like the engine.
 
         Raises:
             NotDecodableError: see `Decoder`.
@@ -124,9 +110,10 @@ class Engine:
         collector = Collector(self._device, done)
         for one in passes:
             slot = self._slots[one.bucket]
-            slot.load(one)
+            next(slot.inputs).send(one.data, slot.data)
             if self._rope.boundary is not None:
-                self._rope.choose(slot.deepest(one))
+                depth = views(one.data, slot.bucket, self._attention == "flex")["depth"]
+                self._rope.choose(int(depth.max()))
             self.stage.receive(slot.bucket.shape)
             if slot.graph is not None:
                 slot.graph.replay()
@@ -142,7 +129,7 @@ class Engine:
             torch.cuda.synchronize(self._device)
 
     def _forward(self, slot: "_Slot", readouts: int) -> None:
-        """Runs the pass, and where the model ends here, computes at least its first `readouts` readouts."""
+        """Runs the pass; where the model ends in this stage, computes at least the first `readouts` readouts."""
         with slot.masks.active(), self._rope.fixed():
             hidden = self.stage(**slot.arguments(self._model))
         if self.stage.ends:
@@ -150,19 +137,13 @@ class Engine:
 
 
 class _Slot(BucketBuffers):
-    """A bucket's buffers, and its graph once captured. It is `settled` once it has run."""
+    """A bucket's buffers, and the bucket's graph once captured; `settled` once the bucket has run.
+
+    `inputs` gives host buffers in turn: the next was last used by a pass that has been collected.
+    """
 
     def __init__(self, bucket: Bucket, blocks: bool, device: torch.device) -> None:
         super().__init__(bucket, blocks, device)
         self.settled = False
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._blocks = blocks
-        self._inputs = cycle([Inputs(len(self.data), device) for _ in range(2)])
-
-    def load(self, one: StagedPass) -> None:
-        """Queues the copy of a pass's data, by way of a host buffer last used by a pass that has been collected."""
-        next(self._inputs).send(one.data, self.data)
-
-    def deepest(self, one: StagedPass) -> int:
-        """The depth of a pass's deepest token."""
-        return int(views(one.data, self.bucket, self._blocks)["depth"].max())
+        self.inputs = cycle([Inputs(len(self.data), device) for _ in range(2)])

@@ -1,4 +1,4 @@
-"""The model's own head, over given hidden states."""
+"""The model's own head, applied to given hidden states."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ PART = 256  # logits
 
 
 class _Output:
-    """Hidden states as a decoder returns them. Any other attribute that a model's head looks for is None."""
+    """Hidden states in the form of a decoder's output. Any other attribute that a model's head looks for is None."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -28,11 +28,11 @@ class _Output:
 
 
 class _GivenHiddenStates(nn.Module):
-    """Replaces the decoder, and returns its input embeddings as the hidden states."""
+    """Replaces the decoder, and returns the given embeddings as the hidden states."""
 
     @property
     def decoder(self) -> "_GivenHiddenStates":
-        """OPT calls this instead of the base model."""
+        """This module: OPT calls its decoder instead of the base model."""
         return self
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
@@ -43,15 +43,14 @@ def head_of(model: PreTrainedModel) -> Head:
     """A function from hidden states (n, width) to logits (n, vocabulary), float32.
 
     The logits come from the causal model's own `forward`, in a shallow copy whose decoder returns the given hidden
-    states. So the head's biases, scales and soft caps are the model's own code.
+    states. So the model's own code applies the head's biases, scales and soft caps.
     """
     head = copy.copy(model)
     head._modules = dict(model._modules)
     head._modules[model.base_model_prefix] = _GivenHiddenStates()
 
     def logits(hidden: Tensor) -> Tensor:
-        found: Tensor = head(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
-        return found
+        return head(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
 
     return logits
 
@@ -59,27 +58,21 @@ def head_of(model: PreTrainedModel) -> Head:
 def readout_of(model: PreTrainedModel) -> Readout:
     """A function from hidden states (n, width) and targets (n, k) to log-probabilities (n, k) and the argmax (n,).
 
-    Log-probabilities are the targets', float32 and natural; the argmax is int32, the first of equals.
+    Log-probabilities are the targets', float32 and natural. The argmax is int32, the first of equals.
     """
-    head = head_of(model)
-    highest_of = max_by_parts if model.device.type == "cpu" else _max
+    head, on_cpu = head_of(model), model.device.type == "cpu"
 
     def readout(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(hidden)
-        highest, argmax = highest_of(logits)
+        highest, argmax = max_by_parts(logits) if on_cpu else logits.max(dim=1, keepdim=True)
         normaliser = highest + (logits - highest).exp().sum(dim=1, keepdim=True).log()
         return logits.gather(1, target.long()) - normaliser, argmax[:, 0].int()
 
     return readout
 
 
-def _max(logits: Tensor) -> tuple[Tensor, Tensor]:
-    highest, argmax = logits.max(dim=1, keepdim=True)
-    return highest, argmax
-
-
 def max_by_parts(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's maximum of (n, m) and its first index, both (n, 1).
+    """The maximum of each row of (n, m), and the maximum's first index, both (n, 1).
 
     Compiled for a CPU, finding a maximum's index takes three times as long as finding the maximum. So the maximum is
     found over the whole row, in parts, and the index within one part.

@@ -1,11 +1,15 @@
-"""Compiling for the CPU: linear layers through oneDNN.
+"""Compiling for the CPU: linear layers through oneDNN, and a C++ compiler in any directory.
 
 Inductor sends float32 matrix products to MKL. With few rows and a wide output, oneDNN's inner product is faster on
 weights as they lie: 128 to 512 rows of 256 by 32,000 ran at 1.5 to 2 times MKL's rate on two cores of an AMD EPYC with
-AVX-512 (torch 2.13). So a pass over the graph being compiled replaces them. Both compute in float32.
+AVX-512 (torch 2.13). So a pass over the graph being compiled replaces the products. Both compute in float32.
 """
 
+import contextlib
+import functools
+import inspect
 import logging
+import shlex
 from typing import Any
 
 import torch
@@ -23,7 +27,7 @@ logging.getLogger("torch.utils.cpp_extension").addFilter(
 
 @torch.library.custom_op("cecompile::linear", mutates_args=())
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """rows (n, k) times weight (m, k) transposed, plus bias (m,): (n, m) float32, by oneDNN."""
+    """The product of rows (n, k) and weight (m, k) transposed, plus bias (m,): (n, m) float32, by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
@@ -61,7 +65,7 @@ class LinearThroughOneDnn(CustomGraphPass):
             graph.erase_node(node)
 
     def uuid(self) -> str:
-        """Identifies the pass in Inductor's caches."""
+        """The name of the pass in Inductor's caches."""
         return "cecompile.LinearThroughOneDnn.1"
 
 
@@ -69,7 +73,7 @@ _LINEAR_THROUGH_ONEDNN = LinearThroughOneDnn()  # one object: Dynamo compares op
 
 
 def _untransposed(node: Node) -> Any:
-    """w, if `node` is w transposed and w is a contiguous float32 matrix."""
+    """The node of w, if `node` is w transposed and w is a contiguous float32 matrix; else None."""
     if node.op != "call_function" or node.target not in (aten.permute.default, aten.t.default):
         return None
     weight, *order = node.args
@@ -78,3 +82,42 @@ def _untransposed(node: Node) -> Any:
     value = weight.meta["val"]
     fits = value.dim() == 2 and value.dtype == torch.float32 and value.is_contiguous()
     return weight if fits else None
+
+
+@functools.cache
+def quote_paths() -> None:
+    """Makes this process quote, from now on, all paths that Inductor passes to a C++ compiler.
+
+    Inductor joins and splits each command line. Some versions of torch do not quote all paths in between (2.8
+    quotes headers only), so nothing compiles where torch or the compiled code is in a directory with a space.
+    """
+    from torch._inductor.cpp_builder import CppBuilder  # slow to import
+
+    make = CppBuilder.__init__
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def make_and_quote(*args: Any, **kwargs: Any) -> None:
+        make(*args, **kwargs)
+        with contextlib.suppress(AttributeError, KeyError):  # a builder of another form is left as it is
+            _quote_in(args[0], signature.bind(*args, **kwargs).arguments)
+
+    CppBuilder.__init__ = make_and_quote  # type: ignore[method-assign]
+
+
+def _quote_in(builder: Any, given: dict[str, Any]) -> None:
+    """Quotes the paths in a builder's parts of the command line; `given` are the builder's own arguments."""
+    sources, options = given["sources"], given["BuildOption"]
+    header = getattr(options, "precompiled_header", None)
+    for name, paths in (
+        ("_sources_args", [sources] if isinstance(sources, str) else sources),
+        ("_include_dirs_args", [header] if header else []),
+        ("_libraries_dirs_args", options.get_libraries_dirs()),
+        ("_output", [builder.get_target_file_path()]),
+    ):
+        arguments: str = getattr(builder, name)
+        for path in map(str, paths):
+            safe = shlex.quote(path)
+            if safe not in arguments:
+                arguments = arguments.replace(path, safe)
+        setattr(builder, name, arguments)

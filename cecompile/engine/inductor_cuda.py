@@ -1,12 +1,12 @@
-"""Compiling for CUDA: sparing a decoder layer two passes over memory that Inductor's code makes.
+"""Compiling for CUDA: spares a decoder layer two passes over memory that Inductor's code makes.
 
 - `x + down(...)` writes the product to memory, and another kernel reads both and writes the sum. cuBLAS can add to the
-  contents of its output buffer before it rounds. So a product is accumulated into the residual wherever no later
+  contents of its output buffer before rounding. So a product is accumulated into the residual wherever no later
   operation reads the residual.
 - FlexAttention's result has the layout of its query. Inductor lays the query out head by head, so the output projection
   needs a transposed copy. A query laid out token by token, as the model computes it, needs none.
 
-Both leave the arithmetic as it is, but for one rounding less per residual.
+Neither changes the arithmetic, but for one rounding less per residual.
 """
 
 from typing import Any
@@ -23,10 +23,10 @@ _FRESH = (aten.add.Tensor, aten.mm.default, aten.addmm.default)  # their results
 
 
 def compile_options(inputs_are_free: bool) -> dict[str, Any]:
-    """Inductor options for compiling layers and head; `inputs_are_free` as in `parts`."""
+    """Inductor options for compiling layers and head; `inputs_are_free` is the answer of `parts.inputs_are_free`."""
     options: dict[str, Any] = {"post_grad_custom_post_pass": _PASSES[inputs_are_free]}
     options["triton.autotune_pointwise"] = False  # the warm cache keeps no timings: each run would measure again
-    if hasattr(torch._inductor.config, "deterministic"):  # without it, timings decide how sums are taken
+    if hasattr(torch._inductor.config, "deterministic"):  # without this option, timings decide how sums are taken
         options["deterministic"] = True
     return options
 
@@ -48,7 +48,7 @@ class FewerMemoryPasses(CustomGraphPass):
         _Accumulation(graph, self._inputs_are_free).apply()
 
     def uuid(self) -> str:
-        """Identifies the pass in Inductor's caches."""
+        """The name of the pass in Inductor's caches."""
         return f"cecompile.FewerMemoryPasses.1.{self._inputs_are_free}"
 
 
@@ -80,13 +80,14 @@ class _Accumulation:
             if node.target is not aten.add.Tensor or node.kwargs or not all(isinstance(a, Node) for a in node.args):
                 continue
             for residual, added in (node.args, node.args[::-1]):
-                if _is_product(added) and self._may_overwrite(residual, _behind_views(added), node):
-                    self._accumulate(node, residual, _behind_views(added))
+                product = _behind_views(added)
+                if _is_product(added) and self._may_overwrite(residual, product, node):
+                    self._accumulate(node, residual, product)
                     break
         self._graph.eliminate_dead_code()
 
     def _accumulate(self, node: Node, residual: Node, product: Node) -> None:
-        """Puts the in-place product before `node`, and lets the users of `node` read the residual's buffer."""
+        """Puts the in-place product before `node`, and makes the users of `node` read the residual's buffer."""
         with self._graph.inserting_before(node):
             rows = self._graph.call_function(aten.reshape.default, (residual, list(product.meta["val"].shape)))
             rows.meta["val"] = product.meta["val"]
@@ -98,7 +99,7 @@ class _Accumulation:
         self._graph.erase_node(node)
 
     def _may_overwrite(self, residual: Node, product: Node, addition: Node) -> bool:
-        """Whether the residual's buffer may be written, and all its readers run before `product`."""
+        """Whether the residual's buffer may be written, and all readers of the buffer run before `product`."""
         base, value, added = _behind_views(residual), residual.meta["val"], product.meta["val"]
         free = base.target in _FRESH or (self._inputs_are_free and base.op == "placeholder" and value.dim() == 3)
         same_rows = value.dtype == added.dtype and value.is_contiguous() and value.shape[-1] == added.shape[-1]
@@ -108,7 +109,7 @@ class _Accumulation:
         return all(reader is addition or reader in before for reader in _readers(base))
 
     def _ancestors(self, node: Node) -> set[Node]:
-        """The nodes that run before `node`: its inputs, theirs, and all writers of these buffers until then."""
+        """The nodes that run before `node`: all inputs, also indirect, and the earlier writers of inputs' buffers."""
         seen: set[Node] = set()
         to_visit = [node]
         while to_visit:
@@ -122,7 +123,7 @@ class _Accumulation:
 
 
 def _is_product(node: Node) -> bool:
-    """Whether `node` is a product without bias, or a view of one, that has one reader."""
+    """Whether `node` is a product without bias, or a view of such a product, and has one reader."""
     while len(node.users) == 1 and node.target in _VIEWS:
         node = node.args[0]  # type: ignore[assignment]
     return len(node.users) == 1 and node.target is aten.mm.default
@@ -135,7 +136,7 @@ def _behind_views(node: Node) -> Node:
 
 
 def _readers(base: Node) -> set[Node]:
-    """The readers of a buffer, also through views."""
+    """The nodes that read a buffer, also through views."""
     out: set[Node] = set()
     for user in base.users:
         out |= _readers(user) if user.target in _VIEWS else {user}

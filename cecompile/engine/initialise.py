@@ -1,8 +1,8 @@
-"""Set-up that a process needs once before it compiles or runs, done while weights are read.
+"""Set-up that a process needs once before compiling or running, done while weights are read.
 
 Inductor hashes all sources of torch and Triton for its cache keys, and on a CPU builds and loads a small program per
-instruction set. On CUDA cuBLAS is set up. Dynamo, from Python 3.11 on, reads the whole source of each file that it
-traces, to name the function of a line.
+instruction set. On CUDA cuBLAS is set up. Dynamo, from Python 3.11 on, reads the whole source of each traced file, to
+name the function of a line.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from cecompile.engine.inductor_cpu import quote_paths
+
 # the longest of the files that Dynamo traces for decoder layers
 TRACED = ("transformers.modeling_utils", "transformers.activations", "torch.nn.attention.flex_attention")
 
@@ -24,11 +26,8 @@ def begin(device: torch.device) -> threading.Thread:
     """Starts the set-up for `device` in a thread; join the thread before compiling."""
     if device.type == "cpu":  # not in the thread: of two that import at once, each may see half of a module
         with contextlib.suppress(ImportError):
-            for name in ("torch._inductor.cpp_builder", "torch.utils.cpp_extension"):
-                importlib.import_module(name)
-            from cecompile.engine.cpp_paths import quote_paths
-
             quote_paths()
+            importlib.import_module("torch.utils.cpp_extension")
     thread = threading.Thread(target=_do, args=(device,), name="ahead", daemon=True)
     thread.start()
     return thread
@@ -44,8 +43,8 @@ def _do(device: torch.device) -> None:
         lambda: inductor("cpu_vec_isa").pick_vec_isa() if device.type == "cpu" else _set_up_cublas(device),
         _read_sources,
     ]
-    # All keep their results. A failure recurs, and is reported, where the result is needed; a name that torch lacks
-    # costs the head start only.
+    # All steps keep their results. A failure recurs, and is reported, where the result is needed; a name that torch
+    # lacks costs the head start only.
     for step in steps:
         with contextlib.suppress(Exception):
             step()

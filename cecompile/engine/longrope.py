@@ -1,7 +1,7 @@
 """longrope: rotary embeddings with one set of frequencies for short inputs and another for long inputs.
 
-`transformers` chooses in every forward, by the longest input of the batch. Some versions wait for the device to do so,
-which a captured graph cannot. All sequences of a pass are on one side of the boundary, so the choice comes before it.
+`transformers` chooses the set in every forward, by the longest input of the batch. Some versions then wait for the
+device, which a captured graph cannot. Here all sequences of a pass use one set, so the set is chosen before the pass.
 """
 
 from collections.abc import Iterator
@@ -19,23 +19,21 @@ _USED = ("inv_freq", "original_inv_freq", "config")  # of a rotary embedding
 
 
 class Frequencies:
-    """The frequencies that passes of a model on its device use; without longrope this does nothing.
+    """The frequencies that the passes of a model use. Without longrope all methods do nothing.
 
-    Attributes:
-        boundary: tokens of the longest short input; None without longrope.
+    `boundary` is the tokens of the longest short input; None without longrope.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.boundary = boundary_of(model.config)
         self._long = False
-        self._sets = (
-            [] if self.boundary is None else [_Set(m, self.boundary) for m in model.modules() if _is_longrope(m)]
-        )
-        if self.boundary is not None and not self._sets:
+        found = [m for m in model.modules() if _is_longrope(m)]
+        self._sets = [] if self.boundary is None else [_Set(m, self.boundary) for m in found]
+        if self.boundary is not None and not found:
             raise UserError(f"{type(model).__name__}: longrope: no frequencies found; --engine reference runs without")
 
     def choose(self, deepest: int) -> None:
-        """Chooses for passes from now on, whose longest path has `deepest` + 1 tokens."""
+        """Chooses the frequencies of all later passes, whose longest path has `deepest` + 1 tokens."""
         long = self.boundary is not None and deepest >= self.boundary
         if long != self._long:
             self._long = long
@@ -44,7 +42,7 @@ class Frequencies:
 
     @contextmanager
     def fixed(self) -> Iterator[None]:
-        """While this lasts, the model uses the chosen frequencies."""
+        """Makes the model use the chosen frequencies, within this context."""
         before = [one.embedding.inv_freq for one in self._sets]
         for one in self._sets:
             one.embedding.inv_freq, one.embedding.rope_type = one.now, "default"
@@ -61,8 +59,7 @@ class _Set:
     def __init__(self, embedding: Any, boundary: int) -> None:
         self.embedding = embedding
         self.short = embedding.original_inv_freq.to(embedding.inv_freq.device)
-        make = ROPE_INIT_FUNCTIONS["longrope"]
-        self.long, _ = make(embedding.config, self.short.device, seq_len=boundary + 1)
+        self.long, _ = ROPE_INIT_FUNCTIONS["longrope"](embedding.config, self.short.device, seq_len=boundary + 1)
         self.now = self.short.clone()
 
 

@@ -1,4 +1,4 @@
-"""The parts of a model: what runs its layers, whole or in part, and which of its modules are compiled."""
+"""The parts of a model: a run of its layers, and the modules that are compiled."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,14 +13,13 @@ from cecompile.model.structure import decoder_layers, norms_beside
 
 
 class MissingOptionError(Exception):
-    """This version of torch lacks an option that compiling needs; the text names the option."""
+    """This version of torch lacks an option that compiling needs; the message names the option."""
 
 
 class Part:
-    """A run of a model's layers, here all of them. Hidden states come from the part before and go to the part after.
+    """A run of a model's layers, here all layers. Hidden states come from the part before and go to the part after.
 
-    Attributes:
-        ends: whether the model's last layer is in this part.
+    `ends` is True where the model's last layer is in this part.
     """
 
     ends = True
@@ -29,7 +28,7 @@ class Part:
         self._decoder = model.base_model
 
     def reserve(self, slots: int) -> None:
-        """Makes the buffers for passes of up to `slots` tokens."""
+        """Allocates the buffers for passes of up to `slots` tokens."""
 
     def receive(self, shape: Sequence[int]) -> None:
         """Waits for the hidden states of (rows, length) tokens from the part before."""
@@ -38,47 +37,40 @@ class Part:
         """Sends the hidden states computed last, of (rows, length) tokens, to the part after."""
 
     def trial(self, token_ids: Tensor) -> Tensor:
-        """The hidden states of `__call__`, computed from zeros instead of received ones."""
+        """The hidden states of `__call__`, computed from zeros instead of received hidden states."""
         return self(token_ids)
 
     def __call__(self, token_ids: Tensor, **arguments: Any) -> Tensor:
-        """The part's hidden states, (rows, length, width), computed from the received ones.
+        """The part's hidden states, (rows, length, width), computed from the received hidden states.
 
-        Args:
-            token_ids: (rows, length) int64.
-            arguments: of the decoder, beside the tokens.
+        `token_ids` are (rows, length) int64; `arguments` are the decoder's, beside the tokens.
         """
-        hidden: Tensor = self._decoder(input_ids=token_ids, use_cache=False, **arguments).last_hidden_state
-        return hidden
+        return self._decoder(input_ids=token_ids, use_cache=False, **arguments).last_hidden_state
 
 
 def compiled_parts(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules to compile: decoder layers, then the norms beside them that are not one operator of torch already."""
+    """The modules to compile: decoder layers, then the norms outside the layers that torch has no operator for."""
     return decoder_layers(model) + [m for m in norms_beside(model) if not type(m).__module__.startswith("torch.")]
 
 
 def compile_modules(modules: Sequence[nn.Module], readout: Readout, options: dict[str, Any]) -> Readout:
-    """Sets each module's call to compiled code, and returns the compiled `readout`; all compile when first called.
+    """Sets each module's call to compiled code, and returns the compiled `readout`.
 
-    Modules that differ in their weights alone share one graph per shape.
+    Code is compiled when first called. Modules that differ in their weights alone share one graph per shape.
     """
     for module in modules:
         module.compile(fullgraph=True, dynamic=False, options=options)
-    compiled: Readout = torch.compile(readout, fullgraph=True, dynamic=False, options=options)
-    return compiled
+    return torch.compile(readout, fullgraph=True, dynamic=False, options=options)
 
 
 def compile_options(model: PreTrainedModel, inputs_free: bool) -> dict[str, Any]:
     """Inductor options for compiling the model's modules on its device.
 
     Raises:
-        MissingOptionError: this torch lacks one of them.
+        MissingOptionError: this version of torch lacks one of the options.
     """
-    options = (
-        inductor_cuda.compile_options(inputs_free)
-        if model.device.type == "cuda"
-        else inductor_cpu.compile_options(model)
-    )
+    on_cuda = model.device.type == "cuda"
+    options = inductor_cuda.compile_options(inputs_free) if on_cuda else inductor_cpu.compile_options(model)
     missing = sorted(options.keys() - set(torch._inductor.list_options()))
     if missing:
         raise MissingOptionError(f"torch {torch.__version__} has no Inductor option {', '.join(missing)}")
@@ -90,10 +82,7 @@ def inputs_are_free(model: PreTrainedModel, run: Callable[[Tensor], Tensor] | No
     """Whether a decoder layer may overwrite its input: no later module reads it.
 
     A trial on a few tokens decides: each layer's input is filled with NaN once the layer is done, and the model's
-    output must stay finite.
-
-    Args:
-        run: runs the model's layers on token ids; None runs the whole model.
+    output must stay finite. `run` runs the model's layers on token ids; None runs the whole model.
     """
     run = run or Part(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -1,4 +1,4 @@
-"""A check before anything is compiled: does this model, on this device, compute trees exactly?"""
+"""A check before anything is compiled: this model must compute trees exactly on this device."""
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from cecompile.workload.tree import TARGETS
 # Root mean square of the logits' differences, in standard deviations of the logits. Rounding alone gave up to 0.06 in
 # bfloat16, over 32 random layers of width 4,096; a wrong mask gives about 1.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.02}
-ROUNDINGS = 3  # tolerated beyond: so many times the difference that rounding alone makes in this model
+ROUNDINGS = 3  # tolerated where larger: so many times the difference that rounding alone makes in the model
 
 
 def choose_attention(model: PreTrainedModel, wanted: str) -> tuple[str, str | None]:
@@ -28,7 +28,7 @@ def choose_attention(model: PreTrainedModel, wanted: str) -> tuple[str, str | No
         wanted: "flex", "sdpa", or "auto": flex on CUDA where it compiles and agrees, else sdpa.
 
     Returns:
-        "flex" or "sdpa", and why the first choice was rejected, if so.
+        "flex" or "sdpa", and the reason where the first choice was rejected, else None.
 
     Raises:
         UserError: no wanted implementation computes this model exactly.
@@ -41,15 +41,13 @@ def choose_attention(model: PreTrainedModel, wanted: str) -> tuple[str, str | No
         if problem is None:
             return attention, "; ".join(reasons) or None
         reasons.append(f"{attention}: {problem}")
-    raise UserError(
-        f"{type(model).__name__}: cannot be scored as trees ({'; '.join(reasons)}); --engine reference scores it"
-    )
+    name, why = type(model).__name__, "; ".join(reasons)
+    raise UserError(f"{name}: cannot be scored as trees ({why}); --engine reference scores it")
 
 
 def _problem(model: PreTrainedModel, attention: str) -> str | None:
-    """Why a small tree's logits differ from the stock model's; None if they agree."""
-    known = refusal(model)
-    if known:
+    """The reason why a small tree's logits differ from the stock model's; None where the logits agree."""
+    if known := refusal(model):
         return known
     sequences = _small_tree(model.config.get_text_config().vocab_size)
     stock = attention_before(model)
@@ -86,10 +84,8 @@ def _tree_logits(model: PreTrainedModel, sequences: Sequences, blocks: bool) -> 
     (one,) = stage_all(plan)
     part = views(torch.from_numpy(one.data).to(model.device), plan.buckets[one.bucket], blocks)
     with TreeMasks(part).active() as masks:
-        logits = model(
-            input_ids=part["token_ids"].long(), position_ids=part["depth"].long(), use_cache=False,
-            **masks.arguments(model),
-        ).logits  # fmt: skip
+        given = {"input_ids": part["token_ids"].long(), "position_ids": part["depth"].long(), **masks.arguments(model)}
+        logits = model(**given, use_cache=False).logits
     by_choice = np.argsort(one.choice, kind="stable")
     node = part["position"][torch.from_numpy(one.entry[by_choice] // TARGETS).to(model.device)]
     return logits[0].index_select(0, node).float()

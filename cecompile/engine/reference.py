@@ -1,8 +1,9 @@
 """The reference: each choice alone, unpadded, through the stock model with stock attention.
 
-It shares no tree, packing or attention code with the other engines, which are checked against it.
+The reference shares no tree, packing or attention code with the other engines, which are checked against it.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -15,40 +16,43 @@ from cecompile.workload.sequences import Ints, Sequences
 
 ROUNDED, READ = 256, 8  # `rounding` runs a sequence's first 256 tokens, and compares the logits of the last 8
 
-AllLogits = Callable[[Sequence[Ints], Sequence[int]], list[Tensor]]  # inputs, and how many last tokens' logits of each
+AllLogits = Callable[[Sequence[Ints], Sequence[int]], list[Tensor]]  # see `last_logits`, of a given model
 
 
 @torch.inference_mode()
 def stock_logits(model: PreTrainedModel, sequences: Sequences, i: int) -> Tensor:
     """The stock model's logits where sequence `i` predicts its tokens: (predicted, vocabulary), float32."""
-    return _logits(model, sequences.inputs(i), int(sequences.predicted[i]))
+    return last_logits(model, [sequences.inputs(i)], [int(sequences.predicted[i])])[0]
 
 
-def _logits(model: PreTrainedModel, tokens: Ints, last: int) -> Tensor:
-    """The logits of the `last` tokens: (last, vocabulary), float32."""
-    input_ids = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
-    return model(input_ids=input_ids[None], use_cache=False).logits[0, -last:].float()
+def last_logits(model: PreTrainedModel, inputs: Sequence[Ints], last: Sequence[int]) -> list[Tensor]:
+    """The logits at the `last` tokens of each input, (last, vocabulary) float32; runs one input after another."""
+    return [
+        model(input_ids=as_batch(model, one), use_cache=False).logits[0, -n:].float()
+        for one, n in zip(inputs, last, strict=True)
+    ]
+
+
+def as_batch(model: PreTrainedModel, tokens: Ints) -> Tensor:
+    """Tokens (n,) as a batch of one row on the model's device, (1, n) int64."""
+    return torch.from_numpy(tokens.astype(np.int64)).to(model.device)[None]
 
 
 @torch.inference_mode()
 def rounding(
     model: PreTrainedModel, sequences: Sequences, which: Iterable[int], all_logits: AllLogits | None = None
 ) -> float:
-    """How far rounding alone moves the stock model's logits; 0 for a model with one attention implementation.
+    """The distance that rounding alone moves the stock model's logits; 0 for a model with one attention implementation.
 
-    Measured between the model's own attention and another of the same arithmetic ("eager", or "sdpa" where that is the
-    own): the root mean square of the differences, in standard deviations of the logits.
+    The model's own attention is compared with another of the same arithmetic: "eager", or "sdpa" where the own is
+    "eager". The distance is the root mean square of the differences, in standard deviations of the logits.
 
-    Args:
-        which: the sequences to run.
-        all_logits: runs the model; by default whole, one sequence after another.
+    `all_logits` runs the model on the sequences `which`; None runs the whole model, one sequence after another.
     """
     own = model.config._attn_implementation
     other = "eager" if own != "eager" else "sdpa"
-    run = all_logits or (
-        lambda inputs, last: [_logits(model, tokens, n) for tokens, n in zip(inputs, last, strict=True)]
-    )
-    beginnings = [sequences.inputs(i)[:ROUNDED] for i in which]  # eager attention needs memory for their square
+    run = all_logits or functools.partial(last_logits, model)
+    beginnings = [sequences.inputs(i)[:ROUNDED] for i in which]  # eager attention's memory grows as their square
     expected = run(beginnings, [READ] * len(beginnings))
     try:
         model.set_attn_implementation(other)
@@ -63,7 +67,7 @@ def rounding(
 
 @torch.inference_mode()
 def score_alone(model: PreTrainedModel, sequences: Sequences, i: int) -> tuple[float, bool]:
-    """The loglikelihood (natural) of sequence `i`'s predicted tokens, and whether each is the argmax."""
+    """The loglikelihood (natural) of sequence `i`'s predicted tokens, and whether all of them are the argmax."""
     target = torch.from_numpy(sequences.targets(i).astype(np.int64)).to(model.device)
     logits = stock_logits(model, sequences, i)
     logprobs = torch.log_softmax(logits, dim=-1)
@@ -72,6 +76,6 @@ def score_alone(model: PreTrainedModel, sequences: Sequences, i: int) -> tuple[f
 
 
 def score_one_by_one(model: PreTrainedModel, sequences: Sequences) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """`score_alone` of all n sequences, (n,) float64 and (n,) bool; `model` is stock, in evaluation mode."""
+    """The results of `score_alone` for all n sequences, (n,) float64 and (n,) bool, by a stock model."""
     scores = [score_alone(model, sequences, i) for i in range(len(sequences))]
     return np.array([s[0] for s in scores]), np.array([s[1] for s in scores], dtype=bool)

@@ -14,31 +14,20 @@ from transformers.pipelines.text_generation import ReturnType
 from cecompile.errors import UserError
 
 # Fields of a generation config that make greedy decoding take another token than the most likely, or stop elsewhere,
-# with the values that change nothing.
-_PLAIN: dict[str, Any] = {
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "bad_words_ids": None,
-    "sequence_bias": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "guidance_scale": None,
-    "penalty_alpha": None,
-    "dola_layers": None,
-    "watermarking_config": None,
-    "stop_strings": None,
-    "max_time": None,
-}
+# with the values that change nothing; for the fields of _UNSET, None changes nothing.
+_PLAIN = {
+    "num_beams": 1, "min_length": 0, "min_new_tokens": 0, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "guidance_scale": 1.0, "token_healing": False,
+}  # fmt: skip
+_UNSET = (
+    "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+    "forced_eos_token_id", "exponential_decay_length_penalty", "penalty_alpha", "dola_layers", "watermarking_config",
+    "stop_strings", "max_time",
+)  # fmt: skip
 
 
 class StockPipeline:
-    """The text-generation pipeline around a model on its device, and the model's tokenizer."""
+    """The text-generation pipeline around a model, on the model's device, and its tokenizer."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
         self._model = model
@@ -47,18 +36,13 @@ class StockPipeline:
     def answer(self, messages: list[dict[str, str]], new_tokens: int) -> str:
         """The pipeline's greedy answer to a conversation, of at most `new_tokens` tokens."""
         options = {"max_new_tokens": new_tokens, "return_full_text": False, "do_sample": False}
-        text: str = self._pipeline(messages, **options)[0]["generated_text"]
-        return text
+        return self._pipeline(messages, **options)[0]["generated_text"]
 
     def text(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
         """The pipeline's text for the new `tokens` after a prompt."""
-        outputs = {
-            "generated_sequence": torch.tensor([[[*prompt, *tokens]]]),
-            "input_ids": torch.tensor([list(prompt)]),
-            "prompt_text": "",
-        }
-        records: list[dict[str, str]] = self._pipeline.postprocess(outputs, return_type=ReturnType.NEW_TEXT)
-        return records[0]["generated_text"]
+        whole, given = torch.tensor([[[*prompt, *tokens]]]), torch.tensor([list(prompt)])
+        outputs = {"generated_sequence": whole, "input_ids": given, "prompt_text": ""}
+        return self._pipeline.postprocess(outputs, return_type=ReturnType.NEW_TEXT)[0]["generated_text"]
 
     def continued(self, tokens: Sequence[int], new_tokens: int) -> list[int]:
         """Greedy decoding's next tokens, at most `new_tokens`."""
@@ -68,8 +52,7 @@ class StockPipeline:
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
             pad_token_id=0 if pad is None else pad,
         )  # fmt: skip
-        written: list[int] = out[0, len(tokens) :].tolist()
-        return written
+        return out[0, len(tokens) :].tolist()
 
 
 def stop_tokens(name: str, config: GenerationConfig) -> frozenset[int]:
@@ -78,12 +61,10 @@ def stop_tokens(name: str, config: GenerationConfig) -> frozenset[int]:
     Raises:
         UserError: `config` asks for more than the most likely token each time.
     """
-    for field, plain in _PLAIN.items():
+    for field in (*_PLAIN, *_UNSET):
         value = getattr(config, field, None)
-        if value is not None and value != plain and value != []:
-            raise UserError(
-                f"{name}: generation_config.json: {field} {value!r:.40}: more than greedy decoding; "
-                "--engine reference answers so"
-            )
+        if value not in (None, _PLAIN.get(field), []):
+            problem = f"{field} {value!r:.40} asks for more than greedy decoding; use --engine reference"
+            raise UserError(f"{name}: generation_config.json: {problem}")
     ends = config.eos_token_id
     return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)

@@ -1,4 +1,4 @@
-"""A check before any score is trusted: does the warm engine agree with the stock model?
+"""A check before any score is trusted: the warm engine must agree with the stock model.
 
 Compilers have bugs, and a wrong score looks like any other. So the stock model scores a few sequences of one real pass
 per bucket again, one by one.
@@ -25,7 +25,7 @@ from cecompile.workload.decode_schedule import Step
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import StagedPass
 
-# without cuDNN, which plans each length anew: slower than running it once
+# without cuDNN, which plans each length anew, in more time than one run takes
 _PLANNED_FOR_NO_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CHECKED = 4  # sequences per pass
 ROUNDED = 2  # sequences on which `rounding` is measured
@@ -37,18 +37,14 @@ Got = Mapping[int, NDArray[np.float32]]  # by sequence, log-probabilities of its
 def disagreement(
     engine: Engine, model: PreTrainedModel, stock: str, sequences: Sequences, staged: Sequence[StagedPass]
 ) -> float:
-    """How far a warm engine is from the stock model, as a multiple of the tolerance; up to 1 is fine.
+    """The distance of a warm engine from the stock model, as a multiple of the tolerance; up to 1 is fine.
 
     The distance is the root mean square of the log-probabilities' differences, in standard deviations of the logits.
-    The tolerance is TOLERANCE, or ROUNDINGS times what `rounding` finds in this model. Where the model's logits are not
+    The tolerance is TOLERANCE, or ROUNDINGS times the model's `rounding` if larger. Where the model's logits are not
     finite the distance is 0.
 
-    Args:
-        engine: warm.
-        model: the engine's model.
-        stock: the model's own attention implementation.
-        sequences: all sequences.
-        staged: their passes; the first of each bucket is run.
+    `stock` is the model's own attention implementation. `staged` are the passes of all `sequences`, of which the first
+    of each bucket is run.
     """
     picked = picked_of(engine.run, sequences, staged)
     with as_stock(model, stock):
@@ -58,7 +54,7 @@ def disagreement(
 
 @torch.inference_mode()
 def decoding_disagreement(decoder: Decoder, model: PreTrainedModel, stock: str, sequences: Sequences) -> float:
-    """`disagreement` of a decoder. It reads a few sequences: all but the last token at once, then the last."""
+    """The `disagreement` of a decoder that reads a few sequences: all inputs but the last, then the last alone."""
     got: dict[int, NDArray[np.float32]] = {}
     decoder.clear()
     for i in _spread(np.arange(len(sequences)), sequences):
@@ -76,7 +72,7 @@ def decoding_disagreement(decoder: Decoder, model: PreTrainedModel, stock: str, 
 
 @contextmanager
 def as_stock(model: PreTrainedModel, stock: str) -> Iterator[None]:
-    """While this lasts, the model is the stock model, with its own attention implementation `stock`."""
+    """Makes the model the stock model within this context, with its own attention implementation `stock`."""
     with stock_attention(model, stock), sdpa_kernel(_PLANNED_FOR_NO_LENGTH):
         yield
 
@@ -84,18 +80,17 @@ def as_stock(model: PreTrainedModel, stock: str) -> Iterator[None]:
 def picked_of(
     run: Callable[[Iterable[StagedPass]], list[Readouts]], sequences: Sequences, staged: Sequence[StagedPass]
 ) -> list[Got]:
-    """Runs the first pass of each bucket; returns the log-probabilities of a few sequences of each."""
+    """Runs the first pass of each bucket; returns each pass's log-probabilities, of a few sequences."""
     first = {one.bucket: one for one in reversed(staged)}.values()
     ran = zip(first, run(first), strict=True)
     return [{i: out.logprob[one.choice == i] for i in _spread(np.unique(one.choice), sequences)} for one, out in ran]
 
 
 def _spread(among: NDArray[Any], sequences: Sequences) -> list[int]:
-    """A few of the sequences `among`, from the shorter half, to spare memory beside the warm engine."""
+    """A few of the sequences `among`, from the shorter half: the warm engine leaves little memory."""
     lengths = sequences.input_lengths[among]
     short = among[lengths <= np.median(lengths)]
-    chosen: list[int] = short[np.linspace(0, len(short) - 1, min(CHECKED, len(short))).astype(int)].tolist()
-    return chosen
+    return short[np.linspace(0, len(short) - 1, min(CHECKED, len(short))).astype(int)].tolist()
 
 
 def distance(
@@ -106,8 +101,8 @@ def distance(
 
     Args:
         picked: the log-probabilities of each pass.
-        rounded: gives the result of `rounding`; called where it matters.
-        expected: the `stock_logits` by sequence; None computes them.
+        rounded: computes `rounding`; called only where TOLERANCE is exceeded.
+        expected: the `stock_logits` by sequence; None computes the logits here, one sequence at a time.
     """
     tolerated, worst = TOLERANCE[model.dtype], 0.0
     for got in picked:

@@ -1,8 +1,8 @@
 """The layers of a checkpoint, one after another and around again, in two places on the device.
 
-While a layer computes, threads read the next layer's tensors from the safetensors files: on the CPU straight into its
-place, for a CUDA device into a few pinned buffers, from which a stream per place copies them. A place is written once
-all that uses its last layer is done.
+While a layer computes, threads read the next layer's tensors from the safetensors files: on the CPU straight into
+the layer's place, for a CUDA device into a few pinned buffers, from which a stream per place copies. A place is
+overwritten once all work that uses its last layer is done.
 """
 
 import os
@@ -28,7 +28,7 @@ from cecompile.model.structure import decoder_layers
 from cecompile.procfs import memory_left
 
 BLOCK = 8 * 2**20  # most bytes read at once, as stored and as converted
-BUFFERS = 2  # pinned, per thread: one is read into while the other is copied from
+BUFFERS = 2  # pinned, per thread: one is filled while the other is copied from
 READERS = {"cuda": min(8, os.cpu_count() or 1), "cpu": 1}  # on the CPU all cores compute layers
 
 
@@ -44,10 +44,7 @@ class _Piece:
 
 
 class Files:
-    """A checkpoint's open files, and their state when they were opened.
-
-    Args:
-        model: its name, for errors.
+    """A checkpoint's open files, and the files' state when opened; `model` is a name for errors.
 
     Raises:
         UserError: a file cannot be opened.
@@ -83,30 +80,25 @@ def _state(found: os.stat_result) -> tuple[int, int, int, int]:
 
 
 def worth_keeping(size: int, device: torch.device) -> bool:
-    """Whether files of `size` bytes are to stay in the page cache between sweeps.
-
-    No where they do not all fit, or where the device's memory is the host's.
-    """
+    """Whether to keep files of `size` bytes in the page cache: all fit in memory, and the device has its own memory."""
     return not is_integrated(device) and size <= CACHED * memory_left()
 
 
 class LayerFeed:
     """Brings the layers to the device, round after round.
 
-    Call `rewind`; then for each layer in order `take`, queue all that uses the layer, and `give_back`. After the last
-    layer the first comes again. The next layers are read all the while.
+    Call `rewind`; then for each layer in order `take`, queue all work that uses the layer, and `give_back`. After the
+    last layer the first comes again. Meanwhile the next layers are read.
 
     Args:
         name: the model's, for errors.
         loaded: the model, without its layers' weights.
         files: of the checkpoint, opened before `loaded` was.
-        device: where the layers go.
 
     Attributes:
         layout: of every layer.
         places: two tensors of (layout.size,) uint8 on the device.
-        layers: their number.
-        layer_bytes: read from the files per layer.
+        layers, layer_bytes: the number of layers, and the bytes read from the files per layer.
         read_seconds: during which something was being read, so far.
         waited: seconds that the host waited in `take`; a CUDA device waits by itself.
 
@@ -133,7 +125,7 @@ class LayerFeed:
         self._taken = self._begun = 0  # layers since the last start at the first: given back, and begun to be read
 
     def rewind(self) -> None:
-        """Makes the first layer the next, and begins to read the first two."""
+        """Makes the first layer the next, and begins to read the first two layers."""
         if self._taken % self.layers:
             self.settle()
             self._coming.clear()
@@ -145,7 +137,7 @@ class LayerFeed:
                 self._read_next()
 
     def take(self) -> int:
-        """Waits for the next layer; returns its place, for use by all that is queued from now on.
+        """Waits for the next layer; returns its place, for use by all work queued from now on.
 
         Raises:
             UserError: the layer cannot be read.
@@ -160,7 +152,7 @@ class LayerFeed:
         return place
 
     def give_back(self) -> None:
-        """Frees the place of the layer taken last, once all that is queued by now is done."""
+        """Frees the place of the layer taken last, once all work queued by now is done."""
         self._coming.pop(0)
         if self._cuda:
             self._cuda[self._taken % PLACES][1].record(torch.cuda.current_stream(self._device))
@@ -202,7 +194,7 @@ class LayerFeed:
             copied.record(stream)
 
     def _fill(self, piece: _Piece, target: Tensor) -> None:
-        """Reads a piece into host memory, (bytes,) uint8; by way of a buffer where it must be converted."""
+        """Reads a piece into host memory, (bytes,) uint8; a piece of another dtype is converted by way of a buffer."""
         with self._lock:
             self._since = perf_counter() if self._reading == 0 else self._since
             self._reading += 1
@@ -241,11 +233,11 @@ def _pieces(loaded: Loaded, layout: Layout) -> list[list[_Piece]]:
     out = []
     for layer in decoder_layers(loaded.model):
         pieces: list[_Piece] = []
-        for name in layout.shapes:
+        for name, at in layout.starts.items():
             source = loaded.left.get(f"{names[layer]}.{name}")
             if source is None:
                 raise UserError(f"{loaded.model.name_or_path}: {names[layer]}.{name} is shared: cannot be streamed")
-            pieces += _cut(loaded.checkpoint.tensors[source[0]], layout, layout.starts[name])
+            pieces += _cut(loaded.checkpoint.tensors[source[0]], layout, at)
         out.append(sorted(pieces, key=lambda piece: (piece.file, piece.start)))
     return out
 

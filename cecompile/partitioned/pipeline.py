@@ -1,9 +1,9 @@
 """Pipeline parallelism: a model's layers on several devices, one after another.
 
 Each stage has some of the decoder layers. Passes are the micro-batches. Every stage makes the same plan, so only hidden
-states go from stage to stage. Passes come from a counter that other replicas take from too, and the pipeline drains
-once, at the end of a run. The schedules of `torch.distributed.pipelining` drain after a fixed number of micro-batches
-and keep every output until then, so `isend` and `irecv` are used directly.
+states go from stage to stage. Passes come from a counter that all replicas share, and the pipeline drains once, at the
+end of a run. The schedules of `torch.distributed.pipelining` drain after a fixed number of micro-batches and keep every
+output until then, so `isend` and `irecv` are used directly.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,47 +30,32 @@ class LostError(CheckError):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """This process's neighbours in a pipeline.
-
-    Attributes:
-        before, after: the ranks that hidden states come from and go to, with the group of each pair; None at an end.
-    """
+    """This process's neighbours in a pipeline: each a rank and the process group of the pair; None at an end."""
 
     before: tuple[int, Any] | None
     after: tuple[int, Any] | None
 
 
 def places(stages: int, rank: int, size: int, own_device: bool) -> Place:
-    """Connects every stage with the next, in each replica; all ranks call this.
+    """Connects every stage with the next, in each replica; all ranks call this function.
 
     Args:
         stages: of a replica, whose ranks are consecutive; divides `size`.
         rank, size: of the default process group.
-        own_device: each rank has a CUDA device of its own, so NCCL connects them; else Gloo does.
+        own_device: each rank has a CUDA device of its own, so NCCL connects the ranks; otherwise Gloo does.
     """
-    before = after = None
-    for left in range(size - 1):
-        if left % stages == stages - 1:
-            continue
-        group = dist.new_group([left, left + 1], backend="nccl" if own_device else "gloo")
-        if rank == left:
-            after = left + 1, group
-        elif rank == left + 1:
-            before = left, group
+    lefts = [left for left in range(size - 1) if (left + 1) % stages]  # all ranks but the last of each replica
+    groups = {left: dist.new_group([left, left + 1], backend="nccl" if own_device else "gloo") for left in lefts}
+    before = (rank - 1, groups[rank - 1]) if rank - 1 in groups else None
+    after = (rank + 1, groups[rank]) if rank in groups else None
     return Place(before, after)
 
 
 class Stage(Part):
     """The part of a model that is one stage of a pipeline.
 
-    Args:
-        model: with the weights of `share` on its device. Its other layers leave it for good.
-        share: the stage's layers.
-        place: the stage's neighbours.
-
-    Attributes:
-        ends: whether this is the last stage.
-        suffices: False once memory did not suffice for a sequence `alone`.
+    The model has the weights of `share` on its device; the other layers leave the model for good. `suffices` is False
+    once memory did not suffice for a sequence `alone`.
     """
 
     suffices = True
@@ -87,7 +72,6 @@ class Stage(Part):
 
     @torch.inference_mode()
     def reserve(self, slots: int) -> None:
-        """See `Part`."""
         for _, sending in self._leaving:
             _wait(sending)
         size = slots * self._span.width
@@ -99,26 +83,23 @@ class Stage(Part):
             self._leaving = [(self._to.buffer(size, self._dtype), None) for _ in range(2)]
 
     def __call__(self, token_ids: Tensor, **arguments: Any) -> Tensor:
-        """See `Part`."""
         hidden = self._span(token_ids, self._states(self._come, token_ids.shape), **arguments)
         if not self.ends:
             self._states(self._made, token_ids.shape).copy_(hidden)
         return hidden
 
     def trial(self, token_ids: Tensor) -> Tensor:
-        """See `Part`."""
         shape = (*token_ids.shape, self._span.width)
         return self._span(token_ids, torch.zeros(shape, dtype=self._dtype, device=self._device))
 
     @torch.inference_mode()
     def receive(self, shape: Sequence[int]) -> None:
-        """See `Part`."""
         if self._from is not None:
             self._from.receive(self._states(self._come, shape).view(-1))
 
     @torch.inference_mode()
     def send(self, shape: Sequence[int]) -> None:
-        """See `Part`. The hidden states may be overwritten at once."""
+        """See `Part`. The hidden states may be overwritten as soon as this method returns."""
         if self._to is None:
             return
         buffer, sending = self._leaving.pop(0)
@@ -128,7 +109,7 @@ class Stage(Part):
 
     @torch.inference_mode()
     def alone(self, token_ids: Tensor) -> Tensor:
-        """Runs one sequence, (1, n) int64, through all stages, each of which calls this.
+        """Runs one sequence, (1, n) int64, through all stages, each of which calls this method.
 
         A stage that runs out of memory still sends: the next stage waits for its hidden states.
 
@@ -149,38 +130,35 @@ class Stage(Part):
         return logits
 
     def _states(self, buffer: Tensor, shape: Sequence[int]) -> Tensor:
-        """The beginning of a buffer as hidden states; an empty buffer as it is."""
-        if not len(buffer):
-            return buffer
-        rows, length = shape
-        return buffer[: rows * length * self._span.width].view(rows, length, self._span.width)
+        """The beginning of a buffer as hidden states, (rows, length, width); an empty buffer as it is."""
+        rows, length, width = *shape, self._span.width
+        return buffer[: rows * length * width].view(rows, length, width) if len(buffer) else buffer
 
 
 class _Wire:
-    """Sends to another rank, or receives from it. Gloo cannot read CUDA memory, so pinned host memory is between."""
+    """Sends to and receives from another rank; through pinned memory for Gloo, which cannot read CUDA memory."""
 
     def __init__(self, rank: int, group: Any, device: torch.device) -> None:
         self._rank, self._group = rank, group
-        through_host = device.type == "cuda" and dist.get_backend(group) == "gloo"
-        self._through_host = through_host
-        self._device = torch.device("cpu") if through_host else device
-        self._arrival: Tensor | None = None
+        self._through_host = device.type == "cuda" and dist.get_backend(group) == "gloo"
+        self._device = torch.device("cpu") if self._through_host else device
+        self._arrival = torch.empty(0)
 
     def buffer(self, size: int, dtype: torch.dtype) -> Tensor:
         """A buffer to `send` from."""
         return torch.zeros(size, dtype=dtype, device=self._device, pin_memory=self._through_host)
 
     def send(self, values: Tensor, buffer: Tensor) -> Any:
-        """Sends `values` from `buffer`, which is free again after the `wait` of the returned work."""
+        """Sends `values` by way of `buffer`, which is free again after the `wait` of the returned work."""
         buffer.copy_(values)
         with _noticing_loss():
             return dist.isend(buffer, self._rank, group=self._group)
 
     def receive(self, into: Tensor) -> None:
-        """Waits for values that fill `into`."""
+        """Waits until the values received fill `into`."""
         arrived = into
         if self._through_host:
-            if self._arrival is None or len(self._arrival) < len(into):
+            if len(self._arrival) < len(into):
                 self._arrival = self.buffer(len(into), into.dtype)
             arrived = self._arrival[: len(into)]
         with _noticing_loss():

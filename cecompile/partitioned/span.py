@@ -1,14 +1,15 @@
 """A part of a model: some of its decoder layers, run within the stock forward.
 
 A model that does not fit one device runs a few layers at a time. The model's own forward still runs, with its masks and
-position embeddings. Layers that are absent pass their input through, and the one before the first that is present
-passes on the hidden states that another part has computed.
+position embeddings. Absent layers pass their input through. The absent layer before the first present one passes on the
+hidden states that another part has computed.
 """
 
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,36 +20,66 @@ from cecompile.errors import UserError
 from cecompile.model.structure import LayerRange, decoder_layers, own_tensors
 
 
-class Span:
-    """The stock decoder with only the layers from `first` to before `last`; the others leave the model for good.
+class StockForward:
+    """The stock decoder's own forward, with layers replaced where hidden states come in or are taken out.
 
-    Args:
-        model: with the weights of these layers, and of all beside the layers, on its device.
-        first, last: indices of decoder layers.
-
-    Attributes:
-        begins, ends: whether the model's first and last layer are in this span.
-        width: of the hidden states between two parts.
+    `replaced` gives, by index, the replacements of layers that leave the model for good. `width` is that of the hidden
+    states between two layers.
 
     Raises:
         UserError: the model's layers are not in one list.
     """
 
+    def __init__(self, model: PreTrainedModel, replaced: Mapping[int, "PassThroughLayer"]) -> None:
+        self.width: int = model.config.get_text_config().hidden_size
+        self._model = model
+        self._list, self._places = _list_of(model, decoder_layers(model))
+        for i, layer in replaced.items():
+            self._list[self._places[i]] = layer
+        self._zero = torch.zeros((), dtype=model.dtype, device=model.device)  # on the device of the layers that stay
+
+    def _run(
+        self, token_ids: Tensor, enter: "PassThroughLayer | None", received: Tensor | None,
+        leave: "PassThroughLayer | None", **arguments: Any,
+    ) -> Tensor:  # fmt: skip
+        """The hidden states taken out behind the layer `leave`; with None, the decoder's last hidden states.
+
+        Where there is a layer `enter`, `received` replaces the layer's input. `arguments` are the decoder's, beside the
+        tokens. Raises UserError where the model's layers do not hand on hidden states alone.
+        """
+        given = {"input_ids": token_ids} if enter is None else {"inputs_embeds": self._no_embeddings(token_ids)}
+        with open_at(enter, received, leave):
+            hidden = self._model.base_model(**given, use_cache=False, **arguments).last_hidden_state
+            return self._checked(hidden if leave is None else leave.taken, *token_ids.shape)
+
+    def _no_embeddings(self, token_ids: Tensor) -> Tensor:
+        """Embeddings that are all 0, for a forward in which nobody reads the embeddings."""
+        return self._zero.expand(*token_ids.shape, self._model.get_input_embeddings().embedding_dim)
+
+    def _checked(self, hidden: Any, *shape: int) -> Tensor:
+        """Returns `hidden`, which must be hidden states of a shape that begins with `shape`; else raises UserError."""
+        if not isinstance(hidden, Tensor) or hidden.shape[: len(shape)] != shape:
+            name = type(self._model).__name__
+            raise UserError(f"{name}: its layers do not hand on hidden states alone: cannot be run in parts")
+        return hidden
+
+
+class Span(StockForward):
+    """The stock decoder with only the layers from `first` to before `last`; the others leave the model for good.
+
+    `begins` and `ends` are True where the model's first or last layer is in the span. All weights of the layers in the
+    span, and all weights outside of layers, are on the model's device.
+
+    Raises:
+        UserError: see `StockForward`.
+    """
+
     def __init__(self, model: PreTrainedModel, first: int, last: int) -> None:
         layers = decoder_layers(model)
         self.begins, self.ends = first == 0, last == len(layers)
-        self.width: int = model.config.get_text_config().hidden_size
-        self._body = model.base_model
-        self._name = type(model).__name__
-        held, places = list_of(model, layers)
-        absent: dict[int, PassThroughLayer] = {}
-        for i, layer in enumerate(layers):
-            if not first <= i < last:
-                held[places[i]] = absent[i] = PassThroughLayer(layer)
-        self._no_embeddings = no_embeddings(model)  # on the device of what is left
+        absent = {i: PassThroughLayer(layer) for i, layer in enumerate(layers) if not first <= i < last}
+        super().__init__(model, absent)
         self._before, self._after = absent.get(first - 1), absent.get(last)
-        if self._after is not None:
-            self._after.keeps = True
 
     @classmethod
     def of(cls, model: PreTrainedModel, share: LayerRange) -> "Span":
@@ -57,51 +88,40 @@ class Span:
         Raises:
             UserError: see `Span`.
         """
-        absent = share.absent(model)
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if module is not None and any(id(t) in absent for t in own_tensors(module)):
-                _put(model, module, _Absent(module))
+        absent, ends = share.absent(model), (model.get_input_embeddings(), model.get_output_embeddings())
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if module in ends and any(id(t) in absent for t in own_tensors(module)):
+                model.set_submodule(name, _Absent(module))
         return cls(model, share.first, share.last)
 
     def __call__(self, token_ids: Tensor, received: Tensor | None, **arguments: Any) -> Tensor:
-        """The hidden states after these layers, (rows, length, width); after the model's last norm where it `ends`.
+        """The hidden states after these layers, (rows, length, width); where the span `ends`, after the last norm.
 
         Args:
             token_ids: (rows, length) int64.
-            received: (rows, length, width), after the layers before; unused where this `begins`.
+            received: hidden states of the part before, (rows, length, width); unused where the span `begins`.
             arguments: of the decoder, beside the tokens.
 
         Raises:
             UserError: the model's layers do not hand on hidden states alone.
         """
-        given = {"input_ids": token_ids}
-        if self._before is not None:
-            self._before.instead = received
-            given = {"inputs_embeds": self._no_embeddings(token_ids)}
-        try:
-            hidden = self._body(**given, use_cache=False, **arguments).last_hidden_state
-        finally:
-            if self._before is not None:
-                self._before.instead = None
-        if self._after is not None:
-            hidden, self._after.taken = self._after.taken, None
-        return checked(hidden, (*token_ids.shape, self.width), self._name)
+        hidden = self._run(token_ids, self._before, received, self._after, **arguments)
+        return self._checked(hidden, *token_ids.shape, self.width)
 
 
 class PassThroughLayer(nn.Module):
     """Replaces a decoder layer: passes its input through, unless told otherwise.
 
     Attributes:
-        instead: hidden states that take the place of the input; None for the input.
-        layer: what the hidden states go through, in a tuple, so that it is no submodule; None for nothing.
-        keeps: whether the result is kept as `taken`.
+        instead: hidden states that replace the input; None leaves the input.
+        layer: called with the hidden states; in a tuple, which makes the layer no submodule. None calls nothing.
+        keeps: True keeps the result as `taken`.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        plain = (str, int, float, bool, type(None))
         for name, value in vars(layer).items():  # such as the kind of mask that the decoder is to pass
-            if not name.startswith("_") and isinstance(value, plain) and name != "training":
+            if not name.startswith("_") and isinstance(value, str | int | float | None) and name != "training":
                 setattr(self, name, value)
         self.instead: Tensor | None = None
         self.layer: tuple[Callable[..., Any]] | None = None
@@ -126,18 +146,11 @@ class PassThroughLayer(nn.Module):
 
 
 class _Absent(nn.Module):
-    """Replaces an embedding or head that nobody calls; of the same width."""
+    """Replaces an embedding or head that nobody calls; has the same width."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.embedding_dim = getattr(module, "embedding_dim", None)
-
-
-def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
 
 
 def _returns_pair(layer: nn.Module) -> bool:
@@ -146,8 +159,8 @@ def _returns_pair(layer: nn.Module) -> bool:
     return any(isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) for node in ast.walk(code))
 
 
-def list_of(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[nn.ModuleList, list[int]]:
-    """The list that holds the layers, and each layer's index in it."""
+def _list_of(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[nn.ModuleList, list[int]]:
+    """The list that holds the layers, and each layer's index in the list."""
     for module in model.base_model.modules():
         held = list(module) if isinstance(module, nn.ModuleList) else []
         if layers and all(layer in held for layer in layers):
@@ -155,19 +168,17 @@ def list_of(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[nn.Mod
     raise UserError(f"{type(model).__name__}: its layers are not in one list: cannot be run in parts")
 
 
-def no_embeddings(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """A function from token ids to embeddings that are all 0, for a forward in which nobody reads them."""
-    zero = torch.zeros((), dtype=model.dtype, device=model.device)
-    size = model.get_input_embeddings().embedding_dim
-    return lambda token_ids: zero.expand(*token_ids.shape, size)
-
-
-def checked(hidden: Any, shape: Sequence[int], name: str) -> Tensor:
-    """Returns `hidden`, which must be hidden states of a shape that begins with `shape`.
-
-    Raises:
-        UserError: it is not; names the model.
-    """
-    if not isinstance(hidden, Tensor) or hidden.shape[: len(shape)] != tuple(shape):
-        raise UserError(f"{name}: its layers do not hand on hidden states alone: cannot be run in parts")
-    return hidden
+@contextmanager
+def open_at(enter: PassThroughLayer | None, received: Tensor | None, leave: PassThroughLayer | None) -> Iterator[None]:
+    """Replaces the input of the layer `enter` by `received`, and lets `leave` keep its result, within this context."""
+    if enter is not None:
+        enter.instead = received
+    if leave is not None:
+        leave.keeps = True
+    try:
+        yield
+    finally:
+        if enter is not None:
+            enter.instead = None
+        if leave is not None:
+            leave.keeps, leave.taken = False, None

@@ -1,4 +1,4 @@
-"""The stock forward one layer at a time: hidden states enter in place of a layer's input, and are taken out behind."""
+"""The stock forward one layer at a time: given hidden states replace a layer's input, and its output is taken out."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,58 +8,43 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cecompile.model.structure import decoder_layers, norms_beside
-from cecompile.partitioned.span import PassThroughLayer, checked, list_of, no_embeddings
+from cecompile.partitioned.span import PassThroughLayer, StockForward, open_at
 
 
-class LayerwiseModel:
+class LayerwiseModel(StockForward):
     """The stock decoder with its layers replaced, so that one layer after another runs within the model's own forward.
 
-    While `open` does not last, the model is as it was.
-
-    Args:
-        model: with the weights of all beside the layers on its device.
-
-    Attributes:
-        layers: the model's own, in order; their weights are not used.
-        width: of the hidden states.
+    Outside of `open` the model is unchanged. `layers` are the model's own, in order; their weights are not used.
 
     Raises:
-        UserError: the model's layers are not in one list.
+        UserError: see `StockForward`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.layers = decoder_layers(model)
-        self.width: int = model.config.get_text_config().hidden_size
-        self._model = model
-        self._norms = norms_beside(model)
-        self._held, self._places = list_of(model, self.layers)
+        super().__init__(model, {})
+        self.layers, self._norms = decoder_layers(model), norms_beside(model)
         self._stations = [PassThroughLayer(layer) for layer in self.layers]
-        self._no_embeddings = no_embeddings(model)
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """While this lasts, the layers are out of the model, and the methods below work."""
+        """Takes the layers out of the model within this context, where the methods below work."""
         for place, station in zip(self._places, self._stations, strict=True):
-            self._held[place] = station
+            self._list[place] = station
         try:
             yield
         finally:
             for place, layer in zip(self._places, self.layers, strict=True):
-                self._held[place] = layer
+                self._list[place] = layer
 
     def begin(self, token_ids: Tensor, **arguments: Any) -> Tensor:
-        """The first layer's input, (rows, length, width).
+        """The first layer's input, (rows, length, width), for `token_ids`, (rows, length) int64.
 
-        Args:
-            token_ids: (rows, length) int64.
-            arguments: of the decoder, beside the tokens.
+        `arguments` are the decoder's, beside the tokens.
 
         Raises:
             UserError: the model's layers do not hand on hidden states alone.
         """
-        with _at_work(self._stations[0]) as station:
-            self._model.base_model(input_ids=token_ids, use_cache=False, **arguments)
-            return self._checked(station.taken, token_ids)
+        return self._run(token_ids, None, None, self._stations[0], **arguments)
 
     def step(
         self, place: int, layer: Callable[..., Any], token_ids: Tensor, received: Tensor, **arguments: Any
@@ -67,54 +52,34 @@ class LayerwiseModel:
         """The output of `layer`, (rows, length, width), run in place of the model's layer of index `place`.
 
         Args:
-            place: decides what the decoder passes to the layer beside the hidden states.
-            layer: called as the model's own.
+            place: decides the decoder's arguments to the layer beside the hidden states.
+            layer: called like the model's own layer.
             token_ids, arguments: see `begin`.
             received: (rows, length, width), which the layer may overwrite.
 
         Raises:
             UserError: see `begin`.
         """
-        calls = [norm._compiled_call_impl for norm in self._norms]
+        station, calls = self._stations[place], [norm._compiled_call_impl for norm in self._norms]
+        station.layer = (layer,)
         for norm in self._norms:  # nobody reads their output
             norm._compiled_call_impl = _same
         try:
-            with _at_work(self._stations[place], received, layer) as station:
-                self._model.base_model(inputs_embeds=self._no_embeddings(token_ids), use_cache=False, **arguments)
-                return self._checked(station.taken, token_ids)
+            return self._run(token_ids, station, received, station, **arguments)
         finally:
+            station.layer = None
             for norm, call in zip(self._norms, calls, strict=True):
                 norm._compiled_call_impl = call
 
     def finish(self, token_ids: Tensor, received: Tensor, **arguments: Any) -> Tensor:
         """The model's last hidden states, (rows, length, width), from the last layer's output; see `step`."""
-        embeddings = self._no_embeddings(token_ids)
-        with _at_work(self._stations[-1], received):
-            hidden = self._model.base_model(inputs_embeds=embeddings, use_cache=False, **arguments)
-            return self._checked(hidden.last_hidden_state, token_ids)
+        return self._run(token_ids, self._stations[-1], received, None, **arguments)
 
     def logits(self, token_ids: Tensor, received: Tensor) -> Tensor:
         """The model's logits, (rows, length, vocabulary), from the last layer's output."""
-        with _at_work(self._stations[-1], received):
-            logits: Tensor = self._model(inputs_embeds=self._no_embeddings(token_ids), use_cache=False).logits
-            return logits
-
-    def _checked(self, hidden: Any, token_ids: Tensor) -> Tensor:
-        return checked(hidden, token_ids.shape, type(self._model).__name__)
+        with open_at(self._stations[-1], received, None):
+            return self._model(inputs_embeds=self._no_embeddings(token_ids), use_cache=False).logits
 
 
 def _same(hidden: Tensor) -> Tensor:
     return hidden
-
-
-@contextmanager
-def _at_work(
-    station: PassThroughLayer, received: Tensor | None = None, layer: Callable[..., Any] | None = None
-) -> Iterator[PassThroughLayer]:
-    """While this lasts, the station takes `received` as its input, calls `layer`, and keeps the result."""
-    station.instead, station.layer, station.keeps = received, None if layer is None else (layer,), True
-    try:
-        yield station
-    finally:
-        station.instead = station.layer = station.taken = None
-        station.keeps = False

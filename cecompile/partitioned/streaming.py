@@ -1,15 +1,15 @@
 """Passes through a model whose layers are not in memory: many passes go through one layer, then through the next.
 
 A sweep takes as many passes as there is memory for their hidden states. Each pass begins (embedding), goes through
-layer after layer as the feed brings them, and finishes (last norm, head). All this is the stock forward with our
-attention, and gives the numbers of `forward.Engine`: a compiled layer is the same code on the same inputs. Each kind of
-layer has one module per place of the feed, a copy of the model's own layer over the weights in that place. So on CUDA a
-bucket has one graph to begin, one per kind and place, and one to finish.
+layer after layer as the feed brings the layers, and finishes (last norm, head). All steps are the stock forward with
+our attention. The results equal those of `forward.Engine`: a compiled layer is the same code on the same inputs. Each
+kind of layer has one module per place of the feed, a copy of the model's own layer over the weights in that place. So
+on CUDA a bucket has one graph to begin, one per kind and place, and one to finish.
 """
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -31,25 +31,19 @@ from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, data_size
 from cecompile.workload.tree import TARGETS
 
+_Step = tuple[int, int] | str  # of a pass: "begin", "finish", or the kind of a layer and its place in the feed
+
 
 @dataclass(frozen=True, slots=True)
 class Streaming:
-    """How a run streamed its layers.
+    """The reading and the waiting of a run with streamed layers."""
 
-    Attributes:
-        sweeps: how often all layers were read.
-        passes_per_sweep: the most passes that went through a layer at once.
-        layer_bytes, read_bytes: read per layer, and in all.
-        read_seconds: during which something was being read.
-        waited_seconds: during which the device waited for a layer.
-    """
-
-    sweeps: int
-    passes_per_sweep: int
-    layer_bytes: int
-    read_bytes: int
-    read_seconds: float
-    waited_seconds: float
+    sweeps: int  # how often all layers were read
+    passes_per_sweep: int  # the most passes that went through a layer at once
+    layer_bytes: int  # read per layer
+    read_bytes: int  # read in all
+    read_seconds: float  # during which something was being read
+    waited_seconds: float  # during which the device waited for a layer
 
     def summary(self) -> dict[str, Any]:
         """Returns results.json's `streaming`."""
@@ -62,49 +56,39 @@ class StreamingEngine:
     Args:
         model: a stock causal model in evaluation mode; its weights beside the layers are on its device.
         buckets: the shapes, largest first.
-        feed: of its layers.
-        passes: how many go through a layer at once; hidden states are kept for each.
+        feed: of the model's layers.
+        passes: the most that go through a layer at once; hidden states are kept for each.
         attention, compiled, readout_chunk: see `forward.Engine`.
 
     Attributes:
         modules: the layers that run in place of the model's own.
-        streaming: how the last `run` streamed its layers.
+        streaming: of the last `run`; None before the first.
 
     Raises:
         UserError: this model's layers cannot be streamed.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        buckets: Sequence[Bucket],
-        feed: LayerFeed,
-        *,
-        passes: int,
-        attention: str,
-        compiled: bool,
-        readout_chunk: int,
-    ) -> None:
+        self, model: PreTrainedModel, buckets: Sequence[Bucket], feed: LayerFeed, *, passes: int, attention: str,
+        compiled: bool, readout_chunk: int,
+    ) -> None:  # fmt: skip
         self.stations = LayerwiseModel(model)
         self.buckets = tuple(buckets)
         self.feed = feed
         self.streaming: Streaming | None = None
         install(model, attention)
-        self._model = model
-        self._device = model.device
+        self._model, self._device = model, model.device
         self._chunk = readout_chunk
         self._kinds = kinds_of(model)
-        self._modules = [
-            [_module(model, self._kinds.index(kind), feed, place) for place in range(PLACES)]
-            for kind in range(max(self._kinds) + 1)
-        ]
+        turns = [(kind, turn) for kind in range(max(self._kinds) + 1) for turn in range(PLACES)]
+        self._modules = {(kind, turn): _module(model, self._kinds.index(kind), feed, turn) for kind, turn in turns}
         self._readout = readout_of(model)
         beside = compiled_parts(model)[feed.layers :]
-        self.modules: list[nn.Module] = [module for places in self._modules for module in places]
+        self.modules = list(self._modules.values())
         for module in beside:
             module._compiled_call_impl = None  # another engine may have set it
         if compiled:
-            options = compile_options(model, inputs_free=True)  # a layer's input lies in a buffer of ours
+            options = compile_options(model, inputs_free=True)  # a layer's input lies in a buffer of this engine
             self._readout = compile_modules([*self.modules, *beside], self._readout, options)
         on_cuda = self._device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if on_cuda and compiled else None
@@ -119,35 +103,19 @@ class StreamingEngine:
     def warm_up(self, done: Callable[[Bucket], None] = lambda _: None) -> None:
         """Compiles, runs and captures every bucket, largest first. `done` is called after each."""
         self.feed.settle()  # while a graph is captured, no other thread may use the device
+        steps: list[_Step] = ["begin", *self._modules, "finish"]
         with self.stations.open():
             for shape in self._shapes:
-                self._warm_up(shape)
+                hidden = self._places[0].hidden_of(shape.bucket) if self._pool is None else shape.hidden
+                for step in steps:
+                    compute = functools.partial(self._compute, shape, step, hidden, shape.bucket.readouts)
+                    if self._pool is None:
+                        compute()
+                    else:
+                        shape.graphs[step] = capture(compute, self._pool)
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)
                 done(shape.bucket)
-
-    def _warm_up(self, shape: "_Shape") -> None:
-        hidden = shape.hidden if shape.hidden is not None else self._places[0].hidden_of(shape.bucket)
-
-        def begin() -> None:
-            hidden.copy_(self._embedded(shape))
-
-        def step(kind: int, turn: int) -> None:
-            hidden.copy_(self._through(shape, kind, turn, hidden))
-
-        def finish() -> None:
-            self._read_out(shape, hidden, shape.bucket.readouts)
-
-        turns = [(kind, turn) for kind in range(len(self._modules)) for turn in range(PLACES)]
-        if self._pool is not None:
-            shape.begin = capture(begin, self._pool)
-            shape.steps = {which: capture(functools.partial(step, *which), self._pool) for which in turns}
-            shape.finish = capture(finish, self._pool)
-        else:
-            begin()
-            for which in turns:
-                step(*which)
-            finish()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
     @torch.inference_mode()
     def run(self, passes: Iterable[StagedPass], done: Done = lambda *_: None) -> list[Readouts]:
@@ -171,29 +139,22 @@ class StreamingEngine:
 
     def _sweep(self, passes: Sequence[StagedPass], collector: Collector) -> float:
         """Runs some passes; returns the seconds that a CUDA device waited for layers."""
-        feed = self.feed
         waits: list[torch.cuda.Event] = []  # pairs: all before a layer is queued, and the layer has come
         at_work = [(self._places[i], self._shapes[one.bucket]) for i, one in enumerate(passes)]
-        feed.rewind()
+        self.feed.rewind()
         with self.stations.open():
             self._send(passes)
             for place, shape in at_work:
-                shape.take(place)
-                hidden = place.hidden_of(shape.bucket)
-                if shape.begin is None or shape.hidden is None:
-                    hidden.copy_(self._embedded(shape))
-                else:
-                    shape.begin.replay()
-                    hidden.copy_(shape.hidden)
+                self._run(place, shape, "begin")
             for kind in self._kinds:
                 self._mark(waits)
-                turn = feed.take()
+                turn = self.feed.take()
                 self._mark(waits)
                 for place, shape in at_work:
-                    self._step(place, shape, kind, turn)
-                feed.give_back()
+                    self._run(place, shape, (kind, turn))
+                self.feed.give_back()
             for one, (place, shape) in zip(passes, at_work, strict=True):
-                self._finish(one, place, shape)
+                self._run(place, shape, "finish", int(one.entry.max()) // TARGETS + 1)
                 collector.add(one, shape.fetch())
             collector.flush()
         return sum(begun.elapsed_time(ended) for begun, ended in zip(waits[::2], waits[1::2], strict=True)) / 1000
@@ -212,57 +173,44 @@ class StreamingEngine:
         if self._copies is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._copies)
 
-    def _step(self, place: "_Place", shape: "_Shape", kind: int, turn: int) -> None:
-        """Runs one pass through the layer in place `turn` of the feed."""
-        shape.take(place)
+    def _run(self, place: "_Place", shape: "_Shape", step: _Step, readouts: int = 0) -> None:
+        """Runs one step of the pass in a place, by the step's graph where there is one; see `_compute`."""
+        shape.data.copy_(place.data[: len(shape.data)])
         hidden = place.hidden_of(shape.bucket)
-        if shape.hidden is None:
-            hidden.copy_(self._through(shape, kind, turn, hidden))
-        else:
+        if self._pool is None:
+            self._compute(shape, step, hidden, readouts)
+            return
+        if step != "begin":
             shape.hidden.copy_(hidden)
-            shape.steps[kind, turn].replay()
+        shape.graphs[step].replay()
+        if step != "finish":
             hidden.copy_(shape.hidden)
 
-    def _finish(self, one: StagedPass, place: "_Place", shape: "_Shape") -> None:
-        """Reads one pass out."""
-        shape.take(place)
-        hidden = place.hidden_of(shape.bucket)
-        if shape.finish is None or shape.hidden is None:
-            self._read_out(shape, hidden, int(one.entry.max()) // TARGETS + 1)
-        else:
-            shape.hidden.copy_(hidden)
-            shape.finish.replay()
+    def _compute(self, shape: "_Shape", step: _Step, hidden: Tensor, readouts: int) -> None:
+        """Runs one step of the pass in a bucket's buffers.
 
-    def _embedded(self, shape: "_Shape") -> Tensor:
+        Overwrites the pass's `hidden` states, (rows, length, width); to finish, computes at least `readouts` readouts.
+        """
         with shape.masks.active():
-            return self.stations.begin(**shape.arguments(self._model))
-
-    def _through(self, shape: "_Shape", kind: int, turn: int, hidden: Tensor) -> Tensor:
-        with shape.masks.active():
-            place, layer = self._kinds.index(kind), self._modules[kind][turn]
-            return self.stations.step(place, layer, received=hidden, **shape.arguments(self._model))
-
-    def _read_out(self, shape: "_Shape", hidden: Tensor, readouts: int) -> None:
-        with shape.masks.active():
-            hidden = self.stations.finish(received=hidden, **shape.arguments(self._model))
-        shape.read_out(self._readout, hidden, readouts, self._chunk)
+            arguments = shape.arguments(self._model)
+            if step == "begin":
+                hidden.copy_(self.stations.begin(**arguments))
+            elif isinstance(step, tuple):
+                place, layer = self._kinds.index(step[0]), self._modules[step]
+                hidden.copy_(self.stations.step(place, layer, received=hidden, **arguments))
+            else:
+                hidden = self.stations.finish(received=hidden, **arguments)
+        if step == "finish":
+            shape.read_out(self._readout, hidden, readouts, self._chunk)
 
 
 class _Shape(BucketBuffers):
-    """A bucket's buffers, and its graphs once captured; these read and write `hidden`, which only they need."""
+    """A bucket's buffers, and its graphs once captured. The graphs use `hidden`, which has width 0 without graphs."""
 
     def __init__(self, bucket: Bucket, blocks: bool, width: int, model: PreTrainedModel) -> None:
         super().__init__(bucket, blocks, model.device)
-        self.begin: torch.cuda.CUDAGraph | None = None
-        self.finish: torch.cuda.CUDAGraph | None = None
-        self.steps: Mapping[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self.hidden: Tensor | None = None
-        if width:
-            self.hidden = torch.zeros(*bucket.shape, width, dtype=model.dtype, device=model.device)
-
-    def take(self, place: "_Place") -> None:
-        """Copies a pass's data into the bucket's buffer."""
-        self.data.copy_(place.data[: len(self.data)])
+        self.graphs: dict[_Step, torch.cuda.CUDAGraph] = {}
+        self.hidden = torch.zeros(*bucket.shape, width, dtype=model.dtype, device=model.device)
 
 
 class _Place:
@@ -279,9 +227,8 @@ class _Place:
 
 def _module(model: PreTrainedModel, index: int, feed: LayerFeed, place: int) -> nn.Module:
     """A copy of a layer over the weights in a place of the feed."""
-    config = model.config
-    memo = {id(one): one for one in (config, config.get_text_config())}  # not copied: they name the attention in use
-    layer = copy.deepcopy(decoder_layers(model)[index], memo)
+    configs = (model.config, model.config.get_text_config())  # not copied: the configurations name the attention in use
+    layer = copy.deepcopy(decoder_layers(model)[index], {id(one): one for one in configs})
     views_of = feed.layout.views(feed.places[place])
     for name, module in layer.named_modules():
         for held in (module._parameters, module._buffers):

@@ -4,14 +4,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cecompile.engine.forward import Engine
-from cecompile.engine.reference import rounding
-from cecompile.engine.verify import ROUNDED, as_stock, distance, picked_of
+from cecompile.engine.reference import AllLogits, as_batch, rounding
+from cecompile.engine.verify import ROUNDED, Got, as_stock, distance, picked_of
 from cecompile.partitioned.layer_feed import LayerFeed
 from cecompile.partitioned.pipeline import Stage
 from cecompile.partitioned.stations import LayerwiseModel
@@ -24,15 +23,19 @@ from cecompile.workload.stage import StagedPass
 def sweep_disagreement(
     engine: StreamingEngine, model: PreTrainedModel, stock: str, sequences: Sequences, staged: Sequence[StagedPass]
 ) -> float:
-    """`disagreement` of a streaming engine; the stock layers, too, run in one sweep over all sequences."""
+    """The `disagreement` of a streaming engine; the stock layers, too, run in one sweep over all sequences."""
     picked = picked_of(engine.run, sequences, staged)
     run = functools.partial(stock_sweep, model, engine.stations, engine.feed)
-    which = sorted({i for ours in picked for i in ours})
     with as_stock(model, stock):
-        last = [int(sequences.predicted[i]) for i in which]
-        expected = dict(zip(which, run([sequences.inputs(i) for i in which], last), strict=True))
-        few = list(picked[0])[:ROUNDED]
+        expected, few = _expected(run, sequences, picked), list(picked[0])[:ROUNDED]
         return distance(model, sequences, picked, lambda: rounding(model, sequences, few, run), expected)
+
+
+def _expected(run: AllLogits, sequences: Sequences, picked: Sequence[Got]) -> dict[int, Tensor]:
+    """The stock model's logits of all sequences that were picked from passes, by sequence."""
+    which = sorted({i for ours in picked for i in ours})
+    logits = run([sequences.inputs(i) for i in which], [int(sequences.predicted[i]) for i in which])
+    return dict(zip(which, logits, strict=True))
 
 
 def stock_sweep(
@@ -40,9 +43,9 @@ def stock_sweep(
 ) -> list[Tensor]:
     """The stock model's logits at the `last` tokens of each input, (last, vocabulary) float32.
 
-    Each layer is the model's own, called with the weights that the feed brings.
+    Each layer is the model's own, called with the weights from the feed.
     """
-    tokens = [torch.from_numpy(one.astype(np.int64)).to(model.device)[None] for one in inputs]
+    tokens = [as_batch(model, one) for one in inputs]
     feed.rewind()
     with stations.open():
         hidden = [stations.begin(one) for one in tokens]
@@ -63,7 +66,7 @@ def pipeline_disagreement(
     engine: Engine, stage: Stage, model: PreTrainedModel, stock: str, sequences: Sequences,
     staged: Sequence[StagedPass],
 ) -> float | None:  # fmt: skip
-    """`disagreement` of a stage's engine, through all stages of the pipeline, each of which calls this.
+    """The `disagreement` of a stage's engine, through all stages of the pipeline, each of which calls this function.
 
     Returns:
         0 from all stages but the last, which alone has logits to compare. None from a stage with too little memory.
@@ -71,15 +74,12 @@ def pipeline_disagreement(
     picked = picked_of(engine.run, sequences, staged)
 
     def run(inputs: Sequence[Ints], last: Sequence[int]) -> list[Tensor]:
-        tokens = (torch.from_numpy(one.astype(np.int64)).to(model.device)[None] for one in inputs)
-        return [stage.alone(one)[0, -n:].float() for one, n in zip(tokens, last, strict=True)]
+        return [stage.alone(as_batch(model, one))[0, -n:].float() for one, n in zip(inputs, last, strict=True)]
 
     with as_stock(model, stock):
         stage.suffices = True
-        which = [i for got in picked for i in got]
-        logits = run([sequences.inputs(i) for i in which], [int(sequences.predicted[i]) for i in which])
-        expected = dict(zip(which, logits, strict=True))
-        rounded = rounding(model, sequences, list(picked[0])[:ROUNDED], run)
+        expected = _expected(run, sequences, picked)
+        rounded = rounding(model, sequences, list(picked[0])[:ROUNDED], run)  # always: all stages must take part
         if not stage.suffices:
             return None
         return distance(model, sequences, picked, lambda: rounded, expected) if stage.ends else 0.0

@@ -1,4 +1,4 @@
-"""Estimates the time of a plan on a device, from counts and public figures; nothing is measured.
+"""Estimates the time of a plan on a device, from counts and public figures; measures nothing.
 
 A pass takes the time of its linear layers (arithmetic, or reading the weights if that is longer), of attention, of
 elementwise kernels' memory traffic, of the head on the readouts, and an overhead per layer and per pass. Each other
@@ -6,8 +6,7 @@ phase has one assumed rate. The inference phase is checked against the runs in `
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig
 
@@ -34,20 +33,16 @@ COMPILE = {"cold": 10.0, "warm": 2.5}  # seconds a bucket shape: the layer and t
 WARMUP_PASSES = 3  # of each bucket: two before it is captured, one that is checked against the stock model
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """An inference phase measured on an H100 SXM 80GB, in bfloat16 with captured passes of one bucket.
+class Measured(NamedTuple):
+    """An inference phase measured on an H100 SXM 80GB, in bfloat16 with captured passes of one bucket."""
 
-    `config` is that of `AutoConfig.for_model`.
-    """
-
-    config: dict[str, Any]
+    config: dict[str, Any]  # arguments of `AutoConfig.for_model`
     bucket: Bucket
     runs: int
     seconds: float
 
 
-# HellaSwag validation with the Llama-2 tokenizer: all of it, then the first 2,000 questions.
+# HellaSwag validation with the Llama-2 tokenizer: all questions, and for Phi-3-medium the first 2,000.
 MEASURED_PROFILE = "h100"
 MEASURED_KEYS = 256  # see `keys_per_query`
 _LLAMA = {"model_type": "llama", "vocab_size": 32_000, "num_attention_heads": 32}
@@ -67,10 +62,7 @@ MEASURED = {
 
 
 def keys_per_query(plan: Plan | Totals, sequences: int) -> int:
-    """Keys that attention visits for a query.
-
-    With sparse tiles, the mean depth rounded up to tiles, and one tile more; else the longest row.
-    """
+    """Keys that attention visits for a query: the longest row, or with sparse tiles the mean depth and a tile more."""
     if not plan.geometry.blocks:
         return max(b.length for b in plan.buckets)
     return -(-plan.unshared_tokens // sequences // BLOCK) * BLOCK + BLOCK
@@ -81,7 +73,7 @@ def pass_seconds(profile: Profile, sizes: Sizes, bucket: Bucket, keys: int) -> f
 
     Every matrix has one hidden-sized side. The activation on its other side is written or read by another kernel
     (attention reads q, k and v and writes its output; the activation function reads the gate and writes the product).
-    So a token has as many values of these activations as there are weights for each hidden unit.
+    So a token has as many values of such activations as there are weights for each hidden unit.
     """
     slots = bucket.slots
     weights = sizes.layer_parameters * VALUE / profile.bandwidth
@@ -101,10 +93,9 @@ def inference_seconds(profile: Profile, sizes: Sizes, runs: Sequence[tuple[Bucke
 
 
 def phase_seconds(profile: Profile, sizes: Sizes, plan: Plan | Totals, sequences: int) -> dict[str, float]:
-    """Seconds of each phase of a plan for `sequences` sequences; of warm-up both without and with a warm cache.
+    """Seconds of each phase of a plan for `sequences` sequences; warm-up with both a cold and a warm cache.
 
-    The checkpoint is read while libraries are imported, as `prefetch` does. With a warm cache, compiling overlaps
-    loading.
+    Libraries are imported while `prefetch` reads the checkpoint. With a warm cache, compiling overlaps loading.
     """
     keys = keys_per_query(plan, sequences)
     settle = sum(WARMUP_PASSES * pass_seconds(profile, sizes, bucket, keys) for bucket in plan.buckets)
@@ -124,20 +115,19 @@ def phase_seconds(profile: Profile, sizes: Sizes, plan: Plan | Totals, sequences
 
 def model_error() -> float:
     """The largest deviation of the estimated inference phase from a measured one, relative to the measured one."""
-    deviations = []
-    for one in MEASURED.values():
-        sizes = model_sizes(AutoConfig.for_model(**one.config), "bfloat16")
-        estimated = inference_seconds(PROFILES[MEASURED_PROFILE], sizes, [(one.bucket, one.runs)], MEASURED_KEYS)
-        deviations.append(abs(estimated / one.seconds - 1))
+    profile, deviations = PROFILES[MEASURED_PROFILE], []
+    for config, bucket, runs, seconds in MEASURED.values():
+        sizes = model_sizes(AutoConfig.for_model(**config), "bfloat16")
+        deviations.append(abs(inference_seconds(profile, sizes, [(bucket, runs)], MEASURED_KEYS) / seconds - 1))
     return max(deviations)
 
 
 def streamed_seconds(profile: Profile, streaming: dict[str, int], layers: int, inference: float) -> dict[str, Any]:
-    """The inference phase with streamed layers, from its seconds with all weights in memory.
+    """The inference phase with streamed layers, from the phase's seconds with all weights in memory.
 
     Returns:
-        read_s: of one layer; compute_s: of one layer for the passes of a sweep; inference: seconds of the phase;
-        verdict: which of the two the run waits for.
+        read_s, compute_s: seconds to read a layer, and to compute a layer for the passes of a sweep. inference: seconds
+        of the phase. verdict: whether the run waits for reading or for computing.
     """
     read, steps = streaming["layer_bytes"] / profile.storage_rate, streaming["sweeps"] * layers
     compute = inference / steps
@@ -152,10 +142,8 @@ def estimate(
 ) -> dict[str, Any]:
     """The `estimate` in `plan --json`: seconds of each phase on a device, labelled.
 
-    Args:
-        name: one of PROFILES.
-        plan: made for the device (see `as_planned_on`) and `sequences` sequences.
-        streaming: the plan's, where layers are streamed.
+    `name` is one of PROFILES. The plan is made for the device (see `as_planned_on`) and `sequences` sequences;
+    `streaming` is the plan's, where layers are streamed.
 
     Raises:
         UserError: transformers cannot build the model.
@@ -182,19 +170,18 @@ def estimate(
 
 
 def weights_fit(name: str, parameters: int) -> bool:
-    """Whether a device's memory holds this number of weights, in 16 bits."""
+    """Whether a device's memory holds `parameters` weights, in 16 bits."""
     return parameters * VALUE < PROFILES[name].memory
 
 
 def as_planned_on(name: str, how: dict[str, Any]) -> dict[str, Any]:
     """A scorer's options for making, on any machine, the plan that a device would run.
 
-    Args:
-        name: one of PROFILES, all of which are CUDA devices.
-        how: `attention`, `memory_limit` and `dtype` as a user gave them; other options are passed on.
+    `name` is one of PROFILES, all of which are CUDA devices. `how` has `attention`, `memory_limit` and `dtype` as the
+    user gave them; other options are passed on.
 
     Raises:
-        UserError: float32 is asked for, and the figures are those of 16-bit arithmetic.
+        UserError: float32 is asked for; the profiles' figures are for 16-bit arithmetic.
     """
     if how["dtype"] == "float32":
         raise UserError("--profile: estimates are for bfloat16 and float16; leave out --dtype float32")

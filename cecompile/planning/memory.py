@@ -2,8 +2,8 @@
 
 The parts are counted from the model's configuration, before anything is loaded. The factors and constants of `FITS`
 were fitted to measured peaks. On an H100, for Llama 1.1B and 6.7B with 8,192 slots and Phi-3-medium with 4,096, in
-bfloat16 with FlexAttention, the sum is within 1 % of what torch reserved. On two CPU cores, for Llamas of 55 to 625 MB
-with 512 to 8,192 slots, the sum is within 10 % of the process's peak.
+bfloat16 with FlexAttention, the sum is within 1 % of the bytes that torch reserved. On two CPU cores, for Llamas of 55
+to 625 MB with 512 to 8,192 slots, the sum is within 10 % of the process's peak.
 """
 
 from dataclasses import asdict, dataclass
@@ -21,31 +21,19 @@ from cecompile.workload.stage import data_size
 MiB = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """The factors between a run's shapes and its memory.
-
-    Attributes:
-        widths: hidden states held at once, in the model's width; three more in the MLP's width are always counted.
-        factor: memory of the activations, relative to these hidden states.
-        fixed: bytes for workspaces and allocator rounding, and on a CPU for the compiler.
-    """
-
-    widths: int
-    factor: float
-    fixed: int
-
-
+# Per device and engine: hidden states held at once in the model's width (three more in the MLP's width are always
+# counted); memory of the activations, relative to these hidden states; bytes for workspaces and allocator rounding, and
+# on a CPU for the compiler.
 FITS = {
-    ("cuda", "compiled"): Fit(2, 1.2, 70 * MiB),
-    ("cuda", "eager"): Fit(2, 2.5, 70 * MiB),
-    ("cpu", "compiled"): Fit(8, 0.85, 95 * MiB),
-    ("cpu", "eager"): Fit(8, 1.0, 80 * MiB),
+    ("cuda", "compiled"): (2, 1.2, 70 * MiB),
+    ("cuda", "eager"): (2, 2.5, 70 * MiB),
+    ("cpu", "compiled"): (8, 0.85, 95 * MiB),
+    ("cpu", "eager"): (8, 1.0, 80 * MiB),
 }
 LOADING = {"cuda": 0, "cpu": 264 * MiB}  # bytes of the device's memory that reading files takes at most, and gives back
 BUCKETS = 2  # all buckets' hidden states, in those of the largest: each is at most half as large as the one before
 # Streamed layers take more, in hidden states of a pass and in bytes. Fitted on an H100 to Llamas of 0.5 GB (2,048 to
-# 8,192 slots) and 13.5 GB (8,192); the sum is within 10 % of what torch reserved.
+# 8,192 slots) and 13.5 GB (8,192); the sum is within 10 % of the bytes that torch reserved.
 SPARE, FEEDING = {"cuda": 4, "cpu": 0}, {"cuda": 38 * MiB, "cpu": 0}
 USABLE = {"cuda": 0.985, "cpu": 0.92}  # the share of the memory that a prediction may fill
 
@@ -54,7 +42,7 @@ USABLE = {"cuda": 0.985, "cpu": 0.92}  # the share of the memory that a predicti
 class Budget:
     """Bytes a run needs, by part.
 
-    `cache` is for decoding; with `in_turns`, decoding and captured passes use one memory pool in turns. Where layers
+    `cache` is for decoding. With `in_turns`, decoding and captured passes use one memory pool in turns. Where layers
     are streamed, `hidden` is for the passes under way, and `weights` has room for two layers.
     """
 
@@ -83,19 +71,12 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class TargetDevice:
-    """A device to plan for that this machine lacks. Models run there in 16 bits.
+    """A device to plan for that this machine lacks. Models run in 16 bits on the device."""
 
-    Attributes:
-        name: for messages.
-        kind: "cuda" or "cpu".
-        room: bytes that a prediction may fill.
-        tokens_per_bucket: slots of a pass, where memory suffices and nothing else is asked for.
-    """
-
-    name: str
-    kind: str
-    room: int
-    tokens_per_bucket: int
+    name: str  # for messages
+    kind: str  # "cuda" or "cpu"
+    room: int  # bytes that a prediction may fill
+    tokens_per_bucket: int  # slots of a pass, where memory suffices and the user asks for nothing else
 
 
 def budget(
@@ -108,41 +89,33 @@ def budget(
         device: "cpu" or "cuda".
         engine: "compiled" or "eager".
         decoding: the decoder's shape, where answers are decoded.
-        streamed: the layers, where they are streamed; `sizes` then counts the rest of the model.
+        streamed: counts of the layers, where layers are streamed; `sizes` then counts the rest of the model.
     """
-    slots = geometry.rows * geometry.length
-    fit, in_turns = FITS[device, engine], (device, engine) == ("cuda", "compiled")
-    per_slot = fit.factor * (fit.widths * sizes.width + 3 * sizes.inner) * sizes.itemsize
+    slots, chunk = geometry.rows * geometry.length, geometry.readout_chunk
+    (widths, factor, fixed), in_turns = FITS[device, engine], (device, engine) == ("cuda", "compiled")
+    per_slot = factor * (widths * sizes.width + 3 * sizes.inner) * sizes.itemsize
     pairs = 0 if geometry.blocks else geometry.rows * geometry.length**2
-    logits = geometry.readout_chunk * sizes.vocabulary
-    resident = sizes.parameters * sizes.itemsize
-    held = 0 if streamed is None else PLACES * streamed.layer_bytes
-    read = resident if streamed is None else resident + streamed.layers * streamed.layer_bytes
+    logits = chunk * sizes.vocabulary
+    read = resident = sizes.parameters * sizes.itemsize
+    held = hidden = cache = 0
+    if streamed is not None:
+        held, read = PLACES * streamed.layer_bytes, resident + streamed.layers * streamed.layer_bytes
+        data = data_size(Bucket(geometry.rows, geometry.length, -(-slots // chunk) * chunk), geometry.blocks)
+        one_pass = slots * sizes.width * sizes.itemsize + 4 * data  # under way: hidden states and data
+        hidden = (streamed.passes + BUCKETS + SPARE[device]) * one_pass
+        fixed += FEEDING[device]
+    if decoding is not None:  # keys and values, a step's mask over them, and the step's tokens
+        tokens = decoding.step_tokens[0]
+        step_mask = tokens * decoding.slots * (1 + (1 + sizes.groups) * sizes.itemsize)
+        cache = decoding.slots * sizes.cached * sizes.itemsize + step_mask + int(tokens * per_slot if in_turns else 0)
     return Budget(
         weights=resident + held,
         activations=int(slots * per_slot) + sizes.states * slots * sizes.width * sizes.itemsize,
         mask=pairs * (sizes.itemsize + 1),
         head=logits * (sizes.itemsize if engine == "compiled" else sizes.itemsize + 8),
-        cache=0 if decoding is None else _cache(sizes, decoding, per_slot if in_turns else 0),
-        fixed=fit.fixed + (0 if streamed is None else FEEDING[device]),
+        cache=cache, fixed=fixed, hidden=hidden, in_turns=in_turns,
         loading=max(0, min(LOADING[device], read) - held),  # files are read before the layers' places are allocated
-        in_turns=in_turns,
-        hidden=0 if streamed is None else (streamed.passes + BUCKETS + SPARE[device]) * pass_bytes(sizes, geometry),
-    )
-
-
-def pass_bytes(sizes: Sizes, geometry: Geometry) -> int:
-    """Bytes of a pass under way: its hidden states and its data."""
-    slots, chunk = geometry.rows * geometry.length, geometry.readout_chunk
-    bucket = Bucket(geometry.rows, geometry.length, -(-slots // chunk) * chunk)
-    return slots * sizes.width * sizes.itemsize + 4 * data_size(bucket, geometry.blocks)
-
-
-def _cache(sizes: Sizes, decoding: DecodeShape, per_token: float) -> int:
-    """Bytes of all keys and values, of a step's mask over them, and of the step's tokens at `per_token` bytes."""
-    tokens = decoding.step_tokens[0]
-    mask = tokens * decoding.slots * (1 + (1 + sizes.groups) * sizes.itemsize)
-    return decoding.slots * sizes.cached * sizes.itemsize + mask + int(tokens * per_token)
+    )  # fmt: skip
 
 
 def reading(device: torch.device) -> int:
@@ -155,8 +128,8 @@ def refuse(
 ) -> UserError:
     """The error for a run that cannot fit. States the bytes needed, the bytes there are, and a way out if any."""
     there = f"{max(0, limit) / 1e9:.1f} GB are there on {device}" + (f"; {way_out}" if way_out else "")
-    if needed.weights + needed.fixed > limit:
-        return UserError(f"{name}: weights alone need {(needed.weights + needed.fixed) / 1e9:.1f} GB, {there}")
-    return UserError(
-        f"{name}: needs {needed.total / 1e9:.1f} GB with buckets of {slots} tokens, the smallest possible, {there}"
-    )
+    least = needed.weights + needed.fixed
+    if least > limit:
+        return UserError(f"{name}: weights alone need {least / 1e9:.1f} GB, {there}")
+    needs = f"needs {needed.total / 1e9:.1f} GB with buckets of {slots} tokens, the smallest possible"
+    return UserError(f"{name}: {needs}, {there}")

@@ -16,33 +16,21 @@ RECEIVED, SENT = 1, 3  # a stage's buffers: one is received into; one is filled 
 class Sizes:
     """Counts that decide a model's memory and speed.
 
-    Of a stage, `parameters` and `vocabulary` are the stage's own, the other counts the whole model's.
-
-    Attributes:
-        parameters: number of weights, each tied one once.
-        layers: decoder layers.
-        layer_parameters: weights in the matrices of all decoder layers.
-        active_parameters: of these, the weights that one token is multiplied with: not those of the other experts.
-        width, inner, vocabulary: of hidden states, of the MLP's hidden states, of the logits; 0 without a head.
-        cached: values of keys and values per token, over all layers.
-        groups: queries' heads per keys' head.
-        key_cost: arithmetic of a token looking at one more key, relative to that of all weights in decoder layers.
-        itemsize: bytes of a weight and of an activation.
-        states: buffers of hidden states received from or sent to other stages.
+    For a stage, `parameters` and `vocabulary` are the stage's own; the other counts are the whole model's.
     """
 
-    parameters: int
-    layers: int
-    layer_parameters: int
-    active_parameters: int
-    width: int
-    inner: int
-    vocabulary: int
-    cached: int
-    groups: int
-    key_cost: float
-    itemsize: int
-    states: int = 0
+    parameters: int  # number of weights, each tied weight counted once
+    layers: int  # decoder layers
+    layer_parameters: int  # weights in the matrices of all decoder layers
+    active_parameters: int  # as `layer_parameters`, but only the weights that one token is multiplied with
+    width: int  # values of a hidden state
+    inner: int  # values of a hidden state within the MLP
+    vocabulary: int  # logits of a token; 0 without a head
+    cached: int  # values of keys and values per token, over all layers
+    groups: int  # queries' heads per keys' head
+    key_cost: float  # arithmetic of a token looking at one more key, relative to all weights in decoder layers
+    itemsize: int  # bytes of a weight and of an activation
+    states: int = 0  # buffers of hidden states received from or sent to other stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +43,7 @@ class Streamed:
 
 
 def streamed_sizes(config: Any, itemsize: int) -> Streamed:
-    """Counts a model's layers, in values of `itemsize` bytes. Raises UserError: the layers cannot be streamed."""
+    """Counts a model's layers, in values of `itemsize` bytes. Raises UserError where the layers cannot be streamed."""
     model = on_meta(config)
     layout = layer_layout(model)
     kinds_of(model)  # refuses a model of too many kinds
@@ -67,7 +55,7 @@ def model_sizes(config: Any, dtype: str, share: LayerRange | None = None) -> Siz
 
     Args:
         dtype: "auto" (the configuration's), "float32", "bfloat16" or "float16".
-        share: the weights that a stage holds; None is all.
+        share: the weights that a stage holds; None is the whole model.
 
     Raises:
         UserError: transformers cannot build a causal model from the configuration.
@@ -77,7 +65,9 @@ def model_sizes(config: Any, dtype: str, share: LayerRange | None = None) -> Siz
     width, heads, depth = text.hidden_size, text.num_attention_heads, text.num_hidden_layers
     inner = (getattr(text, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
     kept = getattr(text, "num_key_value_heads", None) or heads
-    head_size = getattr(text, "head_dim", None) or width // heads
+    head_size = key_size = value_size = getattr(text, "head_dim", None) or width // heads
+    if getattr(text, "kv_lora_rank", None):
+        key_size, value_size = text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
     resolved = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     absent = set() if share is None else share.absent(model)
     layers, used = decoder_layers(model), experts_used(text)
@@ -90,7 +80,7 @@ def model_sizes(config: Any, dtype: str, share: LayerRange | None = None) -> Siz
         width=width,
         inner=next((n for n in inner if n), 4 * width),
         vocabulary=text.vocab_size if share is None or share.with_head else 0,
-        cached=depth * kept * _key_and_value(text, head_size),
+        cached=depth * kept * (key_size + value_size),
         groups=heads // kept,
         key_cost=2 * depth * heads * head_size / max(1, inside),
         itemsize=resolved.itemsize,
@@ -99,39 +89,25 @@ def model_sizes(config: Any, dtype: str, share: LayerRange | None = None) -> Siz
 
 
 class StageSizes:
-    """The `Sizes` of any stage of a pipeline of at least two, counted once. See `model_sizes`."""
+    """The `Sizes` of any stage of a pipeline of at least two stages; each kind of stage is counted once."""
 
     def __init__(self, config: Any, dtype: str, stages: int) -> None:
         self._layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(on_meta(config))]
         count = len(self._layers)
-        first = LayerRange(0, 1, count, with_head=False)
-        final = LayerRange(count - 1, count, count, with_embedding=False)
-        ends = [self._beside(config, dtype, share) for share in (first, final)]
-        if stages > 2:
-            between = self._beside(config, dtype, LayerRange(1, 2, count, with_embedding=False, with_head=False))
-            ends[1:1] = (stages - 2) * [between]
-        self._without_layers = ends
-
-    def _beside(self, config: Any, dtype: str, share: LayerRange) -> Sizes:
-        """Sizes of a share of one layer, without the layer's weights."""
-        sizes = model_sizes(config, dtype, share)
-        return replace(sizes, parameters=sizes.parameters - self._layers[share.first])
+        between = LayerRange(1, 2, count, with_embedding=False, with_head=False)
+        self._shares = [LayerRange(0, 1, count, with_head=False)] + (stages - 2) * [between]
+        self._shares.append(LayerRange(count - 1, count, count, with_embedding=False))
+        self._sizes = {share: model_sizes(config, dtype, share) for share in set(self._shares)}
 
     def of(self, stage: int, first: int, last: int) -> Sizes:
         """Sizes of a stage that holds the layers from `first` to before `last`."""
-        one = self._without_layers[stage]
-        return replace(one, parameters=one.parameters + sum(self._layers[first:last]))
-
-
-def _key_and_value(text: Any, head_size: int) -> int:
-    """Values of one head's key and value together."""
-    if getattr(text, "kv_lora_rank", None):
-        return int(text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
-    return 2 * int(head_size)
+        share = self._shares[stage]  # with one layer
+        more = sum(self._layers[first:last]) - self._layers[share.first]
+        return replace(self._sizes[share], parameters=self._sizes[share].parameters + more)
 
 
 def matrix_parameters(layer: nn.Module, used: float = 1.0) -> int:
-    """Weights in a layer's matrices (GPT-2's Conv1D and stacked experts too); of experts only the share `used`."""
+    """Weights in a layer's matrices, also GPT-2's Conv1D and stacked experts; of experts only the share `used`."""
     sizes = {name: p.numel() for name, p in layer.named_parameters() if p.dim() > 1}
     return sum(round(n * used) if "experts" in name.split(".") else n for name, n in sizes.items())
 

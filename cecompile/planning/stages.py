@@ -1,6 +1,7 @@
 """The division of a model's layers among the stages of a pipeline."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 from cecompile.model.structure import LayerRange, decoder_layers, on_meta
@@ -10,22 +11,16 @@ Fits = Callable[[int, int, int], bool]  # (stage, first, end): whether the stage
 
 
 def split(layers: Sequence[float], stages: int, last: float = 0.0, fits: Fits = lambda *_: True) -> list[int] | None:
-    """Divides layers among stages so that the slowest is as fast as can be.
+    """Divides layers among stages so that the slowest stage is as fast as possible.
 
-    Args:
-        layers: cost of each.
-        stages: how many.
-        last: cost of the last stage's head.
-        fits: see `Fits`.
+    `layers` gives the cost of each layer, and `last` the cost of the last stage's head.
 
     Returns:
-        The layer before which each stage ends: `stages` increasing numbers, the last one the number of layers. None
-        where nothing fits.
+        The layer before which each stage ends: `stages` increasing numbers, the last of which is the number of layers.
+        None where nothing fits.
     """
     count = len(layers)
-    sums = [0.0]
-    for cost in layers:
-        sums.append(sums[-1] + cost)
+    sums = [0.0, *accumulate(layers)]
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by layers given out: the slowest stage, and the ends
     for stage in range(stages):
         extra = last if stage == stages - 1 else 0.0
@@ -40,7 +35,7 @@ def split(layers: Sequence[float], stages: int, last: float = 0.0, fits: Fits = 
 
 
 def costs(config: Any) -> tuple[list[float], float]:
-    """Weights that a token is multiplied with in each layer of a model, and a readout in the head.
+    """Costs for `split`: weights per token in each layer of a model, and weights per readout in the head.
 
     Raises:
         UserError: transformers cannot build a causal model from the configuration.
@@ -53,8 +48,5 @@ def costs(config: Any) -> tuple[list[float], float]:
 
 def shares(ends: Sequence[int]) -> list[LayerRange]:
     """The part of a model that each stage holds, where its layers are divided at `ends`."""
-    count = ends[-1]
-    return [
-        LayerRange(first, end, count, with_embedding=first == 0, with_head=end == count)
-        for first, end in zip([0, *ends], ends, strict=False)
-    ]
+    pairs, count = pairwise([0, *ends]), ends[-1]
+    return [LayerRange(first, end, count, with_embedding=first == 0, with_head=end == count) for first, end in pairs]
