@@ -1,5 +1,6 @@
 """The tree pass against the stock model, over architectures that differ in what attention and head do."""
 
+import inspect
 import sys
 import threading
 import time
@@ -18,6 +19,8 @@ from cecompile import Question, Scorer
 from cecompile.compile_cache.store import WARM
 from cecompile.engine import attention, forward, head, initialise
 from cecompile.engine.forward import Engine
+from cecompile.engine.inductor_cpu import quote_paths
+from cecompile.engine.parts import compile_options
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import rounding, score_one_by_one
 from cecompile.errors import UserError
@@ -378,3 +381,14 @@ def test_sources_that_tracing_reads_are_read_ahead():
     assert activations.__file__ in sources["traced"]
     if Version(transformers.__version__) >= Version("5.23"):  # 5.6 does not trace this one
         assert modeling_utils.__file__ in sources["traced"]
+
+
+def test_an_engine_made_alone_quotes_the_compilers_paths(monkeypatch):
+    from torch._inductor.cpp_builder import CppBuilder
+
+    plain = inspect.unwrap(CppBuilder.__init__)
+    monkeypatch.setattr(CppBuilder, "__init__", plain)
+    quote_paths.cache_clear()
+    compile_options(tiny_model("llama"), inputs_free=False)
+    assert inspect.unwrap(CppBuilder.__init__) is plain is not CppBuilder.__init__
+    quote_paths.cache_clear()

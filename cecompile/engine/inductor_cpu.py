@@ -37,7 +37,8 @@ def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def compile_options(model: Any) -> dict[str, Any]:
-    """Inductor options for compiling `model`'s layers and head."""
+    """Inductor options for compiling `model`'s layers and head. Also quotes paths, as `quote_paths` does."""
+    quote_paths()
     on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
     if on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return {"post_grad_custom_pre_pass": _LINEAR_THROUGH_ONEDNN}
@@ -91,8 +92,10 @@ def quote_paths() -> None:
     Inductor joins and splits each command line. Some versions of torch do not quote all paths in between (2.8
     quotes headers only), so nothing compiles where torch or the compiled code is in a directory with a space.
     """
-    from torch._inductor.cpp_builder import CppBuilder  # slow to import
-
+    try:
+        from torch._inductor.cpp_builder import CppBuilder  # slow to import
+    except ImportError:  # another version's name
+        return
     make = CppBuilder.__init__
     signature = inspect.signature(make)
 
