@@ -152,7 +152,7 @@ def gather(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) 
         devices=_devices(memory),
         host=_host(root, memory),
         jetson=read_jetson(root, environment.get("PATH", "")),
-        versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         torch_cuda=torch.version.cuda,
         torch_architectures=tuple(torch.cuda.get_arch_list()),
         cuda_driver=find_driver(root),
