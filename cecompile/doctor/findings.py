@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from cecompile.doctor.machine import Device, Facts
@@ -159,17 +159,11 @@ def as_json_object(facts: Facts, findings: list[Finding]) -> dict[str, Any]:
 
 
 def print_doctor(console: Console, facts: Facts, findings: list[Finding]) -> None:
-    """Prints the facts as a table, then the findings.
-
-    The table has a section each for devices, host, Jetson, versions, tools, compile cache and environment.
-    """
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column()
+    """Prints the facts as a table, then the findings."""
+    table = Table(Column(style="bold"), Column(), show_header=False, box=None, padding=(0, 2, 0, 0))
     for section in SECTIONS:
         for name, value in section(facts):
             table.add_row(name, Text(printable(value)))
-        table.add_section()
     console.print(table)
     if not findings:
         console.print("nothing found that will go wrong or be slow")

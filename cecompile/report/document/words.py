@@ -1,13 +1,15 @@
-"""Every text of the card and the document, in English and Korean side by side.
+"""All texts of the card and the document, in English and Korean side by side.
 
-Fields in braces are filled in by `Words`. What a run names itself (clocks, phases, metrics) is not translated.
+`Words` fills in the fields in braces. The names that a run gives (clocks, phases, metrics) are not translated.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cecompile.report import units
+
 LANGUAGES = ("ko", "en")
-DASH = "–"  # for what is not known
+DASH = "–"  # for an unknown value
 
 # name: (English, Korean)
 TEXTS = {
@@ -24,14 +26,10 @@ TEXTS = {
     "clock.strict": ("all but preprocessing", "전처리를 뺀 전체"),
     "clock.section3": ("preprocessing and inference", "전처리와 추론"),
     "clock.inference": ("inference alone", "추론만"),
-    "verdict.within": (
-        "drop from {baseline} within {max_drop} points: {drops}",
-        "{baseline} 대비 하락 폭 {max_drop}점 이내: {drops}",
-    ),
-    "verdict.past": (
-        "drop from {baseline} PAST {max_drop} points: {drops}",
-        "{baseline} 대비 하락 폭 {max_drop}점 초과: {drops}",
-    ),
+    "verdict.within": ("drop from {baseline} within {max_drop} points: {drops}",
+                       "{baseline} 대비 하락 폭 {max_drop}점 이내: {drops}"),
+    "verdict.past": ("drop from {baseline} PAST {max_drop} points: {drops}",
+                     "{baseline} 대비 하락 폭 {max_drop}점 초과: {drops}"),
     "verdict.drop": ("{metric} {drop} points", "{metric} {drop}점"),
     # Document: frame
     "title": ("Multiple-choice evaluation with packed token trees", "토큰 트리 패킹을 이용한 객관식 벤치마크 평가"),
@@ -65,14 +63,10 @@ TEXTS = {
         "그리디 디코딩으로 생성해 답한다. exact_match는 생성한 텍스트에서 앞쪽 공백과 줄바꿈을 뺀 것이 정답과 똑같은 "
         "문항의 비율이다.",
     ),
-    "task.truncated": (
-        "{count} questions were longer than the model can read and were cut on the left.",
-        "{count}문항은 모델이 읽을 수 있는 길이를 넘어 왼쪽을 잘라 냈다.",
-    ),
-    "task.no_labels": (
-        "The data has no labels, so there are predictions but no accuracy.",
-        "데이터에 정답이 없어 예측만 기록했고 정확도는 계산하지 않았다.",
-    ),
+    "task.truncated": ("{count} questions were longer than the model can read and were cut on the left.",
+                       "{count}문항은 모델이 읽을 수 있는 길이를 넘어 왼쪽을 잘라 냈다."),
+    "task.no_labels": ("The data has no labels, so there are predictions but no accuracy.",
+                       "데이터에 정답이 없어 예측만 기록했고 정확도는 계산하지 않았다."),
     # 2
     "rules": ("The rules and how they are met", "대회 규칙과 준수 방법"),
     "rules.rule": ("rule", "규칙"),
@@ -85,40 +79,30 @@ TEXTS = {
         "포함한 워밍업도 들어 있다. 2024년 대회 스크립트의 측정 구간에 해당하는 "
         "section3은 {section3}초이다.",
     ),
-    "rule.accuracy": (
-        "Accuracy stays within 0.5 points of the unmodified model's.",
-        "정확도 하락은 원본 모델 대비 0.5점 이내여야 한다.",
-    ),
+    "rule.accuracy": ("Accuracy stays within 0.5 points of the unmodified model's.",
+                      "정확도 하락은 원본 모델 대비 0.5점 이내여야 한다."),
     "rule.accuracy.met": (
         "Drop from {baseline}: {drops}; {max_drop} points are allowed: {verdict}. The same prediction on {agreement} "
         "of the questions.",
         "기준 결과 {baseline} 대비 하락 폭은 {drops}이고 허용치는 {max_drop}점이다({verdict}). 예측 일치율은 "
         "{agreement}이다.",
     ),
-    "rule.accuracy.unmet": (
-        "This result has not been compared with a baseline.",
-        "이 결과는 아직 기준 결과와 비교하지 않았다.",
-    ),
+    "rule.accuracy.unmet": ("This result has not been compared with a baseline.",
+                            "이 결과는 아직 기준 결과와 비교하지 않았다."),
     "within": ("within", "허용치 이내"),
     "past": ("past it", "허용치 초과"),
-    "rule.weights": (
-        "Weights and activations are unchanged: no quantisation, no pruning, no training.",
-        "가중치와 활성값을 바꾸지 않는다(양자화, 가지치기, 재학습 금지).",
-    ),
+    "rule.weights": ("Weights and activations are unchanged: no quantisation, no pruning, no training.",
+                     "가중치와 활성값을 바꾸지 않는다(양자화, 가지치기, 재학습 금지)."),
     "rule.weights.met": (
         "The fingerprint, SHA-256 over the names, dtypes, shapes and bytes of all tensors, begins {fingerprint} (whole "
         "in section {section}).",
         "모든 텐서의 이름, dtype, 형태, 바이트에 대한 SHA-256 지문은 {fingerprint}로 시작한다(전체 값은 {section}절).",
     ),
-    "rule.weights.device": (
-        "That of the tensors on the device begins {fingerprint}.",
-        "장치에 있는 텐서의 지문은 {fingerprint}로 시작한다.",
-    ),
+    "rule.weights.device": ("That of the tensors on the device begins {fingerprint}.",
+                            "장치에 있는 텐서의 지문은 {fingerprint}로 시작한다."),
     "rule.weights.verified": ("Checked on the device: {verified}.", "장치에서 검사한 결과: {verified}."),
-    "rule.weights.dtype": (
-        "Stored as {stored}, computed in {dtype}.",
-        "저장된 형식은 {stored}, 계산 형식은 {dtype}이다.",
-    ),
+    "rule.weights.dtype": ("Stored as {stored}, computed in {dtype}.",
+                           "저장된 형식은 {stored}, 계산 형식은 {dtype}이다."),
     "rule.weights.computed": ("Computed in {dtype}.", "계산 형식은 {dtype}이다."),
     "rule.weights.changed": (
         "Changed on the way to the device: attention function {attention}; compiled {compiled}; replaced modules "
@@ -126,14 +110,10 @@ TEXTS = {
         "실행을 위해 바뀐 것은 다음과 같다. 어텐션 함수: {attention}, 컴파일한 모듈: {compiled}, 교체한 모듈: "
         "{replaced}.",
     ),
-    "rule.output": (
-        "The output has the form of the transformers pipeline's.",
-        "출력은 transformers 파이프라인의 출력과 같은 형식이어야 한다.",
-    ),
-    "rule.output.met": (
-        'predictions.jsonl, a line per question: [{{"generated_text": "..."}}].',
-        'predictions.jsonl에 문항마다 한 줄씩 [{{"generated_text": "..."}}] 형식으로 기록한다.',
-    ),
+    "rule.output": ("The output has the form of the transformers pipeline's.",
+                    "출력은 transformers 파이프라인의 출력과 같은 형식이어야 한다."),
+    "rule.output.met": ('predictions.jsonl, a line per question: [{{"generated_text": "..."}}].',
+                        'predictions.jsonl에 문항마다 한 줄씩 [{{"generated_text": "..."}}] 형식으로 기록한다.'),
     "rule.data": ("Nothing but the given data is used.", "주어진 데이터만 사용한다."),
     "rule.data.met": (
         "{data}; SHA-256 over its questions begins {digest}. No examples, no training. Compiled code of earlier runs: "
@@ -223,10 +203,8 @@ TEXTS = {
         "선택지 {choices}개로 만든 트리. 실선 상자는 계산하는 토큰이며 아래에 순서, 깊이, end를 적었다. 점선 상자는 "
         "예측만 하는 토큰이다. 오른쪽은 각 쿼리(행)가 보는 키(열)이다.",
     ),
-    "figure.saved": (
-        "Tokens of this run's data, by what is shared.",
-        "이 실행의 데이터에서 무엇을 공유하느냐에 따른 토큰 수.",
-    ),
+    "figure.saved": ("Tokens of this run's data, by what is shared.",
+                     "이 실행의 데이터에서 무엇을 공유하느냐에 따른 토큰 수."),
     "figure.fill": ("How full the slots of each bucket are.", "버킷별 슬롯 사용률."),
     "figure.phases": ("Time per phase.", "단계별 시간."),
     "tokens.unshared": ("one sequence per choice", "선택지마다 시퀀스 하나"),
@@ -244,13 +222,9 @@ TEXTS = {
     "measured.latency": ("latency", "소요 시간"),
     "measured.covers": ("covers", "포함 범위"),
     "measured.seconds": ("seconds", "초"),
-    "measured.phase": ("phase", "단계"),
     "measured.total": ("total", "합계"),
-    "measured.runs": (
-        "The inference phase ran {runs} times, from {min} to {max} s; its median counts.",
-        "추론 단계를 {runs}회 실행했고({min}–{max}초) 중앙값을 사용했다.",
-    ),
-    "measured.plan": ("plan", "실행 계획"),
+    "measured.runs": ("The inference phase ran {runs} times, from {min} to {max} s; its median counts.",
+                      "추론 단계를 {runs}회 실행했고({min}–{max}초) 중앙값을 사용했다."),
     "measured.sharing": (
         "{useful} useful tokens in {slots} slots, {fill}\u00a0% filled; {ratio} times fewer tokens than one sequence "
         "per choice, {above}\u00a0% above the floor.",
@@ -305,25 +279,19 @@ TEXTS = {
     # 7
     "again": ("Reproducing the result", "재현 방법"),
     "again.recorded": ("The command that made this result:", "이 결과를 만든 명령은 다음과 같다."),
-    "again.made_up": (
-        "The command was not recorded. One with the same effect, put together from the result:",
-        "실행 명령이 기록되어 있지 않아, 결과에 남은 정보로 같은 내용의 명령을 구성했다.",
-    ),
+    "again.made_up": ("The command was not recorded. One with the same effect, put together from the result:",
+                      "실행 명령이 기록되어 있지 않아, 결과에 남은 정보로 같은 내용의 명령을 구성했다."),
     "again.report": ("This document and the card are made by:", "이 문서와 카드는 다음 명령으로 만든다."),
-    "again.same": (
-        "The fingerprint and the digest above tell whether model and data are the same.",
-        "모델과 데이터가 같은지는 위의 두 지문으로 확인한다.",
-    ),
-}
+    "again.same": ("The fingerprint and the digest above tell whether model and data are the same.",
+                   "모델과 데이터가 같은지는 위의 두 지문으로 확인한다."),
+}  # fmt: skip
 
-# A context and choices, a token a word: what the figure of a tree is computed from.
+# By language a context and choices, one token a word, from which the figure of a tree is computed.
 EXAMPLES: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
     "en": (("A", "man", "sits", "on", "a"), (("red", "roof", "."), ("red", "chair", "."), ("warm", "day", "."))),
-    "ko": (
-        ("고양이", "가", "따뜻한"),
-        (("햇볕", "아래", "존다", "."), ("햇볕", "아래", "논다", "."), ("마루", "에서", "존다", ".")),
-    ),
-}
+    "ko": (("고양이", "가", "따뜻한"),
+           (("햇볕", "아래", "존다", "."), ("햇볕", "아래", "논다", "."), ("마루", "에서", "존다", "."))),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,11 +301,17 @@ class Words:
     language: str
 
     def __call__(self, name: str, **fields: object) -> str:
-        """The text of that name with its fields filled in."""
+        """The text of the name `name`, with its fields filled in."""
         return TEXTS[name][0 if self.language == "en" else 1].format(**fields)
 
+    def seconds(self, value: float) -> str:
+        return self("seconds", value=units.seconds(value))
 
-def drops(words: Words, drop_points: Mapping[str, float | None]) -> str:
-    """How far each metric is below the baseline's, in points; a dash where there are no labels."""
-    known = {name: drop for name, drop in drop_points.items() if drop is not None}
-    return ", ".join(words("verdict.drop", metric=name, drop=f"{drop:.2f}") for name, drop in known.items()) or DASH
+    def percent(self, fraction: float | None) -> str:
+        """A fraction of 1 in percent; None is that of data without labels."""
+        return self("no_labels") if fraction is None else self("percent", value=units.percent(fraction))
+
+    def drops(self, drop_points: Mapping[str, float | None]) -> str:
+        """The drop of each metric from the baseline's, in points; a dash where there are no labels."""
+        known = {name: drop for name, drop in drop_points.items() if drop is not None}
+        return ", ".join(self("verdict.drop", metric=name, drop=f"{drop:.2f}") for name, drop in known.items()) or DASH
