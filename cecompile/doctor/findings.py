@@ -16,7 +16,7 @@ from cecompile.errors import printable
 GIB = 2**30
 LITTLE_MEMORY = 4 * GIB  # free memory below which models of a few billion parameters do not fit
 SLOWER = "models run uncompiled, and slower"
-Pairs = Iterator[tuple[str, str]]  # of a check: problem and fix; of a section: name and value
+Pairs = Iterator[tuple[str, str]]  # of a check: problem and fix; of a table: name and value
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +161,8 @@ def as_json_object(facts: Facts, findings: list[Finding]) -> dict[str, Any]:
 def print_doctor(console: Console, facts: Facts, findings: list[Finding]) -> None:
     """Prints the facts as a table, then the findings."""
     table = Table(Column(style="bold"), Column(), show_header=False, box=None, padding=(0, 2, 0, 0))
-    for section in SECTIONS:
-        for name, value in section(facts):
+    for rows in (_device_rows, _host_rows, _jetson_rows, _software_rows):
+        for name, value in rows(facts):
             table.add_row(name, Text(printable(value)))
     console.print(table)
     if not findings:
@@ -205,33 +205,18 @@ def _jetson_rows(facts: Facts) -> Pairs:
         yield "temperatures", ", ".join(f"{zone} {value:.0f} °C" for zone, value in jetson.temperatures.items())
 
 
-def _version_rows(facts: Facts) -> Pairs:
+def _software_rows(facts: Facts) -> Pairs:
+    tools, cache = facts.tools, facts.cache
     for name, version in facts.versions.items():
         yield name, version or "not installed"
     built = f"CUDA {facts.torch_cuda}" if facts.torch_cuda else "CPU build"
     yield "torch built for", " ".join([built, *facts.torch_architectures])
-
-
-def _tool_rows(facts: Facts) -> Pairs:
-    tools = facts.tools
     yield "C++ compiler", tools.cxx or f"{tools.cxx_wanted} not found"
     yield "Python.h", tools.python_header or "missing"
     if facts.devices or facts.torch_cuda:
         yield "ptxas", tools.ptxas or "not found"
-
-
-def _cache_rows(facts: Facts) -> Pairs:
-    cache = facts.cache
     yield "compile cache", f"{cache.entries} entries, {cache.bytes / 1e6:.1f} MB in {cache.directory}"
-
-
-def _environment_rows(facts: Facts) -> Pairs:
     yield from facts.environment.items()
-
-
-SECTIONS: tuple[Callable[[Facts], Pairs], ...] = (
-    _device_rows, _host_rows, _jetson_rows, _version_rows, _tool_rows, _cache_rows, _environment_rows,
-)  # fmt: skip
 
 
 def _capability(device: Device) -> str:

@@ -207,49 +207,40 @@ def find_driver(root: Path) -> str | None:
 
 def find_tools(root: Path, environment: Mapping[str, str]) -> Tools:
     """Compiler, header and assembler, where torch and Triton look for them."""
-    search_path = environment.get("PATH", "")
-    wanted = environment.get("CXX", "g++")
-    ptxas, by = _find_ptxas(root, environment)
+    search_path, wanted = environment.get("PATH", ""), environment.get("CXX", "g++")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    given, triton = environment.get("TRITON_PTXAS_PATH"), util.find_spec("triton")
+    bundled = (triton and triton.submodule_search_locations) or ()
+    candidates = [("TRITON_PTXAS_PATH", Path(given))] if given else []
+    candidates += [("triton", Path(directory) / "backends/nvidia/bin/ptxas") for directory in bundled]
+    candidates.append(("toolkit", root / "usr/local/cuda/bin/ptxas"))
+    ptxas_by, ptxas = next(((by, str(path)) for by, path in candidates if path.is_file()), (None, None))
     return Tools(
         cxx_wanted=wanted,
         cxx=_with_version(shutil.which(wanted, path=search_path)),
         clang=_with_version(shutil.which("clang++", path=search_path)),
         python_header=str(header) if header.is_file() else None,
         ptxas=_with_version(ptxas),
-        ptxas_by=by,
+        ptxas_by=ptxas_by,
     )
 
 
-def _find_ptxas(root: Path, environment: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """The path of ptxas, and the source of that path (see `Tools.ptxas_by`)."""
-    given = environment.get("TRITON_PTXAS_PATH")
-    triton = util.find_spec("triton")
-    bundled = (triton and triton.submodule_search_locations) or ()
-    candidates = [("TRITON_PTXAS_PATH", Path(given))] if given else []
-    candidates += [("triton", Path(directory) / "backends/nvidia/bin/ptxas") for directory in bundled]
-    candidates.append(("toolkit", root / "usr/local/cuda/bin/ptxas"))
-    return next(((str(path), by) for by, path in candidates if path.is_file()), (None, None))
-
-
 def _devices(memory: Mapping[str, int]) -> tuple[Device, ...]:
+    devices = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch would warn of is a finding
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        return tuple(_device(index, memory) for index in range(count))
-
-
-def _device(index: int, memory: Mapping[str, int]) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    integrated = bool(getattr(properties, "is_integrated", False))
-    try:
-        free, total = torch.cuda.mem_get_info(index)
-    except RuntimeError:  # a device that is full, or has a build of torch that does not suit it
-        free, total = 0, properties.total_memory
-    if integrated:  # there, the driver counts page cache as used
-        free = min(total, memory.get("MemAvailable", free))
-    capability = (properties.major, properties.minor)
-    return Device(properties.name, capability, properties.multi_processor_count, integrated, total, free)
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            properties = torch.cuda.get_device_properties(index)
+            integrated = bool(getattr(properties, "is_integrated", False))
+            try:
+                free, total = torch.cuda.mem_get_info(index)
+            except RuntimeError:  # a device that is full, or has a build of torch that does not suit it
+                free, total = 0, properties.total_memory
+            if integrated:  # there, the driver counts page cache as used
+                free = min(total, memory.get("MemAvailable", free))
+            name, capability = properties.name, (properties.major, properties.minor)
+            devices.append(Device(name, capability, properties.multi_processor_count, integrated, total, free))
+    return tuple(devices)
 
 
 def _host(root: Path, memory: Mapping[str, int]) -> Host:

@@ -76,11 +76,6 @@ def latencies(phases: Mapping[str, float], inference: Sequence[float]) -> dict[s
     }
 
 
-def spread(inference: Sequence[float]) -> dict[str, Any]:
-    """The number, median, least and most of repeated runs of the inference phase, in seconds."""
-    return {
-        "runs": len(inference),
-        "median": statistics.median(inference),
-        "min": min(inference),
-        "max": max(inference),
-    }
+def spread(runs: Sequence[float]) -> dict[str, Any]:
+    """The number, median, least and most of the seconds that each run of the inference phase took."""
+    return {"runs": len(runs), "median": statistics.median(runs), "min": min(runs), "max": max(runs)}

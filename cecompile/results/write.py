@@ -1,6 +1,5 @@
 """Writes results.json, samples.jsonl and predictions.jsonl, each whole or not at all."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -30,13 +29,17 @@ def plan_summary(plan: Plan | Totals) -> dict[str, Any]:
     For a run in windows, `windows` is their number and the counts are sums over the windows. Prefixes are shared within
     a window; so `prefix_tree_tokens` counts one prefix tree for each window.
     """
-    names = ("useful_tokens", "slots", "unshared_tokens", "question_tree_tokens", "prefix_tree_tokens")
-    summary: dict[str, Any] = {name: getattr(plan, name) for name in names}
-    summary["buckets"] = [
-        {"rows": b.rows, "length": b.length, "readouts": b.readouts, "runs": plan.runs(i)}
-        | {"useful_tokens": plan.useful_tokens_of(i)}
-        for i, b in enumerate(plan.buckets)
-    ]
+    summary: dict[str, Any] = {
+        "useful_tokens": plan.useful_tokens,
+        "slots": plan.slots,
+        "unshared_tokens": plan.unshared_tokens,
+        "question_tree_tokens": plan.question_tree_tokens,
+        "prefix_tree_tokens": plan.prefix_tree_tokens,
+        "buckets": [
+            dataclasses.asdict(b) | {"runs": plan.runs(i), "useful_tokens": plan.useful_tokens_of(i)}
+            for i, b in enumerate(plan.buckets)
+        ],
+    }
     if isinstance(plan, Totals):
         summary["windows"] = plan.windows
     if plan.decoding is not None:
@@ -82,9 +85,7 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
         if journaled:
             raise UserError(f"{directory}: holds an interrupted run; --resume goes on with it, --overwrite starts anew")
         raise UserError(f"{directory}: holds results already; --overwrite replaces them")
-    parent = directory
-    while not parent.exists():
-        parent = parent.parent
+    parent = next(path for path in (directory, *directory.parents) if path.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".cecompile-", dir=parent):
             pass
@@ -98,9 +99,9 @@ def write_samples(directory: Path, samples: Sequence[Any] | Spool) -> None:
     Raises:
         UserError: the file system refuses.
     """
-    for name in (RESULTS, PREDICTIONS, CARD, DOCUMENT):
-        with contextlib.suppress(FileNotFoundError):
-            (directory / name).unlink()
+    with writing(directory):
+        for name in (RESULTS, PREDICTIONS, CARD, DOCUMENT):
+            (directory / name).unlink(missing_ok=True)
     write_whole(directory / SAMPLES, samples.lines() if isinstance(samples, Spool) else map(line, samples))
 
 
@@ -140,9 +141,10 @@ def write_results(directory: Path, results: dict[str, Any]) -> None:
         UserError: the file system refuses.
     """
     write_whole(directory / RESULTS, [json.dumps(results, indent=2) + "\n"])
-    for name in (RESULTS, SAMPLES, PREDICTIONS):
-        for left in directory.glob(f".{name}.*"):
-            left.unlink(missing_ok=True)
+    with writing(directory):
+        for name in (RESULTS, SAMPLES, PREDICTIONS):
+            for left in directory.glob(f".{name}.*"):
+                left.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, parts: Iterable[str | bytes]) -> None:

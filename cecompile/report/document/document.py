@@ -93,8 +93,8 @@ def _method(results: Results, w: Writer) -> list[Flowable]:
         story.append(w.paragraph("method.chat"))
         if answers["tokens"] is not None:
             facts = {"in_tree": answers["in_tree"], "tokens": answers["tokens"], "decoded": answers["decoded_tokens"]}
-            shown_facts = {key: units.count(value or 0) for key, value in facts.items()}
-            story.append(w.paragraph("method.answers", questions=units.count(results["questions"]), **shown_facts))
+            counts = {key: units.count(value or 0) for key, value in facts.items()}
+            story.append(w.paragraph("method.answers", questions=units.count(results["questions"]), **counts))
     story.append(w.paragraph("method.check"))
     if compiled:
         story.append(w.paragraph("method.check.compiled"))
@@ -102,9 +102,8 @@ def _method(results: Results, w: Writer) -> list[Flowable]:
 
 
 def _saved(plan: Results, w: Writer) -> Flowable:
-    counts = {name: plan[f"{name}_tokens"] for name in ("unshared", "question_tree", "useful", "prefix_tree")}
-    counts["slots"] = plan["slots"]
     names = ("unshared", "question_tree", "slots", "useful", "prefix_tree")
+    counts = {name: plan["slots" if name == "slots" else f"{name}_tokens"] for name in names}
     rows = [Bar(w.words(f"tokens.{n}"), counts[n], units.count(counts[n]), n == "useful") for n in names]
     return w.figure(bars(WIDTH, rows), "figure.saved")
 
@@ -138,12 +137,8 @@ def _measured(results: Results, w: Writer) -> list[Flowable]:
     chart = [Bar(name, value, w.words.seconds(value), name == "inference") for name, value in phases.items()]
     total = sum(phases.values())
     chart.append(Bar(w.words("measured.total"), total, w.words.seconds(total)))
-    story = [
-        *w.section("measured"),
-        w.table(rows, (0.4, 0.3, 0.3), numbers=(1, 2)),
-        w.table(times, (0.25, 0.5, 0.25), numbers=(2,)),
-        w.figure(bars(WIDTH, chart), "figure.phases"),
-    ]
+    story = [*w.section("measured"), w.table(rows, (0.4, 0.3, 0.3), numbers=(1, 2))]
+    story += [w.table(times, (0.25, 0.5, 0.25), numbers=(2,)), w.figure(bars(WIDTH, chart), "figure.phases")]
     if runs["runs"] > 1:
         spread = {"min": units.seconds(runs["min"]), "max": units.seconds(runs["max"])}
         story.append(w.paragraph("measured.runs", runs=runs["runs"], **spread))
@@ -231,14 +226,9 @@ def _credits(results: Results, w: Writer) -> list[Flowable]:
 def _again(results: Results, w: Writer) -> list[Flowable]:
     command, recorded = command_line(results)
     report = shlex.join(["cecompile", "report", "DIR", "--lang", w.words.language])
-    return [
-        *w.section("again"),
-        w.paragraph("again.recorded" if recorded else "again.made_up"),
-        Paragraph(literal(command, 4000), CODE),
-        w.paragraph("again.same"),
-        w.paragraph("again.report"),
-        Paragraph(literal(report), CODE),
-    ]
+    story = [*w.section("again"), w.paragraph("again.recorded" if recorded else "again.made_up")]
+    story += [Paragraph(literal(command, 4000), CODE), w.paragraph("again.same"), w.paragraph("again.report")]
+    return [*story, Paragraph(literal(report), CODE)]
 
 
 def command_line(results: dict[str, Any]) -> tuple[str, bool]:

@@ -51,9 +51,8 @@ def bars(width: float, rows: Sequence[Bar], whole: float | None = None) -> Drawi
 
 def tree_and_mask(width: float, example: Example) -> Drawing:
     """The example's tree on the left and its mask on the right."""
-    lane, top = 44.0, 34.0  # from line to line, and above the first box's lower edge
+    lane, top, cell = 44.0, 34.0, 11.5  # from line to line, above the first box's lower edge, a square of the mask
     lanes = _lanes(example)
-    cell = 11.5
     grid = cell * len(example.words)
     labels = max(stringWidth(word, FAMILY, 8) for word in example.words) + 20
     drawing = Drawing(width, max(top + lane * max(lanes) + 12, grid + 18), initialFontName=FAMILY)
