@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from cecompile.compile_cache.store import CompileCache, Summary, default_directory
+from cecompile.compile_cache.store import CompileCache, default_directory
 from cecompile.errors import UserError
 from cecompile.procfs import cpu_model, read_meminfo, read_text
 
@@ -164,15 +164,12 @@ def gather(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) 
 
 def read_cache(directory: Path) -> Cache:
     """The state of the compile cache. A missing directory is not made."""
-    entries: list[Summary] = []
-    refused = None
-    if directory.exists():
-        try:
-            entries = CompileCache(directory).entries()
-        except UserError as error:
-            refused = str(error)
+    try:
+        entries = CompileCache(directory).entries() if directory.exists() else []
+    except UserError as error:
+        return Cache(str(directory), 0, 0, str(error), ())
     damaged = tuple(entry.problem for entry in entries if entry.problem)
-    return Cache(str(directory), len(entries), sum(entry.size for entry in entries), refused, damaged)
+    return Cache(str(directory), len(entries), sum(entry.size for entry in entries), None, damaged)
 
 
 def read_jetson(root: Path, search_path: str) -> Jetson | None:
@@ -228,7 +225,7 @@ def find_tools(root: Path, environment: Mapping[str, str]) -> Tools:
 def _devices(memory: Mapping[str, int]) -> tuple[Device, ...]:
     devices = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch would warn of is a finding
+        warnings.simplefilter("ignore")  # torch warns of faults that are findings
         for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
             properties = torch.cuda.get_device_properties(index)
             integrated = bool(getattr(properties, "is_integrated", False))
@@ -236,7 +233,7 @@ def _devices(memory: Mapping[str, int]) -> tuple[Device, ...]:
                 free, total = torch.cuda.mem_get_info(index)
             except RuntimeError:  # a device that is full, or has a build of torch that does not suit it
                 free, total = 0, properties.total_memory
-            if integrated:  # there, the driver counts page cache as used
+            if integrated:  # the driver then counts page cache as used
                 free = min(total, memory.get("MemAvailable", free))
             name, capability = properties.name, (properties.major, properties.minor)
             devices.append(Device(name, capability, properties.multi_processor_count, integrated, total, free))

@@ -160,11 +160,10 @@ def _memory_rows(plan: dict[str, Any]) -> Iterator[Row]:
 
 
 def print_warmup(console: Console, built: Any, note: str | None) -> None:
-    """Prints what `cecompile warm` has built, a `warm_cache.Warmup`."""
+    """Prints the outcome of `cecompile warm`, a `warm_cache.Warmup`."""
     rows = [("cache was", built.before[0], built.before[1])]
     rows += [("bucket", f"{seconds:.2f} s", shape) for shape, seconds in built.seconds.items()]
-    measured = "useful tokens a second, measured"
-    rows += [(f"{slots:,} slots", f"{rate:,.0f}", measured) for slots, rate in built.measured.items()]
+    rows += [(f"{n:,} slots", f"{rate:,.0f}", "useful tokens a second, measured") for n, rate in built.measured.items()]
     rows.append(("cache holds", f"{built.bytes / 1e6:.1f} MB", "for this model, device and these versions"))
     _print(console, [*rows, ("note", "", note)] if note else rows)
 

@@ -38,7 +38,7 @@ def problems_of(stored: StoredResult) -> list[str]:
         _samples, _metrics, _clock, _timeline, _warmup, _weights, _precision, _plan, _ranks, _memory, _comparison,
     ):  # fmt: skip
         try:
-            for problem in check(stored):  # not at once: what was found before an error stays
+            for problem in check(stored):  # one by one, so that the problems before an error stay
                 found.append(problem)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             name = check.__name__.removeprefix("_")

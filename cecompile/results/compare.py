@@ -43,7 +43,7 @@ class Comparison:
         differing: the number of questions on which the answers differ.
         speed_ratio: the reference's seconds over the candidate's, on the candidate's headline clock; None where a run
             was resumed.
-        inference_speed_ratio: the same of inference alone.
+        inference_speed_ratio: the same ratio of inference alone.
         verdict: "within" or "past" `max_drop`. Without labels, every question that differs counts as a drop of
             accuracy.
     """

@@ -89,7 +89,7 @@ class Journal:
         if resume:
             self._open_to_resume()
         elif ranks.restarts:
-            self._discard()  # a rank that is started again could not tell them from this run's
+            self._discard()  # a rank that is started again could not tell old journals from this run's
 
     def __enter__(self) -> "Journal":
         return self
@@ -197,7 +197,7 @@ class Journal:
             raise UserError(f"{self.directory}: cannot be resumed: window {self._window + 1} is planned otherwise")
 
     def _open_to_resume(self) -> None:
-        """Reads all journals here, and learns the records other ranks have read; then opens this rank's to write on."""
+        """Reads all journals here, learns the records other ranks read, then opens this rank's file to write on."""
         with writing(self.path):
             self._found = journals_in(self.directory)
             loaded = {path: _load(path) for path in self._found}
@@ -218,7 +218,7 @@ class Journal:
                 self._cut()
 
     def _discard(self) -> None:
-        """Removes an earlier run's journals, but for the file that becomes this rank's; one rank per machine does."""
+        """Removes an earlier run's journals, one rank per machine; this rank's own stays unless ranks may restart."""
         with writing(self.path):
             for path in journals_in(self.directory) if self._ranks.local_rank == 0 else ():
                 if path != self.path or self._ranks.restarts:

@@ -21,7 +21,7 @@ class StoredResult:
         name: its directory, as it was given.
         results: results.json.
         samples: samples.jsonl, in order.
-        predictions: the texts of predictions.jsonl; None where there is none.
+        predictions: the texts of predictions.jsonl; None for a task without that file.
     """
 
     name: str
@@ -34,7 +34,7 @@ def read_result(directory: Path) -> StoredResult:
     """Reads a result directory.
 
     Raises:
-        UserError: a file is missing or is not what a run writes; names the file, the line and the field.
+        UserError: a file is missing or damaged; the message names the file, the line and the field.
     """
     results = _read_json(directory)
     if not isinstance(results, dict):
@@ -46,7 +46,7 @@ def read_result(directory: Path) -> StoredResult:
 
 
 def value_at(results: Any, path: str) -> Any:
-    """The value at a path such as "model.fingerprint"; None where there is none."""
+    """The value at a path such as "model.fingerprint"; None for a missing path."""
     for key in path.split("."):
         results = results.get(key) if isinstance(results, dict) else None
     return results
@@ -143,18 +143,14 @@ SHAPE: dict[str, Any] = {
     "model": {
         "name": str, "architecture": str, "dtype": str, "parameters": int, "fingerprint": str,
         "device_fingerprint": (str, None), "verified": (str, None), "stored_dtypes": ({str: int}, [str], None),
-        "changed": ({
-            "attention": (str, None), "compiled": ({str: int}, None), "replaced_modules": ([str], None),
-        }, None),
+        "changed": ({"attention": (str, None), "compiled": ({str: int}, None), "replaced_modules": ([str], None)}, None)
     },
     "cache": ({"state": str, "reason": (str, None)}, None),
     "memory": {"limit_bytes": (int, None), "predicted_bytes": (int, None), "peak_bytes": (int, None)},
     "ranks": ({"size": int, "passes": [int], "tokens": [int], "devices": [str]}, None),
     "pipeline": ({"stages": int, "layers": [[int]]}, None),
     "data": {"name": str, "digest": str},
-    "environment": {
-        "device": str, "python": str, "system": str, "cpus": (int, None), "versions": {str: (str, None)},
-    },
+    "environment": {"device": str, "python": str, "system": str, "cpus": (int, None), "versions": {str: (str, None)}},
     "comparison": ({
         "baseline": str, "max_drop": float, "drop_points": {str: (float, None)}, "agreement": (float, None),
         "interval_points": {str: ([float], None)}, "largest_difference": (float, None), "differing": (int, None),
@@ -166,7 +162,7 @@ NAMES = {str: "a string", int: "a whole number", float: "a number"}
 
 
 def read_results(directory: Path) -> dict[str, Any]:
-    """Reads results.json of a result directory and fills in every field of SHAPE that may be absent with None.
+    """Reads results.json of a result directory; a field of SHAPE that is absent there is None.
 
     Raises:
         UserError: the file is missing or damaged, its schema is another, or a field is not of its shape.

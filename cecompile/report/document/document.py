@@ -61,11 +61,9 @@ def _task(results: Results, w: Writer) -> list[Flowable]:
     counts = {name: units.count(results[name]) for name in ("questions", "choices")}
     counts["data"] = units.short_name(results["data"]["name"])
     answers, truncated = results["answers"], results["truncated_questions"]
-    story = w.section("task")
-    if answers is None:
-        story.append(w.paragraph("task.scoring", **counts))
-    else:
-        story.append(w.paragraph("task.chat", **counts, new_tokens=units.count(answers["max_new_tokens"])))
+    if answers is not None:
+        counts["new_tokens"] = units.count(answers["max_new_tokens"])
+    story = [*w.section("task"), w.paragraph("task.scoring" if answers is None else "task.chat", **counts)]
     if truncated:
         story.append(w.paragraph("task.truncated", count=units.count(truncated)))
     if None in results["metrics"].values():
@@ -144,7 +142,9 @@ def _measured(results: Results, w: Writer) -> list[Flowable]:
         story.append(w.paragraph("measured.runs", runs=runs["runs"], **spread))
     story += [] if results["plan"] is None else _plan(results["plan"], w)
     story += [] if results["comparison"] is None else _comparison(results["comparison"], w)
-    return [*story, _memory(results["memory"], w)]
+    names = ("peak", "predicted", "limit")
+    memory = [[w.text(f"measured.{name}"), _known(results["memory"][f"{name}_bytes"], units.size)] for name in names]
+    return [*story, w.table([[w.text("measured.memory"), ""], *memory], (0.6, 0.4), numbers=(1,))]
 
 
 def _plan(plan: Results, w: Writer) -> list[Flowable]:
@@ -182,12 +182,6 @@ def _comparison(comparison: Results, w: Writer) -> list[Flowable]:
 
 def _known(value: Any, write: Callable[[Any], str]) -> str:
     return DASH if value is None else write(value)
-
-
-def _memory(memory: Results, w: Writer) -> Flowable:
-    names = ("peak", "predicted", "limit")
-    rows = [[w.text(f"measured.{name}"), _known(memory[f"{name}_bytes"], units.size)] for name in names]
-    return w.table([[w.text("measured.memory"), ""], *rows], (0.6, 0.4), numbers=(1,))
 
 
 def _setting(results: Results, w: Writer) -> list[Flowable]:
