@@ -101,13 +101,8 @@ def print_comparison(console: Console, compared: dict[str, Any]) -> None:
         for one in compared["differences"]:
             label, far = one["label"], one["largest_difference"]
             answers = (_answer(one["reference"]), _answer(one["candidate"]))
-            _add(
-                table,
-                one["id"],
-                "" if label is None else str(label),
-                *answers,
-                "" if far is None else f"up to {far:.2g}",
-            )
+            apart = "" if far is None else f"up to {far:.2g}"
+            _add(table, one["id"], "" if label is None else str(label), *answers, apart)
         console.print(table)
     for problem in compared["failed"][1:]:  # the first ends the command
         console.print(Text(printable(problem)))
