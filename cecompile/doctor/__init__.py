@@ -1,1 +1,1 @@
-"""The machine as found, and the faults that will stop a run there or slow it down."""
+"""Finds the faults of a machine that stop a run or slow a run down."""

@@ -1,13 +1,13 @@
-"""Faults of this machine that will stop a run or slow it down, each with its mend."""
+"""Faults of this machine that stop a run or slow a run down, each with its fix."""
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from cecompile.doctor.machine import Device, Facts
@@ -15,11 +15,13 @@ from cecompile.errors import printable
 
 GIB = 2**30
 LITTLE_MEMORY = 4 * GIB  # free memory below which models of a few billion parameters do not fit
+SLOWER = "models run uncompiled, and slower"
+Pairs = Iterator[tuple[str, str]]  # of a check: problem and fix; of a table: name and value
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A problem and its fix, a line each."""
+    """A problem and its fix, one line each."""
 
     problem: str
     fix: str
@@ -27,47 +29,38 @@ class Finding:
 
 def judge(facts: Facts) -> list[Finding]:
     """The findings, those that stop a run first."""
-    return [finding for check in CHECKS for finding in check(facts)]
+    return [Finding(problem, fix) for check in CHECKS for problem, fix in check(facts)]
 
 
-def _check_driver(facts: Facts) -> list[Finding]:
+def _check_driver(facts: Facts) -> Pairs:
     if facts.devices or facts.cuda_driver is None:
-        return []
+        return
+    found = f"the CUDA driver is there ({facts.cuda_driver}), but"
     if facts.torch_cuda is None:
-        return [
-            Finding(
-                f"the CUDA driver is there ({facts.cuda_driver}), but this torch is a CPU build",
-                "install a CUDA build of torch (pytorch.org/get-started), on a Jetson the one of its container",
-            )
-        ]
-    return [
-        Finding(
-            f"the CUDA driver is there ({facts.cuda_driver}), but torch sees no device",
-            f"check CUDA_VISIBLE_DEVICES, that the driver is recent enough for CUDA {facts.torch_cuda}, and a "
-            "container's --gpus all or --runtime nvidia",
-        )
-    ]
+        fix = "install a CUDA build of torch (pytorch.org/get-started), on a Jetson the one of its container"
+        yield f"{found} this torch is a CPU build", fix
+    else:
+        recent = f"that the driver is recent enough for CUDA {facts.torch_cuda}"
+        fix = f"check CUDA_VISIBLE_DEVICES, {recent}, and a container's --gpus all or --runtime nvidia"
+        yield f"{found} torch sees no device", fix
 
 
-def _check_kernels(facts: Facts) -> list[Finding]:
+def _check_kernels(facts: Facts) -> Pairs:
     built = " ".join(facts.torch_architectures)
     jetson = "JetPack 6: use the container nvcr.io/nvidia/pytorch:25.06-py3-igpu; later ones may run it all the same"
-    return [
-        Finding(
-            f'torch is built for {built}, not for {device.name} ({_capability(device)}): "no kernel image" may follow',
-            jetson if device.integrated else "install a build of torch for it",
-        )
-        for device in facts.devices
-        if facts.torch_architectures and not has_kernels(device, facts.torch_architectures)
-    ]
+    for device in facts.devices:
+        if built and not has_kernels(device, facts.torch_architectures):
+            fix = jetson if device.integrated else "install a build of torch for it"
+            name = f"{device.name} ({_capability(device)})"
+            yield f'torch is built for {built}, not for {name}: "no kernel image" may follow', fix
 
 
 def has_kernels(device: Device, architectures: tuple[str, ...]) -> bool:
     """Whether a build for these architectures runs on the device.
 
-    Machine code (sm_) runs on its major version from its minor version up, but not across to an integrated GPU;
-    what ends in "a" runs on exactly its version. Intermediate code (compute_) is compiled for any later version. See
-    "Binary Compatibility" in the CUDA C++ Programming Guide.
+    Machine code (sm_) runs on its major version from its minor version up, but not across to an integrated GPU.
+    A name that ends in "a" runs on exactly its version. Intermediate code (compute_) is compiled for any later version.
+    See "Binary Compatibility" in the CUDA C++ Programming Guide.
     """
     return any(_runs_on(architecture, device) for architecture in architectures)
 
@@ -83,108 +76,81 @@ def _runs_on(architecture: str, device: Device) -> bool:
     return built <= device.capability and (same_major or (kind == "compute" and not suffix))
 
 
-def _check_compiler(facts: Facts) -> list[Finding]:
+def _check_compiler(facts: Facts) -> Pairs:
     tools = facts.tools
     if tools.cxx is None:
         clang = "set CXX=clang++, or " if tools.clang else ""
-        problem = f"no C++ compiler ({tools.cxx_wanted or 'CXX is empty'}): models run uncompiled, and slower"
-        return [Finding(problem, f"{clang}install g++: sudo apt-get install g++")]
-    if tools.python_header is None:
-        return [
-            Finding(
-                "Python.h is missing, which compiled kernels include: models run uncompiled, and slower",
-                "install Python's headers: sudo apt-get install python3-dev",
-            )
-        ]
-    return []
+        problem = f"no C++ compiler ({tools.cxx_wanted or 'CXX is empty'}): {SLOWER}"
+        yield problem, f"{clang}install g++: sudo apt-get install g++"
+    elif tools.python_header is None:
+        problem = f"Python.h is missing, which compiled kernels include: {SLOWER}"
+        yield problem, "install Python's headers: sudo apt-get install python3-dev"
 
 
-def _check_triton(facts: Facts) -> list[Finding]:
-    if not facts.devices:
-        return []
-    if facts.versions["triton"] is None:
-        return [
-            Finding(
-                "Triton is missing: nothing compiles for the GPU, models run uncompiled, and slower",
-                "pip install triton, or use a container that has it",
-            )
-        ]
+def _check_triton(facts: Facts) -> Pairs:
     tools, given = facts.tools, facts.environment.get("TRITON_PTXAS_PATH")
-    if tools.ptxas is None:
-        return [
-            Finding(
-                "ptxas is missing: Triton builds no kernels, models run uncompiled, and slower",
-                "install the CUDA toolkit and set TRITON_PTXAS_PATH=/usr/local/cuda/bin/ptxas",
-            )
-        ]
-    path = tools.ptxas.split()[0]
-    if given and tools.ptxas_by != "TRITON_PTXAS_PATH":
-        return [Finding(f"TRITON_PTXAS_PATH={given}: there is no such file", f"export TRITON_PTXAS_PATH={path}")]
-    if tools.ptxas_by == "toolkit":
-        return [Finding("Triton comes without ptxas: it builds no kernels", f"export TRITON_PTXAS_PATH={path}")]
-    return []
+    if not facts.devices:
+        return
+    if facts.versions["triton"] is None:
+        problem = f"Triton is missing: nothing compiles for the GPU, {SLOWER}"
+        yield problem, "pip install triton, or use a container that has it"
+    elif tools.ptxas is None:
+        problem = f"ptxas is missing: Triton builds no kernels, {SLOWER}"
+        yield problem, "install the CUDA toolkit and set TRITON_PTXAS_PATH=/usr/local/cuda/bin/ptxas"
+    else:
+        fix = "export TRITON_PTXAS_PATH=" + re.sub(r" [\d.]+$", "", tools.ptxas)  # the path, without the version
+        if given and tools.ptxas_by != "TRITON_PTXAS_PATH":
+            yield f"TRITON_PTXAS_PATH={given}: there is no such file", fix
+        elif tools.ptxas_by == "toolkit":
+            yield "Triton comes without ptxas: it builds no kernels", fix
 
 
-def _check_memory(facts: Facts) -> list[Finding]:
-    close = "close other programs"
-    out = []
+def _check_memory(facts: Facts) -> Pairs:
+    close, host = "close other programs", facts.host
     for device in facts.devices:
         if device.free_bytes < LITTLE_MEMORY:
             fix = f"{close}; without a desktop there is about 1.5 GB more" if device.integrated else f"{close} on it"
-            out.append(Finding(f"{device.name}: {_gib(device.free_bytes)} free", fix))
-    if not facts.devices and facts.host.available_bytes < LITTLE_MEMORY:
-        out.append(Finding(f"{_gib(facts.host.available_bytes)} of memory available", close))
-    if facts.host.swap_bytes and any(device.integrated for device in facts.devices):
-        swap = f"the {_gib(facts.host.swap_bytes)} of swap cannot hold CUDA memory"
-        out.append(Finding(swap, "count on free memory only: sudo systemctl isolate multi-user.target frees more"))
-    return out
+            yield f"{device.name}: {_gib(device.free_bytes)} free", fix
+    if not facts.devices and host.available_bytes < LITTLE_MEMORY:
+        yield f"{_gib(host.available_bytes)} of memory available", close
+    if host.swap_bytes and any(device.integrated for device in facts.devices):
+        fix = "count on free memory only: sudo systemctl isolate multi-user.target frees more"
+        yield f"the {_gib(host.swap_bytes)} of swap cannot hold CUDA memory", fix
 
 
-def _check_allocator(facts: Facts) -> list[Finding]:
-    if not any(device.integrated for device in facts.devices):
-        return []
-    return [
-        Finding(f"{name}={value}: fails on an integrated GPU", f"unset {name}; the native allocator works")
-        for name, value in facts.environment.items()
-        if name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-        and re.search(r"expandable_segments:\s*true|cudaMallocAsync", value, re.IGNORECASE)
-    ]
+def _check_allocator(facts: Facts) -> Pairs:
+    failing = re.compile(r"expandable_segments:\s*true|cudaMallocAsync", re.IGNORECASE)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        value = facts.environment.get(name, "")
+        if failing.search(value) and any(device.integrated for device in facts.devices):
+            yield f"{name}={value}: fails on an integrated GPU", f"unset {name}; the native allocator works"
 
 
-def _check_jetson(facts: Facts) -> list[Finding]:
+def _check_jetson(facts: Facts) -> Pairs:
     jetson = facts.jetson
     if jetson is None:
-        return []
-    out = []
+        return
     if jetson.power_mode is None:
         problem = "the power mode is not known (no nvpmodel): below MAXN, times are not comparable"
-        out.append(Finding(problem, "on the Jetson itself, outside of a container: sudo nvpmodel -q"))
+        yield problem, "on the Jetson itself, outside of a container: sudo nvpmodel -q"
     elif not jetson.power_mode.upper().startswith("MAXN"):
-        problem = f"power mode {jetson.power_mode}, below MAXN: slower, and times are not comparable"
-        out.append(Finding(problem, "sudo nvpmodel -m 0"))
+        yield f"power mode {jetson.power_mode}, below MAXN: slower, and times are not comparable", "sudo nvpmodel -m 0"
     if jetson.gpu_clock is None or not jetson.gpu_clock.pinned:
-        out.append(Finding("clocks are not pinned: times vary", "sudo jetson_clocks"))
-    return out
+        yield "clocks are not pinned: times vary", "sudo jetson_clocks"
 
 
-def _check_cache(facts: Facts) -> list[Finding]:
-    cache = facts.cache
-    if cache.refused:
-        problem, _, fix = cache.refused.rpartition(": ")
-        return [Finding(problem, fix)]
-    return [Finding(f"compile cache: {problem}", "cecompile warm --prune") for problem in cache.damaged]
+def _check_cache(facts: Facts) -> Pairs:
+    if facts.cache.refused:
+        problem, _, fix = facts.cache.refused.rpartition(": ")
+        yield problem, fix
+    for problem in facts.cache.damaged:  # none where the directory is refused
+        yield f"compile cache: {problem}", "cecompile warm --prune"
 
 
-CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
-    _check_driver,
-    _check_kernels,
-    _check_compiler,
-    _check_triton,
-    _check_cache,
-    _check_memory,
-    _check_allocator,
+CHECKS: tuple[Callable[[Facts], Pairs], ...] = (
+    _check_driver, _check_kernels, _check_compiler, _check_triton, _check_cache, _check_memory, _check_allocator,
     _check_jetson,
-)
+)  # fmt: skip
 
 
 def as_json_object(facts: Facts, findings: list[Finding]) -> dict[str, Any]:
@@ -193,14 +159,11 @@ def as_json_object(facts: Facts, findings: list[Finding]) -> dict[str, Any]:
 
 
 def print_doctor(console: Console, facts: Facts, findings: list[Finding]) -> None:
-    """The facts as a table, a section each for device, host, Jetson, versions, tools and environment; then findings."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column()
-    for section in SECTIONS:
-        for name, value in section(facts):
+    """Prints the facts as a table, then the findings."""
+    table = Table(Column(style="bold"), Column(), show_header=False, box=None, padding=(0, 2, 0, 0))
+    for rows in (_device_rows, _host_rows, _jetson_rows, _software_rows):
+        for name, value in rows(facts):
             table.add_row(name, Text(printable(value)))
-        table.add_section()
     console.print(table)
     if not findings:
         console.print("nothing found that will go wrong or be slow")
@@ -209,81 +172,51 @@ def print_doctor(console: Console, facts: Facts, findings: list[Finding]) -> Non
         console.print(Text(printable(f"  fix: {finding.fix}")))
 
 
-Rows = list[tuple[str, str]]
-
-
-def _device_rows(facts: Facts) -> Rows:
+def _device_rows(facts: Facts) -> Pairs:
     if not facts.devices:
-        return [("device", "CPU; no CUDA device" + (f", driver {facts.cuda_driver}" if facts.cuda_driver else ""))]
-    rows = []
+        yield "device", "CPU; no CUDA device" + (f", driver {facts.cuda_driver}" if facts.cuda_driver else "")
+        return
     for index, device in enumerate(facts.devices):
-        kind = "integrated, " if device.integrated else ""
+        kind = ("integrated, " if device.integrated else "") + _capability(device)
         memory = f"{_gib(device.free_bytes)} of {_gib(device.total_bytes)} free"
-        sms = f"{device.multiprocessors} SMs"
-        rows.append((f"cuda:{index}", f"{device.name} ({kind}{_capability(device)}, {sms}), {memory}"))
-    return [*rows, ("driver", facts.cuda_driver or "not found")]
+        yield f"cuda:{index}", f"{device.name} ({kind}, {device.multiprocessors} SMs), {memory}"
+    yield "driver", facts.cuda_driver or "not found"
 
 
-def _host_rows(facts: Facts) -> Rows:
+def _host_rows(facts: Facts) -> Pairs:
     host = facts.host
+    yield "CPU", f"{host.cpu}, {host.cpus} usable, {host.torch_threads} threads of torch"
     swap = f"swap {_gib(host.swap_bytes)}" if host.swap_bytes else "no swap"
-    return [
-        ("CPU", f"{host.cpu}, {host.cpus} usable, {host.torch_threads} threads of torch"),
-        ("RAM", f"{_gib(host.available_bytes)} of {_gib(host.total_bytes)} available, {swap}"),
-    ]
+    yield "RAM", f"{_gib(host.available_bytes)} of {_gib(host.total_bytes)} available, {swap}"
 
 
-def _jetson_rows(facts: Facts) -> Rows:
-    if facts.jetson is None:
-        return []
-    clock = facts.jetson.gpu_clock
-    rows = [
-        ("Jetson Linux", facts.jetson.release or "unknown"),
-        ("power mode", facts.jetson.power_mode or "unknown"),
-    ]
+def _jetson_rows(facts: Facts) -> Pairs:
+    jetson = facts.jetson
+    if jetson is None:
+        return
+    yield "Jetson Linux", jetson.release or "unknown"
+    yield "power mode", jetson.power_mode or "unknown"
+    clock = jetson.gpu_clock
     if clock is not None:
-        now, low, high = (
-            f"{hz / 1e6:.0f}" if hz is not None else "?" for hz in (clock.current, clock.lowest, clock.highest)
-        )
-        rows.append(("GPU clock", f"{now} MHz ({low} to {high}), governor {clock.governor or 'unknown'}"))
-    temperatures = ", ".join(f"{zone} {value:.0f} °C" for zone, value in facts.jetson.temperatures.items())
-    return [*rows, ("temperatures", temperatures)] if temperatures else rows
+        hertz = (clock.current, clock.lowest, clock.highest)
+        now, low, high = ("?" if value is None else f"{value / 1e6:.0f}" for value in hertz)
+        yield "GPU clock", f"{now} MHz ({low} to {high}), governor {clock.governor or 'unknown'}"
+    if jetson.temperatures:
+        yield "temperatures", ", ".join(f"{zone} {value:.0f} °C" for zone, value in jetson.temperatures.items())
 
 
-def _version_rows(facts: Facts) -> Rows:
-    rows = [(name, version or "not installed") for name, version in facts.versions.items()]
+def _software_rows(facts: Facts) -> Pairs:
+    tools, cache = facts.tools, facts.cache
+    for name, version in facts.versions.items():
+        yield name, version or "not installed"
     built = f"CUDA {facts.torch_cuda}" if facts.torch_cuda else "CPU build"
-    architectures = " ".join(facts.torch_architectures)
-    return [*rows, ("torch built for", f"{built} {architectures}".strip())]
-
-
-def _tool_rows(facts: Facts) -> Rows:
-    tools = facts.tools
-    rows = [
-        ("C++ compiler", tools.cxx or f"{tools.cxx_wanted} not found"),
-        ("Python.h", tools.python_header or "missing"),
-    ]
-    return [*rows, ("ptxas", tools.ptxas or "not found")] if facts.devices or facts.torch_cuda else rows
-
-
-def _cache_rows(facts: Facts) -> Rows:
-    cache = facts.cache
-    return [("compile cache", f"{cache.entries} entries, {cache.bytes / 1e6:.1f} MB in {cache.directory}")]
-
-
-def _environment_rows(facts: Facts) -> Rows:
-    return [(name, value) for name, value in facts.environment.items()]
-
-
-SECTIONS: tuple[Callable[[Facts], Rows], ...] = (
-    _device_rows,
-    _host_rows,
-    _jetson_rows,
-    _version_rows,
-    _tool_rows,
-    _cache_rows,
-    _environment_rows,
-)
+    yield "torch built for", " ".join([built, *facts.torch_architectures])
+    yield "C++ compiler", tools.cxx or f"{tools.cxx_wanted} not found"
+    yield "Python.h", tools.python_header or "missing"
+    if facts.devices or facts.torch_cuda:
+        yield "ptxas", tools.ptxas or "not found"
+    yield "compile cache", f"{cache.entries} entries, {cache.bytes / 1e6:.1f} MB in {cache.directory}"
+    yield from facts.environment.items()
 
 
 def _capability(device: Device) -> str:

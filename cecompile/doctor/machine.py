@@ -1,6 +1,6 @@
 """This machine: devices, host, versions, and the tools that compiling needs.
 
-Paths on a Jetson, and what is true of its memory, are from NVIDIA's Jetson Linux documentation.
+The paths of a Jetson, and the facts on its memory, are from NVIDIA's Jetson Linux documentation.
 """
 
 import os
@@ -15,22 +15,17 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
+import torch
+
 from cecompile.compile_cache.store import CompileCache, default_directory
 from cecompile.errors import UserError
 from cecompile.procfs import cpu_model, read_meminfo, read_text
 
 PACKAGES = ("cecompile", "torch", "transformers", "triton", "safetensors", "tokenizers", "numpy")
 VARIABLES = (
-    "CUDA_VISIBLE_DEVICES",
-    "CXX",
-    "HF_HOME",
-    "HF_HUB_OFFLINE",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "TORCHINDUCTOR_CACHE_DIR",
-    "TRITON_CACHE_DIR",
-    "TRITON_PTXAS_PATH",
-)
+    "CUDA_VISIBLE_DEVICES", "CXX", "HF_HOME", "HF_HUB_OFFLINE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+    "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_PTXAS_PATH",
+)  # fmt: skip
 DRIVER_NODES = ("dev/nvidiactl", "dev/nvgpu/igpu0", "dev/nvhost-gpu")  # the last two on a Jetson
 GPU_CLOCKS = ("17000000.gpu", "17000000.ga10b")  # the Orin's GPU under /sys/class/devfreq, by Jetson Linux version
 PATIENCE = 10.0  # seconds for a tool to answer
@@ -38,7 +33,7 @@ PATIENCE = 10.0  # seconds for a tool to answer
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A CUDA device. `integrated` shares the host's memory; bytes are what a new allocation could get."""
+    """A CUDA device. An `integrated` one shares the host's memory. `free_bytes` are those left to a new allocation."""
 
     name: str
     capability: tuple[int, int]
@@ -50,7 +45,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """CPU and memory. `available_bytes` counts page cache that can be reclaimed."""
+    """CPU and memory. `available_bytes` counts the page cache that can be reclaimed."""
 
     cpu: str
     cpus: int
@@ -62,7 +57,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """The GPU's clock in Hz and who governs it. What cannot be read is None."""
+    """The GPU's clock in Hz, and the governor's name. An unreadable value is None."""
 
     current: int | None
     lowest: int | None
@@ -71,15 +66,15 @@ class Clock:
 
     @property
     def pinned(self) -> bool:
-        """Whether it stays at its highest, as `jetson_clocks` makes it."""
+        """Whether the clock stays at its highest, as `jetson_clocks` sets it."""
         return self.governor == "performance" or (self.lowest is not None and self.lowest == self.highest)
 
 
 @dataclass(frozen=True, slots=True)
 class Jetson:
-    """Facts that only a Jetson has. `power_mode` is None where nvpmodel is missing or silent, as in containers.
+    """Facts that only a Jetson has; `temperatures` are in degrees Celsius by thermal zone.
 
-    `temperatures` are in degrees Celsius by thermal zone.
+    `power_mode` is None where nvpmodel is missing or silent, as in containers.
     """
 
     release: str | None
@@ -93,13 +88,13 @@ class Tools:
     """The tools that compiling needs: paths with versions, None for a missing tool.
 
     Attributes:
-        cxx_wanted: the C++ compiler's name: $CXX, else g++, the only one that torch looks for.
-        cxx: that compiler.
-        clang: clang++, which serves if CXX names it.
+        cxx_wanted: the C++ compiler's name: $CXX, else g++. Torch looks for no other.
+        cxx: the compiler of the name `cxx_wanted`.
+        clang: clang++, which serves if CXX names clang++.
         python_header: Python.h, which compiled kernels include.
         ptxas: the assembler that Triton needs.
-        ptxas_by: what leads to it: "TRITON_PTXAS_PATH", "triton" (it comes with one), or "toolkit", CUDA's in
-            /usr/local/cuda, where Triton does not look.
+        ptxas_by: the source of `ptxas`: "TRITON_PTXAS_PATH", "triton" (bundled with Triton), or "toolkit" (CUDA's in
+            /usr/local/cuda, where Triton does not look).
     """
 
     cxx_wanted: str
@@ -112,7 +107,7 @@ class Tools:
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """The compile cache's directory: how many entries, their bytes, and what is wrong with it or with them."""
+    """The compile cache's directory: entries, their bytes, why the directory is refused, and faults of entries."""
 
     directory: str
     entries: int
@@ -123,14 +118,14 @@ class Cache:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Everything `judge` looks at.
+    """All that `judge` looks at.
 
     Attributes:
         versions: of packages and of Python; None for a package that is not installed.
         torch_cuda: the CUDA version that torch was built with; None for a CPU build.
-        torch_architectures: what torch has kernels for, such as "sm_80" and "compute_90".
-        cuda_driver: what shows that NVIDIA's driver is there, or None.
-        environment: those of VARIABLES that are set.
+        torch_architectures: the architectures that torch has kernels for, such as "sm_80" and "compute_90".
+        cuda_driver: the sign of NVIDIA's driver, see `find_driver`.
+        environment: the VARIABLES that are set.
     """
 
     devices: tuple[Device, ...]
@@ -146,20 +141,18 @@ class Facts:
 
 
 def gather(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> Facts:
-    """Reads the facts. What is not there or not readable is missing from them; nothing is raised for it.
+    """Reads the facts. A fact that cannot be read is missing; no error is raised for it.
 
     Args:
-        root: where /proc, /sys, /etc and /usr are.
-        environment: variables; PATH is where tools are looked for.
+        root: the directory that has /proc, /sys, /etc and /usr.
+        environment: variables; tools are looked for in its PATH.
     """
-    import torch
-
     memory = read_meminfo(root)
     return Facts(
         devices=_devices(memory),
         host=_host(root, memory),
         jetson=read_jetson(root, environment.get("PATH", "")),
-        versions=_versions(),
+        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         torch_cuda=torch.version.cuda,
         torch_architectures=tuple(torch.cuda.get_arch_list()),
         cuda_driver=find_driver(root),
@@ -170,11 +163,9 @@ def gather(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) 
 
 
 def read_cache(directory: Path) -> Cache:
-    """The contents of the compile cache; no directory is made where there is none."""
-    if not directory.exists():
-        return Cache(str(directory), 0, 0, None, ())
+    """The state of the compile cache. A missing directory is not made."""
     try:
-        entries = CompileCache(directory).entries()
+        entries = CompileCache(directory).entries() if directory.exists() else []
     except UserError as error:
         return Cache(str(directory), 0, 0, str(error), ())
     damaged = tuple(entry.problem for entry in entries if entry.problem)
@@ -182,7 +173,7 @@ def read_cache(directory: Path) -> Cache:
 
 
 def read_jetson(root: Path, search_path: str) -> Jetson | None:
-    """The Jetson's own facts, or None on any other machine."""
+    """The facts that only a Jetson has; None on any other machine."""
     release = read_text(root / "etc/nv_tegra_release")
     gpu = next((d for name in GPU_CLOCKS if (d := root / "sys/class/devfreq" / name).is_dir()), None)
     if release is None and gpu is None:
@@ -192,23 +183,15 @@ def read_jetson(root: Path, search_path: str) -> Jetson | None:
     if gpu is not None:
         current, lowest, highest = (_number(gpu / f"{name}_freq") for name in ("cur", "min", "max"))
         clock = Clock(current, lowest, highest, read_text(gpu / "governor"))
-    return Jetson(
-        release=f"R{first[1]}.{first[2]}" if first else release and release.splitlines()[0],
-        power_mode=_power_mode(search_path),
-        gpu_clock=clock,
-        temperatures=_temperatures(root / "sys/class/thermal"),
-    )
-
-
-def _power_mode(search_path: str) -> str | None:
     answer = _run(shutil.which("nvpmodel", path=search_path), "-q")
     mode = re.search(r"^NV Power Mode: (.+)$", answer or "", re.MULTILINE)
-    return mode[1].strip() if mode else None
-
-
-def _temperatures(directory: Path) -> dict[str, float]:
-    zones = {zone: _number(zone / "temp") for zone in sorted(directory.glob("thermal_zone*"))}
-    return {read_text(zone / "type") or zone.name: value / 1000 for zone, value in zones.items() if value is not None}
+    zones = {zone: _number(zone / "temp") for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*"))}
+    return Jetson(
+        release=f"R{first[1]}.{first[2]}" if first else release and release.splitlines()[0],
+        power_mode=mode[1].strip() if mode else None,
+        gpu_clock=clock,
+        temperatures={read_text(z / "type") or z.name: at / 1000 for z, at in zones.items() if at is not None},
+    )
 
 
 def find_driver(root: Path) -> str | None:
@@ -221,59 +204,43 @@ def find_driver(root: Path) -> str | None:
 
 def find_tools(root: Path, environment: Mapping[str, str]) -> Tools:
     """Compiler, header and assembler, where torch and Triton look for them."""
-    search_path = environment.get("PATH", "")
-    wanted = environment.get("CXX", "g++")
-    ptxas, by = _find_ptxas(root, environment)
+    search_path, wanted = environment.get("PATH", ""), environment.get("CXX", "g++")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    given, triton = environment.get("TRITON_PTXAS_PATH"), util.find_spec("triton")
+    bundled = (triton and triton.submodule_search_locations) or ()
+    candidates = [("TRITON_PTXAS_PATH", Path(given))] if given else []
+    candidates += [("triton", Path(directory) / "backends/nvidia/bin/ptxas") for directory in bundled]
+    candidates.append(("toolkit", root / "usr/local/cuda/bin/ptxas"))
+    ptxas_by, ptxas = next(((by, str(path)) for by, path in candidates if path.is_file()), (None, None))
     return Tools(
         cxx_wanted=wanted,
         cxx=_with_version(shutil.which(wanted, path=search_path)),
         clang=_with_version(shutil.which("clang++", path=search_path)),
         python_header=str(header) if header.is_file() else None,
         ptxas=_with_version(ptxas),
-        ptxas_by=by,
+        ptxas_by=ptxas_by,
     )
 
 
-def _find_ptxas(root: Path, environment: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """The path of ptxas, and what leads to it (see `Tools.ptxas_by`)."""
-    given = environment.get("TRITON_PTXAS_PATH")
-    triton = util.find_spec("triton")
-    bundled = (triton and triton.submodule_search_locations) or ()
-    candidates = [("TRITON_PTXAS_PATH", Path(given))] if given else []
-    candidates += [("triton", Path(directory) / "backends/nvidia/bin/ptxas") for directory in bundled]
-    candidates += [("toolkit", root / "usr/local/cuda/bin/ptxas")]
-    return next(((str(path), by) for by, path in candidates if path.is_file()), (None, None))
-
-
 def _devices(memory: Mapping[str, int]) -> tuple[Device, ...]:
-    import torch
-
+    devices = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch would warn of is a finding
-        if not torch.cuda.is_available():
-            return ()
-        return tuple(_device(index, memory) for index in range(torch.cuda.device_count()))
-
-
-def _device(index: int, memory: Mapping[str, int]) -> Device:
-    import torch
-
-    properties = torch.cuda.get_device_properties(index)
-    integrated = bool(getattr(properties, "is_integrated", False))
-    try:
-        free, total = torch.cuda.mem_get_info(index)
-    except RuntimeError:  # a device that is full, or has a build of torch that does not suit it
-        free, total = 0, properties.total_memory
-    if integrated:  # there, the driver counts page cache as used
-        free = min(total, memory.get("MemAvailable", free))
-    capability = (properties.major, properties.minor)
-    return Device(properties.name, capability, properties.multi_processor_count, integrated, total, free)
+        warnings.simplefilter("ignore")  # torch warns of faults that are findings
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            properties = torch.cuda.get_device_properties(index)
+            integrated = bool(getattr(properties, "is_integrated", False))
+            try:
+                free, total = torch.cuda.mem_get_info(index)
+            except RuntimeError:  # a device that is full, or has a build of torch that does not suit it
+                free, total = 0, properties.total_memory
+            if integrated:  # the driver then counts page cache as used
+                free = min(total, memory.get("MemAvailable", free))
+            name, capability = properties.name, (properties.major, properties.minor)
+            devices.append(Device(name, capability, properties.multi_processor_count, integrated, total, free))
+    return tuple(devices)
 
 
 def _host(root: Path, memory: Mapping[str, int]) -> Host:
-    import torch
-
     board = (read_text(root / "proc/device-tree/model") or "").strip("\0")
     affinity = getattr(os, "sched_getaffinity", None)
     return Host(
@@ -286,10 +253,6 @@ def _host(root: Path, memory: Mapping[str, int]) -> Host:
     )
 
 
-def _versions() -> dict[str, str | None]:
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-
-
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -298,7 +261,7 @@ def _version(package: str) -> str | None:
 
 
 def _with_version(tool: str | None) -> str | None:
-    """The tool's path and the version number in what `--version` prints; None if it is missing or does not run."""
+    """The tool's path and version, as `--version` prints the version; None if the tool is missing or does not run."""
     answer = _run(tool, "--version")
     if answer is None:
         return None

@@ -1,1 +1,1 @@
-"""How results are shown: tables in a terminal, a card, a document."""
+"""Shows results: tables in a terminal, a card, a document."""

@@ -1,4 +1,4 @@
-"""How numbers are written on the card and in the document, so that both say the same."""
+"""Writes numbers for the card and the document, so that both say the same."""
 
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -8,9 +8,9 @@ from cecompile.tasks.judge import METRICS
 
 
 def seconds(value: float) -> str:
-    """Seconds without the unit: two decimals from one second on, below that three significant digits.
+    """Seconds without the unit: two decimals, or three significant digits below one second.
 
-    What is out of all proportion has an exponent, so that the text is at most nine characters long.
+    Huge and tiny values have an exponent, so that the text is at most nine characters long.
     """
     if 0 < value < 1 or value >= 999_999.95:
         return f"{value:#.3g}"
@@ -27,7 +27,7 @@ def count(value: int) -> str:
 
 
 def size(value: int) -> str:
-    """Bytes in GB, or in MB where that is less than one."""
+    """Bytes in GB, or in MB below one GB."""
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
 
 
@@ -40,7 +40,7 @@ def magnitude(value: int) -> str:
 
 
 def minute(date: str) -> str:
-    """An ISO date and time to the minute, in UTC; as it is, if it is none."""
+    """An ISO date and time to the minute, in UTC; any other text unchanged."""
     try:
         moment = datetime.fromisoformat(date.replace("Z", "+00:00"))
     except ValueError:
@@ -49,11 +49,11 @@ def minute(date: str) -> str:
 
 
 def main_metric(metrics: Mapping[str, float | None]) -> str:
-    """The metric that a result is known by."""
+    """The name of the metric that a result is known by."""
     return next(name for name in METRICS if name in metrics)
 
 
 def short_name(name: str) -> str:
-    """The last parts of a path; hub ids stay whole."""
+    """The last two parts of a path; hub ids stay whole."""
     parts = Path(name).parts
     return name if len(parts) <= 2 else str(Path(*parts[-2:]))

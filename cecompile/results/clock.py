@@ -1,8 +1,8 @@
-"""The clock: every moment of a run belongs to exactly one phase.
+"""The clock: books every moment of a run on exactly one phase.
 
-Entering a phase ends the one before, so the phases' sum is the wall time by construction. Work that overlaps is
-booked once, on the phase that was entered: compiling beside the reading of weights is `load_model` until they are read,
-and `warmup` from then on.
+Entering a phase ends the phase before, so the sum of the phases is the wall time by construction. Work that overlaps is
+booked once, on the phase that was entered: compiling while weights are read is `load_model` until they are read, and
+`warmup` from then on.
 """
 
 import statistics
@@ -17,7 +17,7 @@ CLOCKS = ("strict", "section3", "inference")
 
 
 def process_start() -> float:
-    """When this process began, on the scale of `time.perf_counter()`; now, where the system does not say."""
+    """The moment this process began, by `time.perf_counter()`; now, where the system does not say."""
     return time.perf_counter() - (process_age() or 0.0)
 
 
@@ -25,7 +25,7 @@ class Clock:
     """Attributes wall time (monotonic, seconds) to phases; a phase may be entered more than once."""
 
     def __init__(self, started: float | None = None) -> None:
-        """`started`: the `time.perf_counter()` at which the first phase, `load_model`, began; else now."""
+        """Begins the first phase, `load_model`, at `started` by `time.perf_counter()`, by default now."""
         self._started = self._since = time.perf_counter() if started is None else started
         self._phase = PHASES[0]
         self._timeline: list[tuple[str, float, float]] = []
@@ -34,7 +34,7 @@ class Clock:
     def enter(self, phase: str, at: float | None = None) -> None:
         """Ends the current phase and begins `phase`, one of PHASES.
 
-        `at`: when that was, by `time.perf_counter()`, where it is known only now; not before the current one began.
+        `at`: the moment by `time.perf_counter()`, by default now; not before the current phase began.
         """
         now = time.perf_counter() if at is None else at
         self._seconds[self._phase] += now - self._since
@@ -49,24 +49,24 @@ class Clock:
         return dict(self._seconds)
 
     def timeline(self) -> list[tuple[str, float, float]]:
-        """Every phase as it was booked up to the last call: name, begin and end in seconds since the first began."""
+        """Every phase booked up to the last call: name, begin and end in seconds since the first phase began."""
         return list(self._timeline)
 
     def since_start(self, moments: Mapping[str, float]) -> list[tuple[str, float]]:
-        """Named moments of `time.perf_counter()`, in seconds since the first phase began; without those before it."""
+        """Named moments of `time.perf_counter()`, in seconds since the first phase began; earlier ones are left out."""
         return [(name, at - self._started) for name, at in moments.items() if at >= self._started]
 
 
 def latencies(phases: Mapping[str, float], inference: Sequence[float]) -> dict[str, float]:
-    """The three latencies, in seconds, from the phases' seconds.
+    """The three latencies, in seconds, from the seconds of the phases.
 
-    strict: everything but preprocessing, as the contest's rules say. section3: reading, preprocessing and inference,
-    as the 2024 contest's script timed. inference: that phase alone. Where inference ran several times, its median
-    counts, as if it had run once.
+    strict: all phases but preprocessing, as the contest's rules say. section3: reading, preprocessing and inference, as
+    the 2024 contest's script timed. inference: the inference phase alone. Of repeated inference the median counts, as
+    if inference had run once.
 
     Args:
-        phases: the clock's; they hold every run.
-        inference: seconds of each run.
+        phases: of the clock, every repetition included.
+        inference: seconds of each repetition.
     """
     once = phases["inference"] if len(inference) == 1 else statistics.median(inference)
     return {
@@ -76,11 +76,6 @@ def latencies(phases: Mapping[str, float], inference: Sequence[float]) -> dict[s
     }
 
 
-def spread(inference: Sequence[float]) -> dict[str, Any]:
-    """How far repeated runs of the inference phase are apart: their number, median, least and most, in seconds."""
-    return {
-        "runs": len(inference),
-        "median": statistics.median(inference),
-        "min": min(inference),
-        "max": max(inference),
-    }
+def spread(runs: Sequence[float]) -> dict[str, Any]:
+    """The number, median, least and most of the seconds that each run of the inference phase took."""
+    return {"runs": len(runs), "median": statistics.median(runs), "min": min(runs), "max": max(runs)}

@@ -1,4 +1,4 @@
-"""Two results of the same questions and the same model, held against each other question by question."""
+"""Compares two results of the same questions and the same model, question by question."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,62 +12,40 @@ from cecompile.errors import CheckError, UserError, printable
 from cecompile.results.check import problems_of
 from cecompile.results.clock import CLOCKS
 from cecompile.results.read import StoredResult, read_result, value_at
-from cecompile.tasks.chat import AnswerSample
-from cecompile.tasks.judge import MAX_DROP, Sample
+from cecompile.tasks.chat import AnswerSample, right_answers
+from cecompile.tasks.judge import MAX_DROP, Sample, right_choices
 
 NORMAL_95 = 1.959964  # two-sided, of the standard normal distribution
 _SLACK = 1e-9  # points: 0.1 + 0.2 is not 0.3
 
-# What two results must have in common, in the words of the message. A fingerprint is the checkpoint's, so that
+# The fields that two results must share, in the words of the message. A fingerprint is the checkpoint's, so that
 # precisions may differ.
 _SAME = {
-    "task": "task",
-    "questions": "number of questions",
-    "data.digest": "data",
-    "model.tokenizer_digest": "tokenizer",
-    "model.architecture": "model",
-    "model.parameters": "model",
-    "model.fingerprint": "model",
+    "task": "task", "questions": "number of questions", "data.digest": "data", "model.tokenizer_digest": "tokenizer",
+    "model.architecture": "model", "model.parameters": "model", "model.fingerprint": "model",
     "answers.max_new_tokens": "longest answer",
-}
+}  # fmt: skip
 
 Samples = Sequence[Sample | AnswerSample]
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """A question that two runs answer differently.
-
-    Attributes:
-        label: the right choice's index, or the right text.
-        reference, candidate: the answers: predictions by metric, or the text.
-        largest_difference: of its loglikelihoods; None for texts.
-    """
-
-    id: str
-    label: int | str | None
-    reference: dict[str, int] | str
-    candidate: dict[str, int] | str
-    largest_difference: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class Comparison:
-    """results.json's `comparison`.
+    """The `comparison` of results.json.
 
     Attributes:
         baseline: the reference's name.
         max_drop: the most points that a metric may drop.
         drop_points: per metric, the reference's minus the candidate's, in points of 100; None without labels.
-        interval_points: its 95 % confidence interval, see `paired_drop`; None where there is none.
+        interval_points: per metric, the drop's 95 % confidence interval, see `paired_drop`; None where there is none.
         agreement: fraction of the questions on which the answers are the same.
-        largest_difference: of all loglikelihoods; None for texts.
-        differing: on how many questions the answers differ.
+        largest_difference: the largest difference of a loglikelihood; None for texts.
+        differing: the number of questions on which the answers differ.
         speed_ratio: the reference's seconds over the candidate's, on the candidate's headline clock; None where a run
             was resumed.
-        inference_speed_ratio: the same of inference alone.
-        verdict: "within" or "past" the drop allowed. Without labels, what counts is the most that accuracy could have
-            dropped: the questions that differ.
+        inference_speed_ratio: the same ratio of inference alone.
+        verdict: "within" or "past" `max_drop`. Without labels, every question that differs counts as a drop of
+            accuracy.
     """
 
     baseline: str
@@ -84,7 +62,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """A result that a run is compared with when it is done, and the most points that it may drop."""
+    """A result to compare a finished run with, and the most points that a metric may drop."""
 
     stored: StoredResult
     max_drop: float = MAX_DROP
@@ -94,8 +72,8 @@ def read_baseline(directory: Path, max_drop: float = MAX_DROP) -> Baseline:
     """Reads a baseline.
 
     Raises:
-        UserError: there is none.
-        CheckError: it contradicts itself.
+        UserError: `directory` is not a result directory.
+        CheckError: the result contradicts itself.
     """
     stored = read_result(directory)
     wrong = problems_of(stored)
@@ -105,16 +83,16 @@ def read_baseline(directory: Path, max_drop: float = MAX_DROP) -> Baseline:
 
 
 def refuse_other(reference: StoredResult, name: str, results: Mapping[str, Any], whole: bool = True) -> None:
-    """Refuses to compare what is not comparable.
+    """Refuses to compare results of different questions, models or tokenizers.
 
     Args:
-        reference: what to compare with.
+        reference: the result to compare with.
         name: of the other result.
-        results: its results.json, or what is known of it.
-        whole: whether it is all there; else what is missing is passed over.
+        results: results.json of the other result, or the fields known so far.
+        whole: whether `results` is complete; otherwise missing fields are passed over.
 
     Raises:
-        UserError: they are of different questions, models or tokenizers.
+        UserError: the results cannot be compared.
     """
     for path, what in _SAME.items():
         ours, theirs = _identity(reference.results, path), _identity(results, path)
@@ -129,7 +107,7 @@ def refuse_other(reference: StoredResult, name: str, results: Mapping[str, Any],
 
 
 def _identity(results: Mapping[str, Any], path: str) -> Any:
-    """The value to be the same; of a model that came from no files, the fingerprint of what it held."""
+    """The value at `path`; the fingerprint of a model without files is that of its tensors on the device."""
     value = value_at(results, path)
     return value_at(results, "model.device_fingerprint") if value is None and path == "model.fingerprint" else value
 
@@ -140,26 +118,31 @@ def _brief(value: Any) -> str:
 
 def compare(
     reference: StoredResult, name: str, results: Mapping[str, Any], samples: Samples, max_drop: float = MAX_DROP
-) -> tuple[Comparison, list[Difference]]:
-    """Compares a result with a reference, and lists every question on which they differ.
+) -> tuple[Comparison, list[dict[str, Any]]]:
+    """Compares a result with a reference.
 
     Args:
-        reference: what to compare with.
+        reference: the result to compare with.
         name, results, samples: the candidate's.
         max_drop: in points.
 
+    Returns:
+        The comparison, and every question that the two answer differently: its `id` and `label`, both answers
+        (`reference` and `candidate`: predictions by metric, or the text), and the `largest_difference` of its
+        loglikelihoods, None for texts.
+
     Raises:
-        UserError: they are not comparable: see `refuse_other`, or their samples are of other questions.
+        UserError: the results cannot be compared: see `refuse_other`, or their samples are of other questions.
     """
     refuse_other(reference, name, results)
     before: Samples = reference.samples
     if [(one.id, one.label) for one in before] != [(one.id, one.label) for one in samples]:
         raise UserError(f"{name}: samples.jsonl: other questions or labels than in {reference.name}")
     differences = [d for a, b in zip(before, samples, strict=True) if (d := _difference(a, b, name)) is not None]
-    drops = {metric: paired_drop(*right) for metric, right in _right(before, samples).items()}
+    now = _right(samples)
+    drops = {metric: paired_drop(right, now[metric]) for metric, right in _right(before).items()}
     known = [drop for drop, _ in drops.values() if drop is not None]
-    worst = max(known) if known else 100 * len(differences) / len(samples)
-    clock = value_at(results, "headline.clock")
+    worst = max(known or [100 * len(differences) / len(samples)])
     comparison = Comparison(
         baseline=reference.name,
         max_drop=max_drop,
@@ -168,7 +151,7 @@ def compare(
         agreement=1 - len(differences) / len(samples),
         largest_difference=_largest(before, samples),
         differing=len(differences),
-        speed_ratio=_ratio(reference, name, results, clock),
+        speed_ratio=_ratio(reference, name, results, value_at(results, "headline.clock")),
         inference_speed_ratio=_ratio(reference, name, results, "inference"),
         verdict="past" if worst > max_drop + _SLACK else "within",
     )
@@ -178,17 +161,17 @@ def compare(
 def paired_drop(
     reference: Sequence[bool | None], candidate: Sequence[bool | None]
 ) -> tuple[float | None, list[float] | None]:
-    """How far the fraction of right answers falls, in points, and its 95 % confidence interval.
+    """The drop of the fraction of right answers, in points, and its 95 % confidence interval.
 
-    The questions are the same, so what varies is d = right before - right now, -1, 0 or 1 for each: the drop is its
-    mean, and the interval is mean ± 1.96 s / sqrt(n), s being d's sample standard deviation (n - 1): the normal
+    The questions are the same, so the samples are d = right before - right now, -1, 0 or 1 for each question. The drop
+    is the mean of d. The interval is mean ± 1.96 s / sqrt(n) with d's sample standard deviation s (n - 1): the normal
     approximation of a paired difference.
 
     Args:
-        reference, candidate: per question, whether the answer is right; None where that is not known.
+        reference, candidate: per question, whether the answer is right; None where the right answer is not known.
 
     Returns:
-        None for the drop where not all is known; None for the interval then, and of fewer than two questions.
+        None for both where a right answer is not known; None for the interval of fewer than two questions.
     """
     if any(right is None for right in (*reference, *candidate)):
         return None, None
@@ -200,15 +183,9 @@ def paired_drop(
     return 100 * drop, [100 * (drop - half), 100 * (drop + half)]
 
 
-def _right(*runs: Samples) -> dict[str, list[list[bool | None]]]:
-    """By metric, for each run, which questions are answered right."""
-    if isinstance(runs[0][0], AnswerSample):
-        return {"exact_match": [[one.correct for one in run if isinstance(one, AnswerSample)] for run in runs]}
-    answers = {"acc": "prediction", "acc_norm": "prediction_norm"}
-    return {
-        metric: [[None if one.label is None else getattr(one, field) == one.label for one in run] for run in runs]
-        for metric, field in answers.items()
-    }
+def _right(samples: Samples) -> dict[str, list[bool | None]]:
+    answers = [one for one in samples if isinstance(one, AnswerSample)]
+    return right_answers(answers) if answers else right_choices([one for one in samples if isinstance(one, Sample)])
 
 
 def _answer(sample: Sample | AnswerSample) -> dict[str, int] | str:
@@ -217,26 +194,28 @@ def _answer(sample: Sample | AnswerSample) -> dict[str, int] | str:
     return {"acc": sample.prediction, "acc_norm": sample.prediction_norm}
 
 
-def _difference(a: Sample | AnswerSample, b: Sample | AnswerSample, name: str) -> Difference | None:
+def _difference(a: Sample | AnswerSample, b: Sample | AnswerSample, name: str) -> dict[str, Any] | None:
     if isinstance(a, Sample) and isinstance(b, Sample) and len(a.loglikelihoods) != len(b.loglikelihoods):
         raise UserError(f"{name}: samples.jsonl: question '{a.id}' has another number of choices")
-    before, now = _answer(a), _answer(b)
-    return None if before == now else Difference(a.id, a.label, before, now, _largest([a], [b]))
+    answers = {"reference": _answer(a), "candidate": _answer(b)}
+    if answers["reference"] == answers["candidate"]:
+        return None
+    return {"id": a.id, "label": a.label, **answers, "largest_difference": _largest([a], [b])}
 
 
 def _largest(a: Samples, b: Samples) -> float | None:
-    """The largest difference of a loglikelihood."""
+    """The largest difference of a loglikelihood; None for texts."""
     apart = [
         abs(x - y)
         for one, other in zip(a, b, strict=True)
         if isinstance(one, Sample) and isinstance(other, Sample)
         for x, y in zip(one.loglikelihoods, other.loglikelihoods, strict=True)
     ]
-    return max(apart) if apart else None
+    return max(apart, default=None)
 
 
 def _ratio(reference: StoredResult, name: str, results: Mapping[str, Any], clock: Any) -> float | None:
-    """None where a run was interrupted and resumed: its latencies are of a part."""
+    """The reference's seconds over the candidate's; None where one was resumed: its latencies are of a part."""
     if reference.results.get("resumed") or results.get("resumed"):
         return None
     seconds = []
@@ -253,11 +232,11 @@ def compare_directories(reference: Path, candidate: Path, max_drop: float = MAX_
     """The comparison of two result directories, as plain JSON values.
 
     Returns:
-        The fields of `Comparison`, `reference` and `candidate` (names), `metrics` and `headline` of both,
-        `differences` (see `Difference`), `problems` of both, and `failed`: why the exit status is 1, a line each.
+        The fields of `Comparison`, `reference` and `candidate` (names), `metrics` of both, `clock` (of the candidate's
+        headline), `differences` (see `compare`), `problems` of both, and `failed`: the reasons for exit status 1.
 
     Raises:
-        UserError: one is not a result directory, or they are not comparable.
+        UserError: one is not a result directory, or the results cannot be compared.
     """
     stored = {"reference": read_result(reference), "candidate": read_result(candidate)}
     other = stored["candidate"]
@@ -272,14 +251,14 @@ def compare_directories(reference: Path, candidate: Path, max_drop: float = MAX_
         "metrics": {who: one.results["metrics"] for who, one in stored.items()},
         "clock": value_at(other.results, "headline.clock"),
         **asdict(comparison),
-        "differences": [asdict(one) for one in differences],
+        "differences": differences,
         "problems": found,
         "failed": failed,
     }
 
 
 def past(comparison: Comparison) -> str:
-    """Why a comparison fails, in one line."""
+    """The reason why a comparison fails, in one line."""
     drops = {metric: drop for metric, drop in comparison.drop_points.items() if drop is not None}
     if not drops:
         return f"{comparison.differing} answers differ, which may be a drop of more than {comparison.max_drop} points"

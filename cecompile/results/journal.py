@@ -1,19 +1,19 @@
-"""The journal of a run: what is finished, appended as it is, so that an interrupted run can go on from there.
+"""The journal of a run: appends each finished part, so that an interrupted run can go on from there.
 
     MAGIC
-    record 0     the header, JSON: what the run depends on, and when it began
+    record 0     the header, JSON: the facts that the run depends on, and when the run began
     record 1...  a finished part of the run each: its kind, its index, its bytes
 
-A run in windows counts the indices of each window anew; `begin` begins the next one. Every window but the first has a
-record of its own of what it depends on.
+A run in windows counts the indices of each window anew; `begin` begins the next window. Every window but the first has
+a record of its own with the facts that the window depends on.
 
 A record is a head (kind, index, length of the payload, digest over those three, the record's place and the payload)
 and the payload. Records are only ever appended, by one process at a time, so that a process may be killed at any
-moment: what is read back ends at the first record that is cut off or damaged, and goes on from there.
+moment. Reading ends at the first record that is cut off or damaged, and writing goes on from there.
 
-Where several ranks share a run, each has a journal of its own; any number of ranks goes on with all that are there.
+Where several ranks share a run, each has a journal of its own; any number of ranks goes on with all journals there.
 
-This module knows neither what is journaled nor why.
+This module does not know the meaning of the records.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ from typing import Any
 
 from cecompile.errors import UserError
 from cecompile.ranks import ALONE, Ranks
+from cecompile.results.disk import writing
 
 NAME = ".journal.partial"  # of rank 0; rank 1 has .journal-1.partial
 PASSES, ANSWERS, WINDOW = "passes", "answers", "window"  # the kinds of records
@@ -39,10 +40,13 @@ _MAGIC = b"cecompile journal 1\n"
 _KINDS = ("header", PASSES, ANSWERS, WINDOW)
 _NAMES = re.compile(r"\.journal(-[1-9][0-9]*)?\.partial")
 _HEAD = struct.Struct("<IIQ16s")  # kind and, from bit 8 on, window; index; payload's length; digest
+_CLOSED = -1
+
+Record = tuple[str, int, bytes, int]  # kind, index with its window from bit 32 on, payload, end in the file
 
 
 def journals_in(directory: Path) -> list[Path]:
-    """The journals of all ranks there; none where there is no such directory."""
+    """The journals of all ranks in a directory; none where the directory is missing."""
     try:
         return sorted(path for path in directory.iterdir() if _NAMES.fullmatch(path.name))
     except OSError:
@@ -53,36 +57,39 @@ class Journal:
     """A result directory's journal, as one rank writes it and all ranks read it.
 
     Args:
-        directory: where; made when the journal begins.
-        resume: go on with the journals that are there; otherwise those that are there are replaced when this one
-            begins.
-        ranks: that write their journals at the same time; all make, begin and end theirs together.
+        directory: of the results; made when the journal begins.
+        resume: go on with the journals in `directory`; otherwise they are replaced when this journal begins.
+        ranks: the ranks that write journals at the same time; all make, begin and end theirs together.
+
+    Attributes:
+        begun: whether the facts that the run depends on were complete, and the same as those of the resumed run.
 
     Raises:
-        UserError: there is none to resume, it is damaged from its beginning on, or another process is writing it.
+        UserError: there is no run to resume, a journal is damaged from its beginning on, or another process is writing
+            it.
     """
 
     def __init__(self, directory: Path, resume: bool = False, ranks: Ranks = ALONE) -> None:
         self.directory = directory
         self.path = directory / (f".journal-{ranks.rank}.partial" if ranks.rank else NAME)
+        self.begun = False
         self._ranks = ranks
-        self._file: int | None = None
+        self._file = _CLOSED
         self._made: list[Path] = []  # directories, innermost first
         self._facts: dict[str, Any] = {}
-        self._then: list[dict[str, Any]] = []  # the headers of what is resumed
-        self._from: str | None = None  # when that began
-        self._found: list[Path] = []  # where it is
-        self._kept: dict[tuple[str, int], bytes] = {}  # by all ranks
+        self._headers: list[dict[str, Any]] = []  # of the journals that are resumed
+        self._from: str | None = None  # when the resumed run began
+        self._found: list[Path] = []  # the resumed journals
+        self._kept: dict[tuple[str, int], bytes] = {}  # the records of all ranks
         self._size = 0
         self._synced = time.monotonic()
         self._owned = 0  # records that were in this rank's file already
         self._added = 0
-        self._begun = False
         self._window = 0
         if resume:
             self._open_to_resume()
         elif ranks.restarts:
-            self._discard()  # a rank that is started again could not tell them from this run's
+            self._discard()  # a rank that is started again could not tell old journals from this run's
 
     def __enter__(self) -> "Journal":
         return self
@@ -92,77 +99,65 @@ class Journal:
 
     @property
     def resumable(self) -> bool:
-        """Whether there is something on disk that a later run can go on with."""
+        """Whether the files on disk hold records that a later run can go on with."""
         if (self._owned or self._added) and self.path.exists():
             return True
-        others = journals_in(self.directory) if self._begun or self._from else []
+        others = journals_in(self.directory) if self.begun or self._from else []
         return any(_has_records(path) for path in others if path != self.path)
 
     @property
-    def begun(self) -> bool:
-        """Whether what the run depends on was complete, and the same where it was resumed."""
-        return self._begun
-
-    @property
     def resumed(self) -> dict[str, Any] | None:
-        """How much was taken over, by kind, and when the run began that it is from; None if nothing was."""
+        """The number of records taken over, by kind, and `from`: when their run began; None without such records."""
         if self._from is None or not self._kept:
             return None
         counts = {kind: sum(k == kind for k, _ in self._kept) for kind in (PASSES, ANSWERS)}
         return {kind: n for kind, n in counts.items() if n or kind == PASSES} | {"from": self._from}
 
     def expect(self, facts: Mapping[str, Any]) -> None:
-        """Adds to what the run depends on, by name, as plain JSON values.
+        """Adds to the facts that the run depends on, by name, as plain JSON values.
 
         Raises:
-            UserError: the run that is resumed depended on something else; says on what.
+            UserError: the run that is resumed depended on other facts; the message names them.
         """
         self._facts |= facts
-        for then in (header["facts"] for header in self._then):
-            different = [
-                f"{name} is {_shown(now)}, was {_shown(then.get(name))}"
-                for name, now in facts.items()
-                if now != then.get(name)
-            ]
+        for then in (header["facts"] for header in self._headers):
+            changed = [name for name, now in facts.items() if now != then.get(name)]
+            different = [f"{name} is {_shown(facts[name])}, was {_shown(then.get(name))}" for name in changed]
             if different:
                 raise UserError(f"{self.directory}: cannot be resumed: {'; '.join(different)}")
 
     def begin(self, facts: Mapping[str, Any]) -> None:
-        """Ready for records, with the last of what the run depends on; then, for each further window, with its own.
+        """Begins the journal with the last facts that the run depends on, and each further window with its own facts.
 
         Raises:
             UserError: see `expect`; the file system refuses; another process is writing.
         """
-        if self._begun:
+        if self.begun:
             self._begin_window(facts)
             return
         self.expect(facts)
-        self._begun = True
-        if self._file is not None:
+        self.begun = True
+        if self._file != _CLOSED:
             return
-        try:
+        with writing(self.path):
             if self._from is None:
                 self._discard()
                 self._ranks.barrier()
             missing = [p for p in (self.directory, *self.directory.parents) if not p.exists()]
             self.directory.mkdir(parents=True, exist_ok=True)
             self._made = missing
-            self._lock(os.O_CREAT)
-            assert self._file is not None
+            self._file = _opened(self.path, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)
             os.ftruncate(self._file, 0)
             self._write(_MAGIC)
-        except OSError as error:
-            raise self._refusal(error) from None
         began = self._from or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        header = {"facts": self._facts, "began": began}
-        self._append("header", 0, json.dumps(header).encode())
+        self._append("header", 0, json.dumps({"facts": self._facts, "began": began}).encode())
 
     def get(self, kind: str, index: int) -> bytes | None:
-        """A record of the run that is resumed, in the window that was begun last, or None."""
+        """The payload of a record of the resumed run, in the window that was begun last; None without that record."""
         return self._kept.get((kind, self._window << 32 | index))
 
     def add(self, kind: str, index: int, payload: bytes) -> None:
-        """Appends a record. Once this returns, it survives the process; the machine, some seconds later.
+        """Appends a record. Once `add` returns, the record survives the process; some seconds later, the machine too.
 
         Raises:
             UserError: the file system refuses; the journal ends with the record before.
@@ -171,31 +166,26 @@ class Journal:
         self._added += 1
 
     def close(self) -> None:
-        """Ends it; what is of no use to a later run is removed."""
-        if self._file is None:
-            return
-        if not (self._owned or self._added):
-            self._remove([self.path])
-            return
-        with contextlib.suppress(OSError):
-            os.fsync(self._file)
-        os.close(self._file)
-        self._file = None
+        """Closes the file; a journal without records is removed."""
+        self._end([] if self._owned or self._added else [self.path])
 
     def remove(self) -> None:
-        """Removes all that the run has left, as the last thing it does, and directories made for it that are empty."""
-        if self._file is not None:
-            self._remove([self.path, *self._found])
+        """Removes the run's journals, as the last act of the run, and directories made for them that are empty."""
+        self._end([self.path, *self._found])
 
-    def _remove(self, paths: list[Path]) -> None:
-        assert self._file is not None
-        for path in paths:
+    def _end(self, unwanted: list[Path]) -> None:
+        if self._file == _CLOSED:
+            return
+        with contextlib.suppress(OSError):
+            if not unwanted:
+                os.fsync(self._file)
+        for path in unwanted:
             with contextlib.suppress(OSError):
                 path.unlink()
         os.close(self._file)
-        self._file = None
+        self._file = _CLOSED
         with contextlib.suppress(OSError):
-            for directory in self._made:
+            for directory in self._made:  # refused where a file is left
                 directory.rmdir()
 
     def _begin_window(self, facts: Mapping[str, Any]) -> None:
@@ -207,101 +197,73 @@ class Journal:
             raise UserError(f"{self.directory}: cannot be resumed: window {self._window + 1} is planned otherwise")
 
     def _open_to_resume(self) -> None:
-        """Reads all journals here, and learns what other ranks have read elsewhere; only then is one written on."""
-        try:
+        """Reads all journals here, learns the records other ranks read, then opens this rank's file to write on."""
+        with writing(self.path):
             self._found = journals_in(self.directory)
-            damaged = [path for path in self._found if not self._read(path)]
-            if not self._ranks.any(bool(self._then)):
-                if damaged:
-                    raise UserError(f"{damaged[0]}: damaged, cannot be resumed; --overwrite starts anew")
+            loaded = {path: _load(path) for path in self._found}
+            self._headers = [json.loads(records[0][2]) for records in loaded.values() if records]
+            if not self._ranks.any(bool(self._headers)):
+                if self._found:
+                    raise UserError(f"{self._found[0]}: damaged, cannot be resumed; --overwrite starts anew")
                 raise UserError(f"{self.directory}: no interrupted run to resume")
-            self._from = min(b for b in self._ranks.gather(min((h["began"] for h in self._then), default="")) if b)
+            first = min((header["began"] for header in self._headers), default="")
+            self._from = min(began for began in self._ranks.gather(first) if began)
+            self._kept = {(k, i): payload for some in loaded.values() for k, i, payload, _ in some[1:]}
             if len(set(self._ranks.gather(_digest_of(self._kept) if self._ranks.size > 1 else ""))) > 1:
                 self._kept = self._ranks.collect(self._kept)
-            if self._size:
-                self._lock(0)
-                assert self._file is not None
-                os.ftruncate(self._file, self._size)
-                os.lseek(self._file, self._size, os.SEEK_SET)
-        except OSError as error:
-            raise self._refusal(error) from None
-
-    def _read(self, path: Path) -> bool:
-        """Takes over a journal's records; False where it has not even a header."""
-        file = self._opened(path, os.O_RDONLY, fcntl.LOCK_SH)
-        with open(file, "rb") as opened:
-            records = read(opened.read())
-        first = next(records, None)
-        header = None if first is None else _header(first)
-        if first is None or header is None:
-            return False
-        self._then.append(header)
-        size, count = first[3], 0
-        for kind, index, payload, end in records:
-            self._kept[kind, index] = payload
-            size, count = end, count + 1
-        if path == self.path:
-            self._size, self._owned = size, count
-        return True
+            own = loaded.get(self.path)
+            if own:
+                self._owned, self._size = len(own) - 1, own[-1][3]
+                self._file = _opened(self.path, os.O_RDWR, fcntl.LOCK_EX)
+                self._cut()
 
     def _discard(self) -> None:
-        """Removes an earlier run's journals, but for the file that becomes this rank's; one rank per machine does."""
-        try:
+        """Removes an earlier run's journals, one rank per machine; this rank's own stays unless ranks may restart."""
+        with writing(self.path):
             for path in journals_in(self.directory) if self._ranks.local_rank == 0 else ():
                 if path != self.path or self._ranks.restarts:
-                    file = self._opened(path, os.O_RDONLY, fcntl.LOCK_EX)
+                    file = _opened(path, os.O_RDONLY, fcntl.LOCK_EX)
                     path.unlink()
                     os.close(file)
-        except OSError as error:
-            raise self._refusal(error) from None
-
-    def _lock(self, flags: int) -> None:
-        self._file = self._opened(self.path, os.O_RDWR | flags, fcntl.LOCK_EX)
-
-    def _opened(self, path: Path, flags: int, lock: int) -> int:
-        """A file, not through a link, which no other process writes; with LOCK_EX it is this process's alone."""
-        file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(file, lock | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            raise UserError(f"{self.directory}: another process is writing results here") from None
-        return file
 
     def _append(self, kind: str, index: int, payload: bytes) -> None:
         head = _KINDS.index(kind) | index >> 32 << 8, index & 0xFFFFFFFF
-        digest = _digest(*head, self._size, payload)
-        try:
-            self._write(_HEAD.pack(*head, len(payload), digest) + payload)
+        with writing(self.path):
+            self._write(_HEAD.pack(*head, len(payload), _digest(*head, self._size, payload)) + payload)
             if time.monotonic() - self._synced > SYNC:
-                assert self._file is not None
                 os.fsync(self._file)
                 self._synced = time.monotonic()
-        except OSError as error:
-            raise self._refusal(error) from None
 
     def _write(self, data: bytes) -> None:
-        """All of `data` or, where the file system refuses, nothing."""
-        assert self._file is not None
+        """Writes all of `data` or, where the file system refuses, nothing."""
         rest = memoryview(data)
         try:
             while rest:
                 rest = rest[os.write(self._file, rest) :]
         except OSError:
-            os.ftruncate(self._file, self._size)
-            os.lseek(self._file, self._size, os.SEEK_SET)
+            self._cut()
             raise
         self._size += len(data)
 
-    def _refusal(self, error: OSError) -> UserError:
-        return UserError(f"{self.path}: cannot be written: {error.strerror}")
+    def _cut(self) -> None:
+        """Cuts off the file after the last whole record, where writing goes on."""
+        os.ftruncate(self._file, self._size)
+        os.lseek(self._file, self._size, os.SEEK_SET)
 
 
-def read(content: bytes) -> Iterator[tuple[str, int, bytes, int]]:
-    """The records of a journal, up to the first that is not whole: kind, index, payload, and where the record ends.
+def _opened(path: Path, flags: int, lock: int) -> int:
+    """Opens a file that no other process writes, not through a link; LOCK_EX makes it this process's alone."""
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, lock | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise UserError(f"{path.parent}: another process is writing results here") from None
+    return file
 
-    The index has its window from bit 32 on.
-    """
+
+def read(content: bytes) -> Iterator[Record]:
+    """The records of a journal, up to the first that is not whole."""
     if not content.startswith(_MAGIC):
         return
     at = len(_MAGIC)
@@ -315,13 +277,24 @@ def read(content: bytes) -> Iterator[tuple[str, int, bytes, int]]:
         yield _KINDS[kind & 255], kind >> 8 << 32 | index, payload, at
 
 
+def _load(path: Path) -> list[Record]:
+    """A journal's records, beginning with its header; none where the header is damaged."""
+    with open(_opened(path, os.O_RDONLY, fcntl.LOCK_SH), "rb") as file:
+        records = list(read(file.read()))
+    try:
+        header = json.loads(records[0][2]) if records and records[0][0] == "header" else None
+    except (ValueError, RecursionError):
+        return []
+    whole = isinstance(header, dict) and isinstance(header.get("facts"), dict) and isinstance(header.get("began"), str)
+    return records if whole else []
+
+
 def _has_records(path: Path) -> bool:
     """Whether a journal holds more than its header."""
     try:
-        records = read(path.read_bytes())
+        return len(list(read(path.read_bytes()))) > 1
     except OSError:
         return False
-    return next(records, None) is not None and next(records, None) is not None
 
 
 def _digest_of(kept: Mapping[tuple[str, int], bytes]) -> str:
@@ -332,7 +305,7 @@ def _digest_of(kept: Mapping[tuple[str, int], bytes]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message; of a digest its beginning."""
+    """A value as a message shows it; a digest is cut short."""
     return f"{value[:12]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else str(value)
 
 
@@ -340,13 +313,3 @@ def _digest(kind: int, index: int, at: int, payload: bytes) -> bytes:
     sha = hashlib.blake2b(struct.pack("<IIQQ", kind, index, len(payload), at), digest_size=16)
     sha.update(payload)
     return sha.digest()
-
-
-def _header(record: tuple[str, int, bytes, int]) -> dict[str, Any] | None:
-    """The first record's content; None if it is not a header."""
-    try:
-        header = json.loads(record[2]) if record[0] == "header" else None
-    except (ValueError, RecursionError):
-        return None
-    whole = isinstance(header, dict) and isinstance(header.get("facts"), dict) and isinstance(header.get("began"), str)
-    return header if whole else None

@@ -1,28 +1,16 @@
-"""Results as they lie in a directory, read back: whole, or as far as a card and a document need them."""
+"""Reads results back from a directory: whole, or as far as a card and a document need them."""
 
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from cecompile.errors import UserError
 from cecompile.results.clock import CLOCKS, PHASES
 from cecompile.results.write import PREDICTIONS, RESULTS, SAMPLES, SCHEMA
 from cecompile.tasks.chat import AnswerSample
 from cecompile.tasks.judge import METRICS, Sample
-
-_KINDS: dict[str, tuple[type, ...]] = {
-    "id": (str,),
-    "prediction": (int,),
-    "prediction_norm": (int,),
-    "loglikelihoods": (list,),
-    "greedy": (list,),
-    "text": (str,),
-    "correct": (bool, type(None)),
-    "tokens": (int, type(None)),
-    "in_tree": (bool, type(None)),
-    "decoded_tokens": (int, type(None)),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +21,7 @@ class StoredResult:
         name: its directory, as it was given.
         results: results.json.
         samples: samples.jsonl, in order.
-        predictions: the texts of predictions.jsonl; None where there is none.
+        predictions: the texts of predictions.jsonl; None for a task without that file.
     """
 
     name: str
@@ -46,66 +34,72 @@ def read_result(directory: Path) -> StoredResult:
     """Reads a result directory.
 
     Raises:
-        UserError: a file is missing or is not what a run writes; names the file, the line and the field.
+        UserError: a file is missing or damaged; the message names the file, the line and the field.
     """
-    results = _parse(_read(directory / RESULTS), str(directory / RESULTS))
+    results = _read_json(directory)
     if not isinstance(results, dict):
         raise UserError(f"{directory / RESULTS}: not an object")
-    kind: Any = AnswerSample if results.get("task") == "chat" else Sample
-    path = directory / SAMPLES
-    samples = [_sample(row, kind, where) for where, row in _rows(path)]
-    predictions = None
-    if kind is AnswerSample:
-        predictions = [_text(row, where) for where, row in _rows(directory / PREDICTIONS)]
+    chats = results.get("task") == "chat"
+    samples = _samples(directory / SAMPLES, AnswerSample if chats else Sample)
+    predictions = [_text(row, where) for where, row in _rows(directory / PREDICTIONS)] if chats else None
     return StoredResult(str(directory), results, samples, predictions)
 
 
 def value_at(results: Any, path: str) -> Any:
-    """The value at a path such as "model.fingerprint"; None where there is none."""
+    """The value at a path such as "model.fingerprint"; None for a missing path."""
     for key in path.split("."):
         results = results.get(key) if isinstance(results, dict) else None
     return results
+
+
+def _read_json(directory: Path, constant: Callable[[str], Any] | None = None) -> Any:
+    """The content of results.json; `constant` makes the value of NaN and Infinity."""
+    path = directory / RESULTS
+    return _parse(_read(path), f"{path}: damaged", constant)
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid UTF-8 at byte {error.start + 1}") from None
+        raise UserError(f"{path}: damaged: not UTF-8 at byte {error.start + 1}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}; is {path.parent} a result directory?") from None
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str, problem: str, constant: Callable[[str], Any] | None = None) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from None
+        raise UserError(f"{problem}: {error}") from None
 
 
-def _rows(path: Path) -> list[tuple[str, Any]]:
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Pairs of (place for messages, row). Only line feeds end a line: JSON may have other separators inside texts."""
-    lines = enumerate(_read(path).split("\n"), 1)
-    places = [(f"{path}: line {number}", line) for number, line in lines if line.strip()]
-    return [(where, _parse(line, where)) for where, line in places]
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if line.strip():
+            yield f"{path}: line {number}", _parse(line, f"{path}: line {number}: not valid JSON")
 
 
-def _sample(row: Any, kind: Any, where: str) -> Any:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not an object")
-    label = (int, type(None)) if kind is Sample else (str, type(None))
-    for one in fields(kind):
-        if one.name not in row:
-            raise UserError(f"{where}: field '{one.name}': missing")
-        if not isinstance(row[one.name], _KINDS.get(one.name, label)):
-            raise UserError(f"{where}: field '{one.name}': not what a run writes")
-    values = {one.name: row[one.name] for one in fields(kind)}
-    if kind is Sample:
-        numbers = values["loglikelihoods"]
-        if not numbers or not all(isinstance(x, (int, float)) for x in numbers):
+def _samples(path: Path, kind: type[Any]) -> list[Any]:
+    """The samples of a file; a field of `kind` that is a tuple is a list there."""
+    samples, hints = [], get_type_hints(kind)
+    for where, row in _rows(path):
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: not an object")
+        values = {}
+        for name, hint in hints.items():
+            if name not in row:
+                raise UserError(f"{where}: field '{name}': missing")
+            is_tuple = get_origin(hint) is tuple
+            if not isinstance(row[name], list if is_tuple else hint):
+                raise UserError(f"{where}: field '{name}': not what a run writes")
+            values[name] = tuple(row[name]) if is_tuple else row[name]
+        numbers = values.get("loglikelihoods")  # None in an AnswerSample
+        if numbers is not None and not (numbers and all(isinstance(x, (int, float)) for x in numbers)):
             raise UserError(f"{where}: field 'loglikelihoods': not a list of numbers")
-        values |= {name: tuple(values[name]) for name in ("loglikelihoods", "greedy")}
-    return kind(**values)
+        samples.append(kind(**values))
+    return samples
 
 
 def _text(row: Any, where: str) -> str:
@@ -118,96 +112,64 @@ def _text(row: Any, where: str) -> str:
     return text
 
 
-@dataclass(frozen=True, slots=True)
-class Maybe:
-    """A field that may be null or absent."""
-
-    shape: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Each:
-    """An object with any names, all of whose values have one shape."""
-
-    shape: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Either:
-    """A field that has one of two shapes; `first` is that of an object."""
-
-    first: Each
-    second: Any
-
-
-# A type, [the shape of each element], or {name: shape}. `float` takes whole numbers too; other fields are let through.
-SHAPE = {
+# The shape of results.json: a type, [the shape of each element], {name: shape}, or {str: shape} where names are free.
+# A tuple holds alternatives; with None among them the field may be null or absent. `float` takes whole numbers too.
+# Fields that are not named here are let through.
+SHAPE: dict[str, Any] = {
     "task": str,
-    "date": Maybe(str),
-    "command": Maybe([str]),
+    "date": (str, None),
+    "command": ([str], None),
     "questions": int,
     "choices": int,
-    "truncated_questions": Maybe(int),
-    "metrics": Each(Maybe(float)),
-    "answers": Maybe({
-        "in_tree": Maybe(int), "tokens": Maybe(int), "decoded_tokens": Maybe(int), "max_new_tokens": int,
-    }),
+    "truncated_questions": (int, None),
+    "metrics": {str: (float, None)},
+    "answers": ({
+        "in_tree": (int, None), "tokens": (int, None), "decoded_tokens": (int, None), "max_new_tokens": int,
+    }, None),
     "latency_s": dict.fromkeys(CLOCKS, float),
-    "headline": {"clock": str, "seconds": Maybe(float)},
+    "headline": {"clock": str, "seconds": (float, None)},
     "phases_s": dict.fromkeys(PHASES, float),
     "inference_s": {"runs": int, "median": float, "min": float, "max": float},
-    "engine": {"name": str, "attention": Maybe(str), "note": Maybe(str)},
-    "plan": Maybe({
+    "engine": {"name": str, "attention": (str, None), "note": (str, None)},
+    "plan": ({
         "useful_tokens": int, "slots": int, "unshared_tokens": int, "question_tree_tokens": int,
-        "prefix_tree_tokens": int, "windows": Maybe(int),
-        "buckets": [{"rows": int, "length": int, "readouts": int, "runs": int, "useful_tokens": Maybe(int)}],
-    }),
-    "streaming": Maybe({
+        "prefix_tree_tokens": int, "windows": (int, None),
+        "buckets": [{"rows": int, "length": int, "readouts": int, "runs": int, "useful_tokens": (int, None)}],
+    }, None),
+    "streaming": ({
         "sweeps": int, "passes_per_sweep": int, "layer_bytes": int, "read_bytes": int, "read_seconds": float,
         "waited_seconds": float,
-    }),
+    }, None),
     "model": {
         "name": str, "architecture": str, "dtype": str, "parameters": int, "fingerprint": str,
-        "device_fingerprint": Maybe(str), "verified": Maybe(str), "stored_dtypes": Maybe(Either(Each(int), [str])),
-        "changed": Maybe({"attention": Maybe(str), "compiled": Maybe(Each(int)), "replaced_modules": Maybe([str])}),
+        "device_fingerprint": (str, None), "verified": (str, None), "stored_dtypes": ({str: int}, [str], None),
+        "changed": ({"attention": (str, None), "compiled": ({str: int}, None), "replaced_modules": ([str], None)}, None)
     },
-    "cache": Maybe({"state": str, "reason": Maybe(str)}),
-    "memory": {"limit_bytes": Maybe(int), "predicted_bytes": Maybe(int), "peak_bytes": Maybe(int)},
-    "ranks": Maybe({"size": int, "passes": [int], "tokens": [int], "devices": [str]}),
-    "pipeline": Maybe({"stages": int, "layers": [[int]]}),
+    "cache": ({"state": str, "reason": (str, None)}, None),
+    "memory": {"limit_bytes": (int, None), "predicted_bytes": (int, None), "peak_bytes": (int, None)},
+    "ranks": ({"size": int, "passes": [int], "tokens": [int], "devices": [str]}, None),
+    "pipeline": ({"stages": int, "layers": [[int]]}, None),
     "data": {"name": str, "digest": str},
-    "environment": {
-        "device": str, "python": str, "system": str, "cpus": Maybe(int), "versions": Each(Maybe(str)),
-    },
-    "comparison": Maybe({
-        "baseline": str, "max_drop": float, "drop_points": Each(Maybe(float)), "interval_points": Each(Maybe([float])),
-        "agreement": Maybe(float), "largest_difference": Maybe(float), "differing": Maybe(int),
-        "speed_ratio": Maybe(float), "verdict": str,
-    }),
+    "environment": {"device": str, "python": str, "system": str, "cpus": (int, None), "versions": {str: (str, None)}},
+    "comparison": ({
+        "baseline": str, "max_drop": float, "drop_points": {str: (float, None)}, "agreement": (float, None),
+        "interval_points": {str: ([float], None)}, "largest_difference": (float, None), "differing": (int, None),
+        "speed_ratio": (float, None), "verdict": str,
+    }, None),
 }  # fmt: skip
 LARGEST = 1e15  # no time, count or size comes near it
 NAMES = {str: "a string", int: "a whole number", float: "a number"}
 
 
 def read_results(directory: Path) -> dict[str, Any]:
-    """A result directory's results.json, with every field of SHAPE in it; those that may be absent are None then.
+    """Reads results.json of a result directory; a field of SHAPE that is absent there is None.
 
     Raises:
-        UserError: there is none, it is damaged, its schema is another, or a field is not what it should be.
+        UserError: the file is missing or damaged, its schema is another, or a field is not of its shape.
     """
-    path = directory / RESULTS
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; is {directory} a result directory?") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: damaged: not UTF-8") from None
-    try:
-        results = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged: {error}") from None
-    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
-        found = results.get("schema") if isinstance(results, dict) else None
+    results, path = _read_json(directory, _no_constant), directory / RESULTS
+    found = results.get("schema") if isinstance(results, dict) else None
+    if found != SCHEMA:
         raise UserError(f"{path}: field 'schema': expected {SCHEMA}, found {json.dumps(found)}")
     checked: dict[str, Any] = _checked(results, SHAPE, f"{path}: field '", "")
     if checked["headline"]["clock"] not in CLOCKS:
@@ -227,18 +189,19 @@ def _no_constant(name: str) -> Any:
 
 def _checked(value: Any, shape: Any, where: str, name: str) -> Any:
     """`value` if it has the shape, with absent fields filled in; `name` is its path in the file."""
-    if isinstance(shape, Maybe):
-        return None if value is None else _checked(value, shape.shape, where, name)
-    if isinstance(shape, Either):
-        shape = shape.first if isinstance(value, dict) else shape.second
-    wanted = "an object" if isinstance(shape, dict | Each) else "an array" if isinstance(shape, list) else NAMES[shape]
+    if isinstance(shape, tuple):
+        if value is None:
+            return None
+        shapes = [one for one in shape if one is not None]
+        shape = shapes[0 if isinstance(value, dict) else -1]  # of two alternatives, the object comes first
     if isinstance(shape, dict) and isinstance(value, dict):
+        if str in shape:
+            return {key: _checked(one, shape[str], where, f"{name}.{key}") for key, one in value.items()}
         inner = {k: _checked(value.get(k), s, where, f"{name}.{k}" if name else k) for k, s in shape.items()}
         return value | inner
-    if isinstance(shape, Each) and isinstance(value, dict):
-        return {k: _checked(v, shape.shape, where, f"{name}.{k}") for k, v in value.items()}
     if isinstance(shape, list) and isinstance(value, list):
-        return [_checked(v, shape[0], where, f"{name}[{i}]") for i, v in enumerate(value)]
+        return [_checked(one, shape[0], where, f"{name}[{i}]") for i, one in enumerate(value)]
+    wanted = "an object" if isinstance(shape, dict) else "an array" if isinstance(shape, list) else NAMES[shape]
     plain = (int, float) if shape is float else shape
     if isinstance(shape, type) and isinstance(value, plain) and not isinstance(value, bool):
         if isinstance(value, str) or abs(value) <= LARGEST:

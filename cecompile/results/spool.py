@@ -1,4 +1,4 @@
-"""Samples on disk while a run goes on, for more of them than memory holds."""
+"""Keeps samples on disk while a run goes on, for more samples than memory holds."""
 
 import dataclasses
 import json
@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from cecompile.errors import UserError
+from cecompile.results.disk import writing
 
 
 class Spool:
-    """Samples in a file without a name, which goes when the process does; each time one goes through them, read back.
+    """Samples in a file without a name, which disappears with the process. Iterating reads the file again each time.
 
     Args:
-        directory: where the file is, or in the nearest one above that exists; None is where temporary files are.
+        directory: of the file, or the nearest directory above that exists; None is the one of temporary files.
         kind: of sample, a dataclass of plain JSON values and tuples of them.
 
     Raises:
@@ -25,24 +25,20 @@ class Spool:
     def __init__(self, directory: Path | None, kind: type) -> None:
         while directory is not None and not directory.exists():
             directory = directory.parent
-        self._where = tempfile.gettempdir() if directory is None else str(directory)
+        self._where = directory or tempfile.gettempdir()
         self._kind = kind
         self._count = 0
-        try:
+        with writing(self._where):
             self._file: IO[bytes] = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
-        except OSError as error:
-            raise self._refusal(error) from None
 
     def add(self, samples: Iterable[Any]) -> None:
         """Appends samples. Raises UserError: the file system refuses."""
-        try:
+        with writing(self._where):
             self._file.seek(0, os.SEEK_END)
             for sample in samples:
                 self._file.write(line(sample))
                 self._count += 1
             self._file.flush()
-        except OSError as error:
-            raise self._refusal(error) from None
 
     def lines(self) -> Iterator[bytes]:
         """The samples as lines of samples.jsonl."""
@@ -56,9 +52,6 @@ class Spool:
         for one in self.lines():
             values = json.loads(one)
             yield self._kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-    def _refusal(self, error: OSError) -> UserError:
-        return UserError(f"{self._where}: cannot be written: {error.strerror}")
 
 
 def line(sample: Any) -> bytes:

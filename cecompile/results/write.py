@@ -1,6 +1,5 @@
-"""Result files: results.json, samples.jsonl and predictions.jsonl, each written whole or not at all."""
+"""Writes results.json, samples.jsonl and predictions.jsonl, each whole or not at all."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,20 +13,21 @@ from typing import Any
 
 from cecompile.errors import UserError
 from cecompile.results import journal
+from cecompile.results.disk import writing
 from cecompile.results.spool import Spool, line
 from cecompile.workload.plan import Plan
 from cecompile.workload.totals import Totals
 
 SCHEMA = 1
 RESULTS, SAMPLES, PREDICTIONS = "results.json", "samples.jsonl", "predictions.jsonl"
-CARD, DOCUMENT = "card.png", "report.pdf"  # what `cecompile report` makes of them
+CARD, DOCUMENT = "card.png", "report.pdf"  # made from the result by `cecompile report`
 
 
 def plan_summary(plan: Plan | Totals) -> dict[str, Any]:
-    """results.json's `plan`: token counts, and how often each bucket runs.
+    """The `plan` of results.json: token counts, and how often each bucket runs.
 
-    Of a run in windows, `windows` says how many. The counts are then sums over the windows, within which prefixes are
-    shared; so `prefix_tree_tokens` is what one prefix tree for each window would have.
+    For a run in windows, `windows` is their number and the counts are sums over the windows. Prefixes are shared within
+    a window; so `prefix_tree_tokens` counts one prefix tree for each window.
     """
     summary: dict[str, Any] = {
         "useful_tokens": plan.useful_tokens,
@@ -36,13 +36,7 @@ def plan_summary(plan: Plan | Totals) -> dict[str, Any]:
         "question_tree_tokens": plan.question_tree_tokens,
         "prefix_tree_tokens": plan.prefix_tree_tokens,
         "buckets": [
-            {
-                "rows": b.rows,
-                "length": b.length,
-                "readouts": b.readouts,
-                "runs": plan.runs(i),
-                "useful_tokens": plan.useful_tokens_of(i),
-            }
+            dataclasses.asdict(b) | {"runs": plan.runs(i), "useful_tokens": plan.useful_tokens_of(i)}
             for i, b in enumerate(plan.buckets)
         ],
     }
@@ -54,10 +48,9 @@ def plan_summary(plan: Plan | Totals) -> dict[str, Any]:
 
 
 def environment(device_name: str) -> dict[str, Any]:
-    """Versions and machine, as far as they bear on a result."""
-    packages = ("cecompile", "torch", "transformers", "tokenizers", "safetensors", "numpy", "triton")
+    """The versions and the machine that a result may depend on."""
     versions: dict[str, str | None] = {}
-    for name in packages:
+    for name in ("cecompile", "torch", "transformers", "tokenizers", "safetensors", "numpy", "triton"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -75,8 +68,8 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
     """Checks that results can be written to `directory`, before any work is done. Leaves nothing behind.
 
     Raises:
-        UserError: it is a file, holds something else, holds results or a journal that is neither to be replaced
-            (`overwrite`) nor to be gone on with (`resume`), or is not writable.
+        UserError: `directory` is a file, cannot be written, holds other files, or holds results or a journal without
+            `overwrite` (replace them) or `resume` (go on with them).
     """
     try:
         is_file = os.path.lexists(directory) and not directory.is_dir()
@@ -92,9 +85,7 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
         if journaled:
             raise UserError(f"{directory}: holds an interrupted run; --resume goes on with it, --overwrite starts anew")
         raise UserError(f"{directory}: holds results already; --overwrite replaces them")
-    parent = directory
-    while not parent.exists():
-        parent = parent.parent
+    parent = next(path for path in (directory, *directory.parents) if path.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".cecompile-", dir=parent):
             pass
@@ -103,19 +94,19 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
 
 
 def write_samples(directory: Path, samples: Sequence[Any] | Spool) -> None:
-    """Writes samples.jsonl, a line per sample (a dataclass), and removes an earlier run's other files first.
+    """Writes samples.jsonl, one line per sample (a dataclass), after removing an earlier run's other files.
 
     Raises:
         UserError: the file system refuses.
     """
-    for name in (RESULTS, PREDICTIONS, CARD, DOCUMENT):
-        with contextlib.suppress(FileNotFoundError):
-            (directory / name).unlink()
+    with writing(directory):
+        for name in (RESULTS, PREDICTIONS, CARD, DOCUMENT):
+            (directory / name).unlink(missing_ok=True)
     write_whole(directory / SAMPLES, samples.lines() if isinstance(samples, Spool) else map(line, samples))
 
 
 def write_predictions(directory: Path, texts: Iterable[str]) -> None:
-    """Writes predictions.jsonl, a line per answer as the text-generation pipeline returns it.
+    """Writes predictions.jsonl, one line per answer in the form of the text-generation pipeline.
 
     Raises:
         UserError: the file system refuses.
@@ -124,7 +115,7 @@ def write_predictions(directory: Path, texts: Iterable[str]) -> None:
 
 
 def file_digests(directory: Path) -> dict[str, str]:
-    """results.json's `samples_digest`: SHA-256 (hex) of samples.jsonl and, where there is one, predictions.jsonl."""
+    """The `samples_digest` of results.json: SHA-256 (hex) of samples.jsonl and, for chats, of predictions.jsonl."""
     files = [directory / name for name in (SAMPLES, PREDICTIONS)]
     return {file.name: _digest(file) for file in files if file.is_file()}
 
@@ -144,21 +135,26 @@ def digest_of_results(results: dict[str, Any]) -> str:
 
 
 def write_results(directory: Path, results: dict[str, Any]) -> None:
-    """Writes results.json, the last file of a run, and removes what killed runs have begun to write.
+    """Writes results.json, the last file of a run, and removes half-written files of runs that were killed.
 
     Raises:
         UserError: the file system refuses.
     """
     write_whole(directory / RESULTS, [json.dumps(results, indent=2) + "\n"])
-    for name in (RESULTS, SAMPLES, PREDICTIONS):
-        for left in directory.glob(f".{name}.*"):
-            left.unlink(missing_ok=True)
+    with writing(directory):
+        for name in (RESULTS, SAMPLES, PREDICTIONS):
+            for left in directory.glob(f".{name}.*"):
+                left.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, parts: Iterable[str | bytes]) -> None:
-    """Writes under a temporary name in the same directory, then renames. Raises UserError as those above."""
+    """Writes a file under a temporary name in the same directory, then renames it.
+
+    Raises:
+        UserError: the file system refuses.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
@@ -168,5 +164,3 @@ def write_whole(path: Path, parts: Iterable[str | bytes]) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None

@@ -1,1 +1,1 @@
-"""A result as a card and a document to hand on."""
+"""Makes the card and the document of a result."""

@@ -1,7 +1,6 @@
-"""The card: one picture of a result, for a leaderboard. Its two large figures are legible at 320 pixels' width."""
+"""Draws the card: one picture of a result, for a leaderboard. Its two large figures are legible 320 pixels wide."""
 
 from bisect import bisect_left
-from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -12,27 +11,17 @@ from matplotlib.patches import FancyBboxPatch
 
 from cecompile.report import units
 from cecompile.report.document.fonts import BOLD, REGULAR, shown
-from cecompile.report.document.words import Words, drops
+from cecompile.report.document.words import Words
 
 WIDTH, HEIGHT, DPI = 1200, 675, 100  # pixels
 MARGIN = 48
 GROUND, PANEL, INK, FAINT = "#0b1220", "#17223a", "#f8fafc", "#a5b4cb"
 TIME, RIGHT, WRONG = "#fcd34d", "#6ee7b7", "#fda4af"
-LEAST = 0.55  # of its size that a text shrinks to before it loses its middle
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One of the two large figures."""
-
-    label: str
-    figure: str
-    gloss: str
-    color: str
+LEAST = 0.55  # the fraction of its size to which a text shrinks before it loses its middle
 
 
 class Canvas:
-    """A picture drawn in pixels from the upper left corner, on which every text keeps to a width."""
+    """A picture in pixels from the upper left corner. Every text on the picture keeps to a width."""
 
     def __init__(self) -> None:
         self.figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor=GROUND)
@@ -43,7 +32,7 @@ class Canvas:
         self, x: float, y: float, text: str, size: float, width: float, *,
         color: str = INK, bold: bool = False, align: str = "left",
     ) -> None:  # fmt: skip
-        """Writes `text` with its baseline at y, `size` pixels large, or smaller and shortened as `width` asks."""
+        """Writes `text` with its baseline at y, `size` pixels large, or smaller and shortened to fit `width`."""
         drawn = self.figure.text(
             x / WIDTH, 1 - y / HEIGHT, "", ha=align, va="baseline", color=color, parse_math=False,
             fontproperties=self._fonts[bold],
@@ -74,7 +63,7 @@ class Canvas:
 
 
 def _shortened(text: str, kept: int) -> str:
-    """`kept` characters of a text, from both ends, and an ellipsis for its middle."""
+    """The `kept` characters at both ends of a text, with an ellipsis for the middle."""
     return f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
 
 
@@ -82,18 +71,18 @@ def draw_card(results: dict[str, Any], language: str) -> Canvas:
     """The card of a result.
 
     Args:
-        results: as `read_results` gives them.
+        results: from `read_results`.
         language: one of LANGUAGES.
     """
     words, canvas = Words(language), Canvas()
     _heading(canvas, results, words)
     half = (WIDTH - 2 * MARGIN - 24) / 2
-    for i, panel in enumerate(_panels(results, words)):
+    for i, (label, figure, gloss, color) in enumerate(_panels(results, words)):
         left = MARGIN + i * (half + 24)
         canvas.panel(left, 200, half, 258)
-        canvas.text(left + half / 2, 252, panel.label, 36, half - 40, color=FAINT, align="center")
-        canvas.text(left + half / 2, 374, panel.figure, 112, half - 40, color=panel.color, bold=True, align="center")
-        canvas.text(left + half / 2, 434, panel.gloss, 28, half - 40, color=FAINT, align="center")
+        canvas.text(left + half / 2, 252, label, 36, half - 40, color=FAINT, align="center")
+        canvas.text(left + half / 2, 374, figure, 112, half - 40, color=color, bold=True, align="center")
+        canvas.text(left + half / 2, 434, gloss, 28, half - 40, color=FAINT, align="center")
     cells = _cells(results, words)
     room = (WIDTH - 2 * MARGIN) / len(cells)
     for i, (label, value) in enumerate(cells):
@@ -117,35 +106,26 @@ def _heading(canvas: Canvas, results: dict[str, Any], words: Words) -> None:
     canvas.text(MARGIN, 166, " · ".join(facts), 27, width, color=FAINT)
 
 
-def _panels(results: dict[str, Any], words: Words) -> tuple[Panel, Panel]:
-    clock, seconds = results["headline"]["clock"], results["headline"]["seconds"]
-    metric = units.main_metric(results["metrics"])
+def _panels(results: dict[str, Any], words: Words) -> list[tuple[str, str, str, str]]:
+    """(label, figure, gloss, colour) of the two large figures."""
+    clock, metric = results["headline"]["clock"], units.main_metric(results["metrics"])
     value, error = results["metrics"][metric], results["metrics"].get(f"{metric}_stderr")
-    return (
-        Panel(
-            words("card.latency", clock=clock), words("seconds", value=units.seconds(seconds)),
-            words(f"clock.{clock}"), TIME,
-        ),
-        Panel(
-            metric, words("no_labels") if value is None else words("percent", value=units.percent(value)),
-            "" if error is None else f"± {units.percent(error)}",
-            FAINT if value is None else RIGHT,
-        ),
-    )  # fmt: skip
+    seconds, gloss = words.seconds(results["headline"]["seconds"]), words(f"clock.{clock}")
+    spread = "" if error is None else f"± {units.percent(error)}"
+    return [
+        (words("card.latency", clock=clock), seconds, gloss, TIME),
+        (metric, words.percent(value), spread, FAINT if value is None else RIGHT),
+    ]
 
 
 def _cells(results: dict[str, Any], words: Words) -> list[tuple[str, str]]:
-    """(label, value) of the other clocks, inference per question, and the other metric or how answers came about."""
-
-    def duration(value: float) -> str:
-        return words("seconds", value=units.seconds(value))
-
+    """(label, value) of the other clocks, inference per question, and the other metric or answers from the tree."""
     latency, metrics, answers = results["latency_s"], results["metrics"], results["answers"]
-    cells = [(clock, duration(value)) for clock, value in latency.items() if clock != results["headline"]["clock"]]
-    cells.append((words("card.per_question"), duration(latency["inference"] / results["questions"])))
+    cells = [(clock, words.seconds(s)) for clock, s in latency.items() if clock != results["headline"]["clock"]]
+    cells.append((words("card.per_question"), words.seconds(latency["inference"] / results["questions"])))
     for name, value in metrics.items():
         if name != units.main_metric(metrics) and not name.endswith("_stderr"):
-            cells.append((name, words("no_labels") if value is None else words("percent", value=units.percent(value))))
+            cells.append((name, words.percent(value)))
     if answers is not None and answers["in_tree"] is not None:
         share = f"{units.count(answers['in_tree'])} / {units.count(results['questions'])}"
         cells.append((words("card.in_tree"), share))
@@ -156,10 +136,8 @@ def _footing(canvas: Canvas, results: dict[str, Any], words: Words) -> None:
     comparison, width = results["comparison"], WIDTH - 2 * MARGIN
     if comparison is not None:
         verdict = "within" if comparison["verdict"] == "within" else "past"
-        text = words(
-            f"verdict.{verdict}", max_drop=f"{comparison['max_drop']:g}",
-            baseline=units.short_name(comparison["baseline"]), drops=drops(words, comparison["drop_points"]),
-        )  # fmt: skip
+        baseline, drops = units.short_name(comparison["baseline"]), words.drops(comparison["drop_points"])
+        text = words(f"verdict.{verdict}", max_drop=f"{comparison['max_drop']:g}", baseline=baseline, drops=drops)
         canvas.text(MARGIN, 596, text, 25, width, color=RIGHT if verdict == "within" else WRONG)
     canvas.text(MARGIN, 640, f"SHA-256 {results['model']['fingerprint']}", 19, width - 260, color=FAINT)
     data = units.short_name(results["data"]["name"])

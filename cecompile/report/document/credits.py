@@ -1,4 +1,4 @@
-"""The open source that a result rests on: names, versions and licences, as the installed packages state them."""
+"""The open source that a result rests on: names, versions and licences that the installed packages state."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ USED = (
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """A package; `licence` is None where it states none."""
+    """A package; `licence` is None where the package states none."""
 
     name: str
     version: str
@@ -20,11 +20,11 @@ class Credit:
 
 
 def credits(versions: Mapping[str, str | None]) -> list[Credit]:
-    """The packages of USED that are there.
+    """The packages of USED that the run had.
 
     Args:
-        versions: those of the run, by package (results.json's `environment.versions`), None for what it did not have;
-            others are the installed ones.
+        versions: of the run, by package (`environment.versions` of results.json), None for a missing package. For a
+            package that is not named there the installed version counts.
     """
     found = []
     for name in USED:

@@ -1,7 +1,7 @@
-"""The document: a PDF on the task, the rules, the method and the figures, written from the run itself."""
+"""Writes the document of a run: a PDF on the task, the rules, the method and the figures."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from reportlab.platypus import Flowable, PageBreak, Paragraph
@@ -16,29 +16,26 @@ from cecompile.report.document.rules import rule_rows
 from cecompile.report.document.words import DASH, EXAMPLES, Words
 
 Results = dict[str, Any]
-ROW = 19  # points: a line of a table, and room for some of two lines
+ROW = 19  # points for a row of a table, of one line or, here and there, two
 
 
 def make_document(results: Results, languages: Sequence[str]) -> bytes:
-    """The PDF, whole in each language, one after another.
+    """The PDF: the whole document in each language, one after another.
 
     Args:
-        results: as `read_results` gives them.
-        languages: of LANGUAGES, at least one.
+        results: from `read_results`.
+        languages: at least one of LANGUAGES.
     """
     register_fonts()
+    parts = (_front, _task, _rules, _method, _measured, _setting, _credits, _again)
     story: list[Flowable] = []
     for language in languages:
+        writer = Writer(Words(language))
         story += [PageBreak()] if story else []
-        story += _story(results, Writer(Words(language)))
+        story += [flowable for part in parts for flowable in part(results, writer)]
     name = units.short_name(results["model"]["name"])
     footer = shown(f"cecompile {results['environment']['versions'].get('cecompile') or ''} · {name}", 90)
     return typeset(story, Words(languages[0])("title"), footer)
-
-
-def _story(results: Results, w: Writer) -> list[Flowable]:
-    parts = (_front, _task, _rules, _method, _measured, _setting, _credits, _again)
-    return [flowable for part in parts for flowable in part(results, w)]
 
 
 def _front(results: Results, w: Writer) -> list[Flowable]:
@@ -46,44 +43,42 @@ def _front(results: Results, w: Writer) -> list[Flowable]:
     inference = results["latency_s"]["inference"]
     name = units.main_metric(results["metrics"])
     value, error = results["metrics"][name], results["metrics"].get(f"{name}_stderr")
-    accuracy = w.text("no_labels") if value is None else _percent(value, w)
     about = units.short_name(results["model"]["name"])
+    latency = w.text("summary.latency", clock=clock, gloss=w.words(f"clock.{clock}"))
+    per_question = w.text("summary.inference", per=units.seconds(inference / results["questions"]))
+    accuracy = name if error is None else f"{name} ± {units.percent(error)}"
     return [
         Paragraph(w.words("title"), TITLE),
         Paragraph(literal(f"{about} · {results['task']} · {units.short_name(results['data']['name'])}"), SUBTITLE),
         w.summary([
-            (w.text("seconds", value=units.seconds(seconds)),
-             w.text("summary.latency", clock=clock, gloss=w.words(f"clock.{clock}"))),
-            (w.text("seconds", value=units.seconds(inference)),
-             w.text("summary.inference", per=units.seconds(inference / results["questions"]))),
-            (accuracy, name if error is None else f"{name} ± {units.percent(error)}"),
+            (w.words.seconds(seconds), latency), (w.words.seconds(inference), per_question),
+            (w.words.percent(value), accuracy),
         ]),
     ]  # fmt: skip
 
 
 def _task(results: Results, w: Writer) -> list[Flowable]:
-    counts = {"questions": units.count(results["questions"]), "choices": units.count(results["choices"])}
+    counts = {name: units.count(results[name]) for name in ("questions", "choices")}
     counts["data"] = units.short_name(results["data"]["name"])
-    answers = results["answers"]
-    story = w.section("task")
-    if answers is None:
-        story.append(w.paragraph("task.scoring", **counts))
-    else:
-        story.append(w.paragraph("task.chat", **counts, new_tokens=units.count(answers["max_new_tokens"])))
-    if results["truncated_questions"]:
-        story.append(w.paragraph("task.truncated", count=units.count(results["truncated_questions"])))
+    answers, truncated = results["answers"], results["truncated_questions"]
+    if answers is not None:
+        counts["new_tokens"] = units.count(answers["max_new_tokens"])
+    story = [*w.section("task"), w.paragraph("task.scoring" if answers is None else "task.chat", **counts)]
+    if truncated:
+        story.append(w.paragraph("task.truncated", count=units.count(truncated)))
     if None in results["metrics"].values():
         story.append(w.paragraph("task.no_labels"))
     return story
 
 
 def _rules(results: Results, w: Writer) -> list[Flowable]:
-    rows = [(w.text("rules.rule"), w.text("rules.met")), *rule_rows(results, w)]
+    rows = [w.texts("rules", "rule", "met"), *rule_rows(results, w)]
     return [*w.section("rules"), w.table(rows, (0.32, 0.68))]
 
 
 def _method(results: Results, w: Writer) -> list[Flowable]:
-    story, plan = w.section("method"), results["plan"]
+    story, plan, answers = w.section("method"), results["plan"], results["answers"]
+    compiled = results["engine"]["name"] == "compiled"
     if plan is None:
         return [*story, w.paragraph("method.reference")]
     context, choices = EXAMPLES[w.words.language]
@@ -91,41 +86,36 @@ def _method(results: Results, w: Writer) -> list[Flowable]:
     story.append(w.paragraph("method.tree", figure=w.figures + 1, tree=len(example.words), unshared=example.unshared))
     story.append(w.figure(tree_and_mask(WIDTH, example), "figure.tree", choices=len(choices)))
     story.append(w.paragraph("method.mask"))
-    engine = "method.compiled" if results["engine"]["name"] == "compiled" else "method.eager"
-    story.append(w.paragraph("method.pack", engine=w.words(engine)))
-    answers = results["answers"]
+    story.append(w.paragraph("method.pack", engine=w.words("method.compiled" if compiled else "method.eager")))
     if answers is not None:
         story.append(w.paragraph("method.chat"))
         if answers["tokens"] is not None:
             facts = {"in_tree": answers["in_tree"], "tokens": answers["tokens"], "decoded": answers["decoded_tokens"]}
-            shown_facts = {key: units.count(value or 0) for key, value in facts.items()}
-            story.append(w.paragraph("method.answers", questions=units.count(results["questions"]), **shown_facts))
+            counts = {key: units.count(value or 0) for key, value in facts.items()}
+            story.append(w.paragraph("method.answers", questions=units.count(results["questions"]), **counts))
     story.append(w.paragraph("method.check"))
-    if results["engine"]["name"] == "compiled":
+    if compiled:
         story.append(w.paragraph("method.check.compiled"))
     return [*story, _saved(plan, w), _fill(plan, w)]
 
 
 def _saved(plan: Results, w: Writer) -> Flowable:
     names = ("unshared", "question_tree", "slots", "useful", "prefix_tree")
-    values = [plan["slots" if name == "slots" else f"{name}_tokens"] for name in names]
-    rows = [
-        Bar(w.words(f"tokens.{name}"), value, units.count(value), name == "useful")
-        for name, value in zip(names, values, strict=True)
-    ]
+    counts = {name: plan["slots" if name == "slots" else f"{name}_tokens"] for name in names}
+    rows = [Bar(w.words(f"tokens.{n}"), counts[n], units.count(counts[n]), n == "useful") for n in names]
     return w.figure(bars(WIDTH, rows), "figure.saved")
 
 
 def _fill(plan: Results, w: Writer) -> Flowable:
-    """A bar per bucket where the result says how many useful tokens each has, and one for all."""
+    """A bar for each bucket whose number of useful tokens is known, and one for all buckets."""
     rows = []
     for bucket in plan["buckets"]:
         fill = _bucket_fill(bucket)
         if fill is not None:
             label = w.text("fill.bucket", **bucket | {"runs": units.count(bucket["runs"])})
-            rows.append(Bar(label, fill, _percent(fill, w)))
+            rows.append(Bar(label, fill, w.words.percent(fill)))
     fill = plan["useful_tokens"] / max(1, plan["slots"])
-    rows.append(Bar(w.words("fill.all"), fill, _percent(fill, w), True))
+    rows.append(Bar(w.words("fill.all"), fill, w.words.percent(fill), True))
     return w.figure(bars(WIDTH, rows, 1.0), "figure.fill")
 
 
@@ -135,34 +125,26 @@ def _bucket_fill(bucket: Results) -> float | None:
 
 
 def _measured(results: Results, w: Writer) -> list[Flowable]:
-    metrics, latency = results["metrics"], results["latency_s"]
-    rows = [[w.text(f"measured.{name}") for name in ("metric", "value", "error")]]
+    metrics, phases, runs = results["metrics"], results["phases_s"], results["inference_s"]
+    rows = [w.texts("measured", "metric", "value", "error")]
     for name in (n for n in metrics if not n.endswith("_stderr")):
-        value, error = metrics[name], metrics.get(f"{name}_stderr")
-        shown_value = w.text("no_labels") if value is None else units.percent(value)
-        rows.append([literal(name), shown_value, DASH if error is None else units.percent(error)])
-    times = [[w.text(f"measured.{name}") for name in ("latency", "covers", "seconds")]]
-    times += [[clock, w.text(f"clock.{clock}"), units.seconds(value)] for clock, value in latency.items()]
-    phases = results["phases_s"]
+        value = w.text("no_labels") if metrics[name] is None else units.percent(metrics[name])
+        rows.append([literal(name), value, _known(metrics.get(f"{name}_stderr"), units.percent)])
+    times = [w.texts("measured", "latency", "covers", "seconds")]
+    times += [[clock, w.text(f"clock.{clock}"), units.seconds(s)] for clock, s in results["latency_s"].items()]
+    chart = [Bar(name, value, w.words.seconds(value), name == "inference") for name, value in phases.items()]
     total = sum(phases.values())
-    chart = [
-        Bar(name, value, w.words("seconds", value=units.seconds(value)), name == "inference")
-        for name, value in phases.items()
-    ]
-    chart.append(Bar(w.words("measured.total"), total, w.words("seconds", value=units.seconds(total))))
-    story = [
-        *w.section("measured"),
-        w.table(rows, (0.4, 0.3, 0.3), numbers=(1, 2)),
-        w.table(times, (0.25, 0.5, 0.25), numbers=(2,)),
-        w.figure(bars(WIDTH, chart), "figure.phases"),
-    ]
-    runs = results["inference_s"]
+    chart.append(Bar(w.words("measured.total"), total, w.words.seconds(total)))
+    story = [*w.section("measured"), w.table(rows, (0.4, 0.3, 0.3), numbers=(1, 2))]
+    story += [w.table(times, (0.25, 0.5, 0.25), numbers=(2,)), w.figure(bars(WIDTH, chart), "figure.phases")]
     if runs["runs"] > 1:
         spread = {"min": units.seconds(runs["min"]), "max": units.seconds(runs["max"])}
         story.append(w.paragraph("measured.runs", runs=runs["runs"], **spread))
     story += [] if results["plan"] is None else _plan(results["plan"], w)
     story += [] if results["comparison"] is None else _comparison(results["comparison"], w)
-    return [*story, _memory(results["memory"], w)]
+    names = ("peak", "predicted", "limit")
+    memory = [[w.text(f"measured.{name}"), _known(results["memory"][f"{name}_bytes"], units.size)] for name in names]
+    return [*story, w.table([[w.text("measured.memory"), ""], *memory], (0.6, 0.4), numbers=(1,))]
 
 
 def _plan(plan: Results, w: Writer) -> list[Flowable]:
@@ -174,47 +156,32 @@ def _plan(plan: Results, w: Writer) -> list[Flowable]:
         "ratio": f"{plan['unshared_tokens'] / useful:.2f}",
         "above": f"{100 * (useful / max(1, plan['prefix_tree_tokens']) - 1):.1f}",
     }
-    rows = [[w.text(f"measured.{name}") for name in ("bucket", "bucket_runs", "readouts", "bucket_fill")]]
+    rows = [w.texts("measured", "bucket", "bucket_runs", "readouts", "bucket_fill")]
     for bucket in plan["buckets"]:
-        fill = _bucket_fill(bucket)
         shape = f"{units.count(bucket['rows'])} × {units.count(bucket['length'])}"
-        shown_fill = DASH if fill is None else _percent(fill, w)
-        rows.append([shape, units.count(bucket["runs"]), units.count(bucket["readouts"]), shown_fill])
+        fill = _known(_bucket_fill(bucket), w.words.percent)
+        rows.append([shape, units.count(bucket["runs"]), units.count(bucket["readouts"]), fill])
     return [w.paragraph("measured.sharing", **facts), w.table(rows, (0.34, 0.22, 0.22, 0.22), numbers=(1, 2, 3))]
 
 
 def _comparison(comparison: Results, w: Writer) -> list[Flowable]:
     title = w.text("measured.comparison", baseline=units.short_name(comparison["baseline"]))
-    rows = [[title, w.text("measured.drop"), w.text("measured.interval")]]
+    rows = [[title, *w.texts("measured", "drop", "interval")]]
     for name, drop in comparison["drop_points"].items():
         interval = comparison["interval_points"].get(name)
         shown_interval = DASH if not interval else " … ".join(f"{value:.2f}" for value in interval)
-        rows.append([literal(name), _known(drop, lambda d: f"{d:.2f}"), shown_interval])
-    return [
-        w.table(rows, (0.5, 0.2, 0.3), numbers=(1, 2)),
-        w.paragraph(
-            "measured.compared",
-            agreement=_known(comparison["agreement"], lambda a: _percent(a, w)),
-            differing=_known(comparison["differing"], units.count),
-            largest=_known(comparison["largest_difference"], lambda d: f"{d:.3g}"),
-            speed=_known(comparison["speed_ratio"], lambda s: f"{s:.2f}"),
-        ),
-    ]
+        rows.append([literal(name), _known(drop, "{:.2f}".format), shown_interval])
+    facts = {
+        "agreement": _known(comparison["agreement"], w.words.percent),
+        "differing": _known(comparison["differing"], units.count),
+        "largest": _known(comparison["largest_difference"], "{:.3g}".format),
+        "speed": _known(comparison["speed_ratio"], "{:.2f}".format),
+    }
+    return [w.table(rows, (0.5, 0.2, 0.3), numbers=(1, 2)), w.paragraph("measured.compared", **facts)]
 
 
-def _percent(fraction: float, w: Writer) -> str:
-    return w.words("percent", value=units.percent(fraction))
-
-
-def _known(value: Any, write: Any) -> str:
-    return DASH if value is None else str(write(value))
-
-
-def _memory(memory: Results, w: Writer) -> Flowable:
-    rows = [[w.text("measured.memory"), ""]]
-    for name in ("peak", "predicted", "limit"):
-        rows.append([w.text(f"measured.{name}"), _known(memory[f"{name}_bytes"], units.size)])
-    return w.table(rows, (0.6, 0.4), numbers=(1,))
+def _known(value: Any, write: Callable[[Any], str]) -> str:
+    return DASH if value is None else write(value)
 
 
 def _setting(results: Results, w: Writer) -> list[Flowable]:
@@ -243,32 +210,25 @@ def _setting(results: Results, w: Writer) -> list[Flowable]:
 
 
 def _credits(results: Results, w: Writer) -> list[Flowable]:
-    rows = [[w.text(f"credits.{name}") for name in ("name", "version", "licence")]]
-    rows += [
-        [literal(one.name), literal(one.version), literal(one.licence or w.words("not_recorded"))]
-        for one in credits(results["environment"]["versions"])
-    ]
-    story = [*w.section("credits"), w.paragraph("credits.about"), w.table(rows, (0.2, 0.2, 0.6))]
-    return [*story, w.paragraph("credits.font")]
+    rows = [w.texts("credits", "name", "version", "licence")]
+    for one in credits(results["environment"]["versions"]):
+        rows.append([literal(one.name), literal(one.version), literal(one.licence or w.words("not_recorded"))])
+    table = w.table(rows, (0.2, 0.2, 0.6))
+    return [*w.section("credits"), w.paragraph("credits.about"), table, w.paragraph("credits.font")]
 
 
 def _again(results: Results, w: Writer) -> list[Flowable]:
     command, recorded = command_line(results)
     report = shlex.join(["cecompile", "report", "DIR", "--lang", w.words.language])
-    return [
-        *w.section("again"),
-        w.paragraph("again.recorded" if recorded else "again.made_up"),
-        Paragraph(literal(command, 4000), CODE),
-        w.paragraph("again.same"),
-        w.paragraph("again.report"),
-        Paragraph(literal(report), CODE),
-    ]
+    story = [*w.section("again"), w.paragraph("again.recorded" if recorded else "again.made_up")]
+    story += [Paragraph(literal(command, 4000), CODE), w.paragraph("again.same"), w.paragraph("again.report")]
+    return [*story, Paragraph(literal(report), CODE)]
 
 
 def command_line(results: dict[str, Any]) -> tuple[str, bool]:
-    """For a shell: the command that made the result, and whether it was recorded.
+    """The command that made the result, for a shell, and whether it was recorded.
 
-    Where it was not, one of the same effect is put together from what the result says.
+    A command of the same effect stands for one that was not recorded.
     """
     if results["command"]:
         return shlex.join(results["command"]), True

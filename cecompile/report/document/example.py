@@ -1,4 +1,4 @@
-"""The small tree that the document explains the method with, laid out by the code that lays out a run's."""
+"""Makes the small tree by which the document explains the method, with the code that lays out a run's trees."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class Example:
         words: (tokens,) each node's text, in preorder.
         layout: the tree.
         parent: (tokens,) each node's parent; -1 at the root.
-        predicted: (node, text) of tokens that are predicted after a node and are no node themselves.
-        unshared: tokens of one sequence per choice.
+        predicted: (node, text) of the tokens that are predicted after a node and are no node themselves.
+        unshared: the number of tokens of one sequence per choice.
     """
 
     words: tuple[str, ...]
@@ -37,14 +37,11 @@ class Example:
 
 
 def make_example(context: Sequence[str], choices: Sequence[Sequence[str]]) -> Example:
-    """A word is a token; the context and each choice have at least one."""
+    """The tree of a context and choices, each of at least one word; a word is a token."""
     vocabulary = sorted({word for words in (context, *choices) for word in words})
     ids = {word: i for i, word in enumerate(vocabulary)}
-    sequences = Sequences.of(
-        [[ids[word] for word in (*context, *choice)] for choice in choices],
-        [len(choice) for choice in choices],
-        [0] * len(choices),
-    )
+    tokens = [[ids[word] for word in (*context, *choice)] for choice in choices]
+    sequences = Sequences.of(tokens, [len(choice) for choice in choices], [0] * len(choices))
     order = sort_sequences(sequences)
     (layout,) = lay_out(sequences, order.sequence, order.shared, rows=np.zeros(1, dtype=np.int64))
     nodes = range(len(layout.token_ids))

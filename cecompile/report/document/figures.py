@@ -1,4 +1,4 @@
-"""The document's figures, as vector drawings in the document's own font. Sizes are in points."""
+"""Draws the document's figures as vectors, in the document's own font. Sizes are in points."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from cecompile.report.document.fonts import FAMILY
 
 INK, FAINT, RULE = HexColor("#111827"), HexColor("#6b7280"), HexColor("#d1d5db")
 ACCENT, PALE, GREEN = HexColor("#1d4ed8"), HexColor("#dbeafe"), HexColor("#047857")
+Point = tuple[float, float]  # or a box's width and height
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +20,9 @@ class Bar:
     """A horizontal bar.
 
     Attributes:
-        label, note: what is written left and right of it.
-        value: its length, in whatever unit all bars of a figure share.
-        marked: drawn in the colour of what matters.
+        label, note: the texts left and right of the bar.
+        value: its length, in a unit that all bars of a figure share.
+        marked: drawn in the colour that stands out.
     """
 
     label: str
@@ -31,7 +32,7 @@ class Bar:
 
 
 def bars(width: float, rows: Sequence[Bar], whole: float | None = None) -> Drawing:
-    """Bars under one another; `whole` is the length of a full one, by default the longest."""
+    """Bars under one another; `whole` is the length of a full bar, by default the longest."""
     step, height, size = 17.0, 10.0, 8.5
     drawing = Drawing(width, step * len(rows), initialFontName=FAMILY)
     left = max(stringWidth(row.label, FAMILY, size) for row in rows) + 8
@@ -50,31 +51,29 @@ def bars(width: float, rows: Sequence[Bar], whole: float | None = None) -> Drawi
 
 def tree_and_mask(width: float, example: Example) -> Drawing:
     """The example's tree on the left and its mask on the right."""
-    lane, top = 44.0, 34.0  # from line to line, and above the first box's lower edge
+    lane, top, cell = 44.0, 34.0, 11.5  # from line to line, above the first box's lower edge, a square of the mask
     lanes = _lanes(example)
-    cell = 11.5
     grid = cell * len(example.words)
     labels = max(stringWidth(word, FAMILY, 8) for word in example.words) + 20
     drawing = Drawing(width, max(top + lane * max(lanes) + 12, grid + 18), initialFontName=FAMILY)
-    columns = max(int(d) for d in example.layout.depth) + 2  # one more for what is only predicted
+    columns = int(example.layout.depth.max()) + 2  # one more for tokens that are only predicted
     _draw_tree(drawing, example, lanes, (width - grid - labels - 14) / columns, (top, lane))
     _draw_mask(drawing, example, width - grid, cell)
     return drawing
 
 
 def _lanes(example: Example) -> list[int]:
-    """The line each node is drawn on: a first child goes on beside its parent, any other opens a new line."""
+    """The line of each node: a first child goes on beside its parent, any other node opens a new line."""
     lanes: list[int] = []
     for node, parent in enumerate(example.parent):
         lanes.append(max(lanes, default=-1) + 1 if parent != node - 1 or node == 0 else lanes[-1])
     return lanes
 
 
-def _draw_tree(drawing: Drawing, example: Example, lanes: list[int], step: float, lines: tuple[float, float]) -> None:
-    layout = example.layout
-    box = (step - 7, 17.0)
+def _draw_tree(drawing: Drawing, example: Example, lanes: list[int], step: float, lines: Point) -> None:
+    layout, box = example.layout, (step - 7, 17.0)
 
-    def corner(depth: int, line: int) -> tuple[float, float]:
+    def corner(depth: int, line: int) -> Point:
         return depth * step, drawing.height - lines[0] - line * lines[1]
 
     places = [corner(int(depth), line) for depth, line in zip(layout.depth, lanes, strict=True)]
@@ -90,19 +89,15 @@ def _draw_tree(drawing: Drawing, example: Example, lanes: list[int], step: float
         _draw_box(drawing, place, box, word, dashed=True)
 
 
-def _connect(
-    drawing: Drawing, parent: tuple[float, float], child: tuple[float, float], box: tuple[float, float]
-) -> None:
-    """A line from the parent's right side, straight or by a step down, to the child's left side."""
+def _connect(drawing: Drawing, parent: Point, child: Point, box: Point) -> None:
+    """Draws a line from the parent's right side, straight or by a step down, to the child's left side."""
     start, end = (parent[0] + box[0], parent[1] + box[1] / 2), (child[0], child[1] + box[1] / 2)
     middle = start[0] + (end[0] - start[0]) / 2
     for a, b in ((start, (middle, start[1])), ((middle, start[1]), (middle, end[1])), ((middle, end[1]), end)):
         drawing.add(Line(*a, *b, strokeColor=FAINT, strokeWidth=0.8))
 
 
-def _draw_box(
-    drawing: Drawing, place: tuple[float, float], box: tuple[float, float], word: str, dashed: bool = False
-) -> None:
+def _draw_box(drawing: Drawing, place: Point, box: Point, word: str, dashed: bool = False) -> None:
     x, y = place
     style = {"strokeColor": FAINT, "strokeDashArray": [2, 2]} if dashed else {"strokeColor": ACCENT}
     drawing.add(Rect(x, y, *box, rx=3, ry=3, fillColor=None if dashed else PALE, strokeWidth=0.8, **style))
@@ -118,8 +113,7 @@ def _draw_mask(drawing: Drawing, example: Example, left: float, cell: float) -> 
         drawing.add(_text(left + (query + 0.5) * cell, top + 4, str(query), 7, FAINT, "middle"))
         for key, seen in enumerate(row.tolist()):
             fill = (GREEN if key == query else ACCENT) if seen else None
-            square = Rect(left + key * cell, y, cell, cell, fillColor=fill, strokeColor=RULE, strokeWidth=0.5)
-            drawing.add(square)
+            drawing.add(Rect(left + key * cell, y, cell, cell, fillColor=fill, strokeColor=RULE, strokeWidth=0.5))
 
 
 def _text(x: float, y: float, text: str, size: float, color: Color = INK, anchor: str = "start") -> String:

@@ -1,4 +1,4 @@
-"""A result's card and document, as files."""
+"""Writes a result's card and document as files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,15 +18,15 @@ def make_report(
 
     Args:
         directory: a result directory.
-        png, pdf: where to; None is card.png and report.pdf in the directory.
-        languages: those of the document, one after another; the card is in the first.
-        overwrite: replace files that are there.
+        png, pdf: the files to write; None is card.png and report.pdf in `directory`.
+        languages: of the document, one after another; the card is in the first.
+        overwrite: replaces existing files.
 
     Returns:
         The paths of both.
 
     Raises:
-        UserError: the directory holds no result, a file is there already, or the file system refuses.
+        UserError: the directory holds no result, a file exists already, or the file system refuses.
         CheckError: the result contradicts itself.
     """
     results = read_results(directory)

@@ -1,4 +1,4 @@
-"""The document's look: fonts, styles, and the few kinds of things a page is made of."""
+"""The document's look: fonts, styles, and the elements of a page."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -44,19 +44,19 @@ GLOSS = ParagraphStyle("gloss", CELL, fontSize=8.2, leading=11.5, textColor=FAIN
 
 
 def register_fonts() -> None:
-    """Makes the fonts known to reportlab; they are embedded in every document."""
+    """Registers the fonts with reportlab, which embeds them in every document."""
     for name, path in ((FAMILY, REGULAR), (FAMILY_BOLD, BOLD)):
         pdfmetrics.registerFont(TTFont(name, path))
     pdfmetrics.registerFontFamily(FAMILY, FAMILY, FAMILY_BOLD, FAMILY, FAMILY_BOLD)
 
 
 def literal(value: object, limit: int = 600) -> str:
-    """Any text as a paragraph shows it unchanged: printable, with a glyph for each character, and no markup."""
+    """Markup that shows a value as it is: printable, with a glyph for each character."""
     return escape(shown(str(value), limit))
 
 
 class Writer:
-    """Makes paragraphs, tables and figures of one language; counts sections and figures."""
+    """Makes paragraphs, tables and figures in one language; numbers sections and figures."""
 
     def __init__(self, words: Words) -> None:
         self.words = words
@@ -66,11 +66,15 @@ class Writer:
         """A text of `words`, its fields shown literally."""
         return self.words(name, **{key: literal(value) for key, value in fields.items()})
 
-    def paragraph(self, name: str, style: ParagraphStyle = BODY, **fields: object) -> Paragraph:
-        return Paragraph(self.text(name, **fields), style)
+    def texts(self, group: str, *names: str) -> list[str]:
+        """Texts without fields, such as a table's heading."""
+        return [self.words(f"{group}.{name}") for name in names]
+
+    def paragraph(self, name: str, **fields: object) -> Paragraph:
+        return Paragraph(self.text(name, **fields), BODY)
 
     def section(self, name: str, height: float = 30 * mm) -> list[Flowable]:
-        """A numbered heading; it begins a page where less than `height` points are left for it and what follows."""
+        """A numbered heading, on a new page where less than `height` points are left."""
         self.sections += 1
         return [CondPageBreak(height), Paragraph(f"{self.sections}. {self.words(name)}", SECTION)]
 
@@ -83,10 +87,10 @@ class Writer:
     def table(
         self, rows: Sequence[Sequence[str]], widths: Sequence[float], *, numbers: Sequence[int] = (), head: bool = True
     ) -> KeepTogether:
-        """Cells of markup.
+        """A table whose cells are markup.
 
         Args:
-            rows: the first is the heading if `head`.
+            rows: of cells; the first is the heading if `head`.
             widths: of the columns, as fractions of the page's width.
             numbers: the columns set flush right.
         """
@@ -96,21 +100,16 @@ class Writer:
             return Paragraph(text, heading if head and row == 0 else plain)
 
         cells = [[cell(text, r, c) for c, text in enumerate(row)] for r, row in enumerate(rows)]
-        style: list[Any] = [
-            ("VALIGN", (0, 0), (-1, -1), "TOP"),
-            ("LINEBELOW", (0, 0), (-1, -1), 0.4, RULE),
-            ("TOPPADDING", (0, 0), (-1, -1), 2.5),
-            ("BOTTOMPADDING", (0, 0), (-1, -1), 3.5),
-            ("LEFTPADDING", (0, 0), (-1, -1), 4),
-            ("RIGHTPADDING", (0, 0), (-1, -1), 4),
-        ]
+        style: list[Any] = [("VALIGN", (0, 0), (-1, -1), "TOP"), ("LINEBELOW", (0, 0), (-1, -1), 0.4, RULE)]
+        for side, points in (("TOP", 2.5), ("BOTTOM", 3.5), ("LEFT", 4), ("RIGHT", 4)):
+            style.append((f"{side}PADDING", (0, 0), (-1, -1), points))
         if head:
             style += [("BACKGROUND", (0, 0), (-1, 0), PALE), ("LINEBELOW", (0, 0), (-1, 0), 0.8, FAINT)]
         table = Table(cells, [WIDTH * w for w in widths], style=style, hAlign="LEFT", repeatRows=int(head))
         return KeepTogether([table, Spacer(1, 9)])
 
     def summary(self, figures: Sequence[tuple[str, str]]) -> Table:
-        """The figures that matter, large, each with what it is under it."""
+        """The main figures in large type, each above its explanation."""
         room = WIDTH / len(figures) - 14
         cells = [[[Paragraph(big, _fitted(FIGURE, big, room)), Paragraph(gloss, GLOSS)] for big, gloss in figures]]
         style = [("BACKGROUND", (0, 0), (-1, -1), PALE), ("BOTTOMPADDING", (0, 0), (-1, -1), 9)]
@@ -118,7 +117,7 @@ class Writer:
 
 
 def _fitted(style: ParagraphStyle, text: str, width: float) -> ParagraphStyle:
-    """The style, smaller where the text would not fit on one line."""
+    """The style, made smaller where the text would not fit on one line."""
     needed = pdfmetrics.stringWidth(text, style.fontName, style.fontSize)
     return ParagraphStyle("fitted", style, fontSize=style.fontSize * min(1.0, width / needed))
 

@@ -1,7 +1,7 @@
-"""The report's fonts, and text made only of what they can show.
+"""The report's fonts, and text made only of characters that the fonts can show.
 
 Two cuts of Pretendard under another name (scripts/make_fonts.py; licence in OFL.txt), so that Korean and English look
-the same on every machine, those without fonts and without a network among them.
+the same on every machine, even without other fonts or a network.
 """
 
 import functools
@@ -25,11 +25,11 @@ def glyphs() -> frozenset[int]:
 
 
 def shown(text: str, limit: int = 600) -> str:
-    """`text` on one line in which every character has a glyph.
+    """`text` on one line, in which every character has a glyph.
 
     Control characters, bidirectional ones among them, and characters without a glyph become escapes such as \\u202e.
     Hangul written as separate letters, as some file systems do, is composed. A long text loses its middle.
     """
-    line = unicodedata.normalize("NFC", text)
-    line = "".join(c if ord(c) in glyphs() else c.encode("unicode_escape").decode("ascii") for c in line)
-    return printable(line, limit)
+    composed = unicodedata.normalize("NFC", text)
+    escaped = (c if ord(c) in glyphs() else c.encode("unicode_escape").decode("ascii") for c in composed)
+    return printable("".join(escaped), limit)
