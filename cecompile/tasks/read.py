@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from cecompile.tasks.windows import Windows, split
 
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%+-]+))?")
 SPLITS = ("validation", "test", "train")
+JSON, TABLES = (".jsonl", ".ndjson", ".json"), (".parquet", ".csv")
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Questions in the order of the file (`Question`, or `ChatQuestion` for the task "chat"), and that task."""
+    """The questions in the order of the file: `ChatQuestion` for the task "chat", else `Question`."""
 
     task: str
     questions: list[Any]
@@ -32,7 +33,7 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class LargeDataset:
-    """The same, a window at a time."""
+    """The questions in the order of the file, a window at a time."""
 
     task: str
     questions: Windows
@@ -63,7 +64,7 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
 
 
 def read_windows(data: str | Path, task: str, limit: float | None, window: int) -> Dataset | LargeDataset:
-    """The same, but more than `window` questions are checked without being kept, to be read again as they are needed.
+    """Like `read_dataset`, but keeps no more than `window` questions: all are checked, and read again when needed.
 
     A .json array is parsed as a whole each time; Parquet, CSV and hub datasets are converted into files of the
     `datasets` library's cache, which it maps into memory.
@@ -75,7 +76,7 @@ def read_windows(data: str | Path, task: str, limit: float | None, window: int) 
     read = list(itertools.islice(windows, 2))
     if len(read) == 1:
         return Dataset(rows.task, read[0][: _kept(len(read[0]), limit)])
-    first = (read.pop(0) for _ in range(2))  # so that they do not stay
+    first = (read.pop(0) for _ in range(2))  # so that the windows do not stay in memory
     again = functools.partial(_Reading, data, task, limit, rows.state)
     surveyed = Windows.surveyed(str(data), window, itertools.chain(first, windows), again)
     if limit is not None and limit < 1:
@@ -84,21 +85,20 @@ def read_windows(data: str | Path, task: str, limit: float | None, window: int) 
 
 
 def _kept(count: int, limit: float | None) -> int:
-    """How many of so many questions are kept."""
+    """The number of questions to keep of `count`."""
     return math.ceil(count * limit) if limit is not None and limit < 1 else count
 
 
 class _Reading:
-    """Goes through a dataset's rows as questions, and raises UserError as `read_dataset` does.
+    """Iterates over a dataset's rows as questions, and raises UserError as `read_dataset` does.
 
     Args:
         data, task: see `read_dataset`.
-        limit: how many rows at most, where it is at least 1.
-        state: what the file must be like; None where it has not been read before.
+        limit: the most rows to read; ignored below 1.
+        state: the file's expected state (see `_state`); None where the file has not been read before.
 
     Attributes:
-        task: the rows' own, once there was one.
-        state: what the file is like.
+        task: the task of the rows' format, once all rows were read.
     """
 
     def __init__(self, data: str | Path, task: str, limit: float | None, state: tuple[int, ...] | None = None) -> None:
@@ -132,26 +132,24 @@ class _Reading:
 
 
 def _state(data: str | Path) -> tuple[int, ...] | None:
-    """The state of a file, which changes when the file does; None without a file."""
-    try:
+    """Facts of a file that change when the file does; None without a file."""
+    with suppress(OSError, ValueError):
         found = Path(data).stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return None
 
 
 def _rows(data: str | Path) -> Iterator[tuple[str, Any]]:
     """Pairs of (place for messages, row)."""
-    path = Path(data)
+    path, suffix = Path(data), Path(data).suffix.lower()
     try:
         is_file, is_directory, is_there = path.is_file(), path.is_dir(), path.exists()
     except OSError as error:
         raise UserError(f"{data}: cannot be read: {error.strerror}") from None
     if is_file:
-        suffix = path.suffix.lower()
-        if suffix in (".jsonl", ".ndjson", ".json"):
+        if suffix in JSON:
             return _json_rows(path)
-        if suffix in (".parquet", ".csv"):
+        if suffix in TABLES:
             return _table_rows(path, suffix[1:])
         raise UserError(f"{path}: unknown file type '{path.suffix}'; .jsonl, .json, .parquet and .csv are read")
     if is_directory:
@@ -159,7 +157,7 @@ def _rows(data: str | Path) -> Iterator[tuple[str, Any]]:
     if is_there:
         raise UserError(f"{path}: neither a file nor a directory; save it as a file")
     match = HUB_ID.fullmatch(str(data))
-    if match is None or path.suffix.lower() in (".jsonl", ".ndjson", ".json", ".parquet", ".csv"):
+    if match is None or suffix in JSON + TABLES:
         raise UserError(f"{data}: no such file")
     return _hub_rows(str(data), match["name"], match["config"], match["split"])
 
@@ -169,19 +167,14 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
         file.seek(0)
         if start.startswith(b"["):
-            yield from _json_array(path, file.read())
+            content = file.read()
+            rows = _parse(content, str(path) if b"\n" in content else f"{path}: line 1")
+            yield from ((f"{path}: item {number}", row) for number, row in enumerate(rows, 1))
             return
         for number, line in enumerate(file, 1):
             where = f"{path}: line {number}"
             if line.strip():
                 yield where, _parse(line, where)
-
-
-def _json_array(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
-    first = content.split(b"\n", 1)[0]
-    rows = _parse(content, f"{path}: line 1" if first == content else str(path))
-    for number, row in enumerate(rows, 1):
-        yield f"{path}: item {number}", row
 
 
 def _open(path: Path) -> Any:
@@ -207,13 +200,13 @@ def _parse(content: bytes, where: str) -> Any:
 
 @contextmanager
 def _datasets(data: str) -> Iterator[tuple[Any, str | None]]:
-    """Gives the library of that name, without its progress bars, and where it may convert files.
+    """Gives the library `datasets`, without progress bars, and the directory in which to convert files.
 
-    The place is a temporary directory where the user's cache cannot be written, as without a home directory; None is
-    the library's own.
+    The directory is temporary where the user's cache cannot be written, as without a home directory. None is the
+    library's own.
 
     Raises:
-        UserError: the library cannot be imported, say because its pyarrow is too new for the NumPy that is installed.
+        UserError: the library cannot be imported, say because its pyarrow is too new for the installed NumPy.
     """
     try:
         import datasets
@@ -243,10 +236,8 @@ def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
         try:
             table = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=place, **options)
         except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-            cause = error.__cause__ or error
-            raise UserError(f"{path}: not readable as {kind}: {cause}") from None
-        for number, row in enumerate(table, 1):
-            yield f"{path}: row {number}", row
+            raise UserError(f"{path}: not readable as {kind}: {error.__cause__ or error}") from None
+        yield from ((f"{path}: row {number}", row) for number, row in enumerate(table, 1))
 
 
 def _hub_rows(data: str, name: str, config: str | None, split: str | None) -> Iterator[tuple[str, Any]]:
@@ -258,5 +249,4 @@ def _hub_rows(data: str, name: str, config: str | None, split: str | None) -> It
             table = datasets.load_dataset(name, config, split=split, cache_dir=place)
         except Exception as error:  # the hub client raises many kinds: offline, not found, gated, malformed
             raise UserError(f"{data}: neither a file nor a dataset that loads: {error}") from None
-        for number, row in enumerate(table, 1):
-            yield f"{data}: row {number}", row
+        yield from ((f"{data}: row {number}", row) for number, row in enumerate(table, 1))
