@@ -12,7 +12,7 @@ from cecompile.errors import UserError
 from cecompile.tasks.question import Question
 from cecompile.workload.sequences import Ints, Longs, Sequences, stretched
 
-AT_ONCE = 2048  # questions that are encoded together, which bounds the memory taken besides the result
+AT_ONCE = 2048  # questions that are encoded together; bounds the memory taken besides the result
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +36,13 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_length: int) -> En
             EOS where an empty context needs one.
     """
     encoder = _Encoder(tokenizer)
-    parts = [
-        _encode_part(questions[at : at + AT_ONCE], at, encoder, max_length) for at in range(0, len(questions), AT_ONCE)
-    ]
-    return Encoded(Sequences.joined([part for part, _ in parts]), sum(truncated for _, truncated in parts))
+    begins = range(0, len(questions), AT_ONCE)
+    parts = [_encode_part(questions[at : at + AT_ONCE], at, encoder, max_length) for at in begins]
+    return Encoded(Sequences.joined([one.sequences for one in parts]), sum(one.truncated_questions for one in parts))
 
 
-def _encode_part(
-    questions: Sequence[Question], first: int, encoder: "_Encoder", max_length: int
-) -> tuple[Sequences, int]:
-    """Encodes some questions, numbered from `first`. Returns their sequences and how many questions were cut."""
+def _encode_part(questions: Sequence[Question], first: int, encoder: "_Encoder", max_length: int) -> Encoded:
+    """Encodes questions that are numbered from `first`."""
     contexts, choices = zip(*(_split(q) for q in questions), strict=True)
     context = encoder.texts(contexts)
     whole = encoder.texts([c + choice for c, many in zip(contexts, choices, strict=True) if c for choice in many])
@@ -79,28 +76,24 @@ def _encode_part(
     excess = np.maximum(0, head_size + tail_size - (max_length + 1))
     stretches = np.stack((head + excess, tail), axis=1).ravel()
     sizes = np.stack((head_size - excess, tail_size), axis=1).ravel()
-    sequences = Sequences(
-        token_ids=pool[stretched(stretches, sizes)],
-        starts=np.concatenate(([0], np.cumsum(sizes)[1::2])).astype(np.int64),
-        predicted=tail_size.astype(np.int32),
-        questions=(first + owners).astype(np.int32),
-    )
-    return sequences, len(np.unique(owners[excess > 0]))
+    starts = np.concatenate(([0], np.cumsum(sizes)[1::2])).astype(np.int64)
+    predicted, numbers = tail_size.astype(np.int32), (first + owners).astype(np.int32)
+    sequences = Sequences(pool[stretched(stretches, sizes)], starts, predicted, numbers)
+    return Encoded(sequences, len(np.unique(owners[excess > 0])))
 
 
 def max_input_length(config: Any, tokenizer: Any) -> int:
     """The most tokens a model reads, from its configuration, else from its tokenizer, else 2,048 (lm-eval's order)."""
     config = getattr(config, "text_config", None) or config
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return int(value)
+        if getattr(config, name, None) is not None:
+            return int(getattr(config, name))
     value = getattr(tokenizer, "model_max_length", None)
     return int(value) if value is not None and value < 10**18 else 2048
 
 
 def _split(question: Question) -> tuple[str, list[str]]:
-    """Context and continuations, with white space at the context's end moved to the continuations."""
+    """The context and the continuations, with white space at the context's end moved to the continuations."""
     context = question.context.rstrip()
     moved = question.context[len(context) :] + question.delimiter
     return context, [moved + choice for choice in question.choices]
@@ -108,7 +101,7 @@ def _split(question: Question) -> tuple[str, list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """Texts' token ids one after another, the start of each (and the end), and the number of tokens of each."""
+    """Token ids of texts, one text after another. `starts` ends with the number of all tokens."""
 
     ids: Ints
     starts: Longs
@@ -122,11 +115,11 @@ class _Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        self.prefix: int | None = prefix  # what stands for an empty context
+        self.prefix: int | None = prefix  # stands for an empty context
         self._bos_text: str | None = tokenizer.decode(prefix) if prefix is not None else None
 
     def texts(self, texts: Sequence[str], special: bool = True) -> _Tokens:
-        """Token ids of each text, with the tokenizer's default special tokens if `special` and BOS is not written."""
+        """Token ids of each text. `special` adds the default special tokens to texts that do not begin with BOS."""
         out: list[list[int]] = [[] for _ in texts]
         plain = [not special or (self._bos_text is not None and t.startswith(self._bos_text)) for t in texts]
         for is_plain, extra in ((False, {}), (True, {"add_special_tokens": False})):
@@ -140,19 +133,20 @@ class _Encoder:
     def _ids(self, texts: list[str], extra: dict[str, bool]) -> list[list[int]]:
         """The tokenizer's ids. Skips a thin shell around a compiled tokenizer, for speed."""
         if not _is_shell(self._tokenizer):
-            return self._called(texts, extra)
-        self._called(texts[:1], extra)  # which turns truncation and padding off in the compiled one
+            return tokenize(self._tokenizer, texts, **extra)
+        tokenize(self._tokenizer, texts[:1], **extra)  # turns truncation and padding off in the compiled tokenizer
         compiled = self._tokenizer.backend_tokenizer
         return [one.ids for one in compiled.encode_batch_fast(texts, **({"add_special_tokens": True} | extra))]
 
-    def _called(self, texts: list[str], extra: dict[str, bool]) -> list[list[int]]:
-        batch = self._tokenizer(texts, return_attention_mask=False, verbose=False, **extra)
-        ids: list[list[int]] = batch["input_ids"]
-        return ids
+
+def tokenize(tokenizer: Any, texts: list[str], **options: bool) -> list[list[int]]:
+    """The token ids of at least one text."""
+    ids: list[list[int]] = tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
+    return ids
 
 
 def _is_shell(tokenizer: Any) -> bool:
-    """Whether calling a tokenizer only passes through `transformers`' own code to a compiled one of `tokenizers`."""
+    """Whether a tokenizer is only `transformers`' own code around a compiled tokenizer of `tokenizers`."""
     kind = type(tokenizer)
     return (
         isinstance(tokenizer, PreTrainedTokenizerFast)
