@@ -25,7 +25,7 @@ def load_config(model: str) -> Any:
     """The model's configuration.
 
     Raises:
-        UserError: none can be loaded, or the model is not a decoder-only language model.
+        UserError: no configuration can be loaded, or the model is not a decoder-only language model.
     """
     try:
         path = Path(model)
@@ -47,7 +47,7 @@ def load_config(model: str) -> Any:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer. Raises UserError: none can be loaded."""
+    """The model's tokenizer. Raises UserError: no tokenizer can be loaded."""
     with _one_line(model, "tokenizer"):
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
@@ -72,16 +72,15 @@ def load_checkpoint(
         share, read_all, keep_cached, while_reading: see `load_plainly`.
 
     Raises:
-        UserError: a file is missing or damaged, or a weight is missing; or a share is asked for, and only
+        UserError: a file is missing or damaged; a weight is missing; or a share is asked for, and only
             `from_pretrained` can load the checkpoint.
         torch.OutOfMemoryError: the weights do not fit on the device.
     """
     try:
         files = _plain_files(model)
+        how = (share, read_all, keep_cached, while_reading)
         with _quiet_transformers():
-            loaded = load_plainly(
-                model, config, DTYPES.get(dtype), device, files, share, read_all, keep_cached, while_reading
-            )
+            loaded = load_plainly(model, config, DTYPES.get(dtype), device, files, *how)
             if loaded.model.can_generate():
                 loaded.model.generation_config = load_generation_config(model, loaded.model.config)
         return loaded
@@ -89,7 +88,7 @@ def load_checkpoint(
         reason = str(error)
         if share is not None:
             raise UserError(f"{model}: weights: cannot be loaded in parts: {reason}") from None
-    # outside of the handler, so that nothing of the attempt is kept alive
+    # outside of the handler, so that the handler keeps nothing of the attempt alive
     if while_reading is not None:  # may have compiled modules, which are in reference cycles
         gc.collect()
     return Loaded(_load_by_transformers(model, config, dtype, device), read_checkpoint(model), reason)
@@ -109,14 +108,9 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _load_by_transformers(model: str, config: Any, dtype: str, device: torch.device) -> PreTrainedModel:
     with _quiet_transformers(), _one_line(model, "weights"):
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            model,
-            config=config,
-            dtype=DTYPES.get(dtype, "auto"),
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        how = {"config": config, "dtype": DTYPES.get(dtype, "auto")} | options
+        loaded, info = AutoModelForCausalLM.from_pretrained(model, **how)
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
             example = sorted(map(str, info[kind]))[0]
@@ -128,17 +122,16 @@ def check_vocabulary(model: str, tokenizer: Any, config: Any, used: int) -> None
     """Raises UserError if `used`, the highest token id in the data, is not below the vocabulary's size."""
     size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
     if size is not None and used >= size:
-        raise UserError(
-            f"{model}: tokenizer: gives token id {used} ({tokenizer.convert_ids_to_tokens(used)!r}), "
-            f"the model has {size} embeddings; it is not this model's tokenizer"
-        )
+        given = f"gives token id {used} ({tokenizer.convert_ids_to_tokens(used)!r})"
+        reason = f"the model has {size} embeddings; it is not this model's tokenizer"
+        raise UserError(f"{model}: tokenizer: {given}, {reason}")
 
 
 def read_checkpoint(model: str) -> Checkpoint:
     """Reads all tensors in the checkpoint's safetensors files for their digests, and keeps none.
 
     Raises:
-        UserError: there are no such files, or they cannot be read.
+        UserError: there are no safetensors files, or one cannot be read.
     """
     files = checkpoint_files(model)
     if not files:
@@ -151,30 +144,30 @@ def _plain_files(model: str) -> list[Path]:
     """The checkpoint's files.
 
     Raises:
-        NeedsTransformersLoader: there are none, or the weights depend on other files too.
+        NeedsTransformersLoader: there are no safetensors files, or the weights depend on other files too.
     """
-    with _one_line(model, "weights"):
-        if _find(model, "adapter_config.json") is not None:
-            raise NeedsTransformersLoader("it is an adapter")
-        if any(Path(model).glob("shard-*.safetensors")):
-            raise NeedsTransformersLoader("it is a distributed checkpoint")
-        files = checkpoint_files(model)
-        if not files:
-            raise NeedsTransformersLoader(f"it has no {SINGLE} and no {INDEX}")
-        return files
+    if _find(model, "adapter_config.json") is not None:
+        raise NeedsTransformersLoader("it is an adapter")
+    if any(Path(model).glob("shard-*.safetensors")):
+        raise NeedsTransformersLoader("it is a distributed checkpoint")
+    files = checkpoint_files(model)
+    if not files:
+        raise NeedsTransformersLoader(f"it has no {SINGLE} and no {INDEX}")
+    return files
 
 
 def checkpoint_files(model: str) -> list[Path]:
-    """The checkpoint's safetensors files, in the order of their names; empty if there are none.
+    """The checkpoint's safetensors files, sorted by their names; possibly none.
 
     Raises:
-        UserError: a file that the index names is not there, or the index cannot be read.
+        UserError: a file that the index names is missing, or the index cannot be read.
     """
-    with _one_line(model, "weights"):
-        single = _find(model, SINGLE)
-        index = None if single is not None else _find(model, INDEX)
+    single = _find(model, SINGLE)
+    if single is not None:
+        return [single]
+    index = _find(model, INDEX)
     if index is None:
-        return [] if single is None else [single]
+        return []
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -183,8 +176,7 @@ def checkpoint_files(model: str) -> list[Path]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{model}: weights: {INDEX}: names {name!r}, which is not a file beside it")
-        with _one_line(model, "weights"):
-            file = _find(model, name)
+        file = _find(model, name)
         if file is None:
             raise UserError(f"{model}: weights: no {name}, which {INDEX} names")
         files.append(file)
@@ -192,7 +184,8 @@ def checkpoint_files(model: str) -> list[Path]:
 
 
 def _find(model: str, name: str) -> Path | None:
-    found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    with _one_line(model, "weights"):
+        found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
 
 
@@ -201,7 +194,7 @@ def _one_line(model: str, part: str) -> Iterator[None]:
     """Turns any error that a reader raises into one line."""
     try:
         yield
-    except (torch.OutOfMemoryError, UserError, NeedsTransformersLoader):
+    except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # damaged files make their readers raise errors of every kind
         raise UserError(f"{model}: {part}: {first_line(error)}") from None

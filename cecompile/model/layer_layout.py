@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cecompile.errors import UserError
 from cecompile.model.structure import decoder_layers
 
-PLACES = 2  # for layers on the device: one computes while the next is read
+PLACES = 2  # for layers on the device: one layer computes while the next is read
 ALIGNED = 256  # bytes; each tensor of a layer begins at a multiple
 
 
@@ -19,9 +19,9 @@ class Layout:
     """The places of a layer's tensors in one run of bytes.
 
     Attributes:
-        dtype: of all tensors.
+        dtype: the dtype of all tensors.
         shapes, starts: shape and first byte of each tensor, by its name in the layer.
-        size: of all tensors, in bytes.
+        size: bytes of all tensors, with the gaps between them.
     """
 
     dtype: torch.dtype

@@ -19,7 +19,7 @@ def on_meta(config: Any) -> PreTrainedModel:
     """The causal model of a configuration on the meta device, without memory for weights.
 
     Raises:
-        UserError: transformers cannot build a causal model from it.
+        UserError: transformers cannot build a causal model from the configuration.
     """
     try:
         with torch.device("meta"):
@@ -63,14 +63,9 @@ def _settings(layer: nn.Module) -> str:
         plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in _NUMBERS}
         values = {k: v for k, v in plain.items() if isinstance(v, (str, int, float, bool, tuple, list, type(None)))}
         made = {k: b for k, b in module._buffers.items() if k in module._non_persistent_buffers_set and b is not None}
-        kept = {k: _bits(b) for k, b in made.items()}
-        out.append((name, type(module).__name__, sorted(values.items()), kept))
+        raw = {k: b.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for k, b in made.items() if not b.is_meta}
+        out.append((name, type(module).__name__, sorted(values.items()), [(k, hash(raw.get(k))) for k in made]))
     return repr(out)
-
-
-def _bits(tensor: Tensor) -> int | None:
-    """A hash of the tensor's bytes; None on the meta device."""
-    return None if tensor.is_meta else hash(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
 
 @dataclass(frozen=True, slots=True)
