@@ -47,12 +47,9 @@ def signals_raise() -> Iterator[None]:
 
 
 def command_to_resume(arguments: Sequence[str], output: Path, stages: int = 1) -> str:
-    """The command line that continues an interrupted command.
+    """The command line that continues an interrupted command, which needs at least `stages` processes.
 
-    Args:
-        arguments: the interrupted command's, without the program's name.
-        output: the command's result directory.
-        stages: the fewest processes that the command needs.
+    `arguments` are the interrupted command's, without the program's name. `output` is its result directory.
     """
     start = ["cecompile"] if stages == 1 else ["torchrun", "--nproc-per-node", str(stages), "-m", "cecompile"]
     kept = [a for a in arguments if a not in ("--overwrite", "--resume")]

@@ -58,8 +58,7 @@ class Ranks:
     def from_environment(stages: int = 1) -> "Ranks":
         """The ranks of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which torchrun sets, in `stages` of a pipeline.
 
-        Raises:
-            UserError: a variable is missing, `stages` does not divide the ranks, or not all ranks start.
+        Raises UserError: a variable is missing, `stages` does not divide the ranks, or not all ranks start.
         """
         size = world_size()
         if stages > size or size % stages:
@@ -140,10 +139,9 @@ class Ranks:
                     raise UserError(f"rank {rank}: {what} is {theirs.get(what)}, rank 0 has {value}")
 
     def first_does(self, call: Callable[[], Value]) -> Value:
-        """Calls `call` on rank 0 alone; returns its result on all ranks.
+        """Calls `call` on rank 0 alone, and returns its result on all ranks.
 
-        Raises:
-            UserError: raised by `call`; an AlreadyReportedError on the other ranks.
+        Raises UserError: raised by `call`; an AlreadyReportedError on the other ranks.
         """
         value: Any = None
         if self.rank == 0:
@@ -197,8 +195,8 @@ class Group(Ranks):
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(100 * POLL)
-        options = {"is_master": hosts, "timeout": JOIN, "wait_for_workers": False, "multi_tenant": True}
-        return self._dist.TCPStore(address, port, **options)
+        options: dict[str, Any] = {"is_master": hosts, "timeout": JOIN, "wait_for_workers": False}
+        return self._dist.TCPStore(address, port, multi_tenant=True, **options)
 
     @property
     def began(self) -> float:

@@ -54,7 +54,7 @@ def default_directory() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """An entry as `cecompile warm --list` shows it."""
+    """An entry as `cecompile warm --list` shows it. `size` is in bytes, `built` in seconds since 1970."""
 
     key: str
     facts: dict[str, Any]
@@ -229,10 +229,9 @@ class Entry:
                     self._copy_checked(now, keep=True)
                     shapes |= _shapes(now, "buckets")
             geometries = {largest} | _shapes(now, "geometries")
-            lists = {"buckets": sorted(shapes, reverse=True), "geometries": sorted(geometries, reverse=True)}
-            self._opened = self._write(
-                lists | {"found": asdict(found), "tuned": largest if tuned else now.get("tuned")}
-            )
+            recorded: dict[str, Any] = {"found": asdict(found), "tuned": largest if tuned else now.get("tuned")}
+            recorded |= {"buckets": sorted(shapes, reverse=True), "geometries": sorted(geometries, reverse=True)}
+            self._opened = self._write(recorded)
             self._shapes, self.found, self.note = shapes, found, None
             self._cache.sweep()
 

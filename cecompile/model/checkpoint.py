@@ -22,11 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_config(model: str) -> Any:
-    """The model's configuration.
-
-    Raises:
-        UserError: no configuration can be loaded, or the model is not a decoder-only language model.
-    """
+    """The model's configuration. Raises UserError: none can be loaded, or the model is not a decoder-only one."""
     try:
         path = Path(model)
         there, no_config = path.exists(), path.is_dir() and not (path / "config.json").is_file()
@@ -60,6 +56,19 @@ def load_generation_config(model: str, config: Any) -> GenerationConfig:
         return GenerationConfig.from_model_config(config)
 
 
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silences transformers' report of missing weights; this module reports them itself."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+@_quiet_transformers()
 def load_checkpoint(
     model: str, config: Any, dtype: str, device: torch.device, share: LayerRange | None = None, read_all: bool = True,
     keep_cached: bool = False, while_reading: WhileReading | None = None,
@@ -77,12 +86,10 @@ def load_checkpoint(
         torch.OutOfMemoryError: the weights do not fit on the device.
     """
     try:
-        files = _plain_files(model)
-        how = (share, read_all, keep_cached, while_reading)
-        with _quiet_transformers():
-            loaded = load_plainly(model, config, DTYPES.get(dtype), device, files, *how)
-            if loaded.model.can_generate():
-                loaded.model.generation_config = load_generation_config(model, loaded.model.config)
+        files, how = _plain_files(model), (share, read_all, keep_cached, while_reading)
+        loaded = load_plainly(model, config, DTYPES.get(dtype), device, files, *how)
+        if loaded.model.can_generate():
+            loaded.model.generation_config = load_generation_config(model, loaded.model.config)
         return loaded
     except NeedsTransformersLoader as error:
         reason = str(error)
@@ -94,20 +101,8 @@ def load_checkpoint(
     return Loaded(_load_by_transformers(model, config, dtype, device), read_checkpoint(model), reason)
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silences transformers' report of missing weights; this module reports them itself."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
 def _load_by_transformers(model: str, config: Any, dtype: str, device: torch.device) -> PreTrainedModel:
-    with _quiet_transformers(), _one_line(model, "weights"):
+    with _one_line(model, "weights"):
         options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
         how = {"config": config, "dtype": DTYPES.get(dtype, "auto")} | options
         loaded, info = AutoModelForCausalLM.from_pretrained(model, **how)
@@ -128,11 +123,7 @@ def check_vocabulary(model: str, tokenizer: Any, config: Any, used: int) -> None
 
 
 def read_checkpoint(model: str) -> Checkpoint:
-    """Reads all tensors in the checkpoint's safetensors files for their digests, and keeps none.
-
-    Raises:
-        UserError: there are no safetensors files, or one cannot be read.
-    """
+    """Reads all of the checkpoint's tensors for their digests. Raises UserError: a file is missing or damaged."""
     files = checkpoint_files(model)
     if not files:
         raise UserError(f"{model}: no {SINGLE} and no {INDEX}; only safetensors checkpoints are loaded")
@@ -141,11 +132,7 @@ def read_checkpoint(model: str) -> Checkpoint:
 
 
 def _plain_files(model: str) -> list[Path]:
-    """The checkpoint's files.
-
-    Raises:
-        NeedsTransformersLoader: there are no safetensors files, or the weights depend on other files too.
-    """
+    """The checkpoint's files. Raises NeedsTransformersLoader: the weights need other files than safetensors files."""
     if _find(model, "adapter_config.json") is not None:
         raise NeedsTransformersLoader("it is an adapter")
     if any(Path(model).glob("shard-*.safetensors")):
@@ -159,8 +146,7 @@ def _plain_files(model: str) -> list[Path]:
 def checkpoint_files(model: str) -> list[Path]:
     """The checkpoint's safetensors files, sorted by their names; possibly none.
 
-    Raises:
-        UserError: a file that the index names is missing, or the index cannot be read.
+    Raises UserError: a file that the index names is missing, or the index cannot be read.
     """
     single = _find(model, SINGLE)
     if single is not None:

@@ -48,10 +48,9 @@ class Layout:
 
 
 def layer_layout(model: Any) -> Layout:
-    """The layout shared by all decoder layers of a model, which may be on the meta device.
+    """The layout of every decoder layer of a model, which may be on the meta device.
 
-    Raises:
-        UserError: the layers have different layouts, or share tensors.
+    Raises UserError: the layers have different layouts, or share tensors.
     """
     layers = decoder_layers(model)
     layout = Layout.of(layers[0])

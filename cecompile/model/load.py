@@ -255,10 +255,7 @@ def _allocate(
 ) -> dict[int, torch.Tensor]:
     """Allocates every parameter on `device`, and moves the other buffers there. Tied tensors stay tied.
 
-    Tensors whose `id` is in `absent` stay where they are.
-
-    Returns:
-        The tensors to fill, by the index of the stored tensor.
+    Tensors whose `id` is in `absent` stay where they are. Returns the tensors to fill, by the stored tensor's index.
     """
     expected = network.state_dict(keep_vars=True)
     made: dict[int, torch.Tensor] = {}

@@ -63,8 +63,7 @@ class StoredTensor:
 def read_header(model: str, file: Path) -> list[StoredTensor]:
     """The tensors of a safetensors file, in file order and without gaps. Errors name `model`.
 
-    Raises:
-        UserError: the file cannot be read, is cut off, has a damaged header, or has a dtype that torch lacks.
+    Raises UserError: the file cannot be read, is cut off, has a damaged header, or has a dtype that torch lacks.
     """
     try:
         with safe_open(file, framework="pt"):  # maps the file, reads and checks the header, and no more
@@ -277,16 +276,10 @@ def _use(
 
 
 def _copy(content: torch.Tensor, dtype: torch.dtype, offset: int, target: torch.Tensor) -> torch.Tensor | None:
-    """Copies a piece of a stored tensor to its place in the target; to a CUDA device asynchronously.
+    """Copies `content`, (bytes,) uint8, to its place in the whole `target`; to a CUDA device asynchronously.
 
-    Args:
-        content: (bytes,) uint8.
-        dtype: the stored tensor's.
-        offset: first byte of the piece in the stored tensor.
-        target: the whole tensor, in its own dtype.
-
-    Returns:
-        The converted bytes, (bytes,) uint8 on the CPU; None where the dtypes are the same.
+    `content` begins at byte `offset` of a stored tensor of `dtype`. Returns the converted bytes, (bytes,) uint8 on the
+    CPU; None where the dtypes are the same.
     """
     flat = target.view(-1)
     if dtype == target.dtype:

@@ -16,11 +16,7 @@ _NUMBERS = {"layer_idx", "layer_id", "layer_index"}  # differ between layers of 
 
 
 def on_meta(config: Any) -> PreTrainedModel:
-    """The causal model of a configuration on the meta device, without memory for weights.
-
-    Raises:
-        UserError: transformers cannot build a causal model from the configuration.
-    """
+    """The causal model of a configuration, on the meta device. Raises UserError: transformers cannot build one."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config))
@@ -43,8 +39,7 @@ def norms_beside(model: PreTrainedModel) -> list[nn.Module]:
 def kinds_of(model: PreTrainedModel) -> list[int]:
     """The kind of each decoder layer, numbered from 0 by first appearance. Layers of a kind differ only in weights.
 
-    Raises:
-        UserError: there are more than KINDS kinds.
+    Raises UserError: there are more than KINDS kinds.
     """
     text, layers = model.config.get_text_config(), decoder_layers(model)
     types = getattr(text, "layer_types", None) or [None] * len(layers)

@@ -40,7 +40,8 @@ def refusal(model: PreTrainedModel) -> str | None:
 
 def takes_ours(model: PreTrainedModel) -> bool:
     """Whether a model asks `transformers` for its attention function by name; other models are given a mask."""
-    return _asks_by_name(type(model))
+    kind: Any = type(model)
+    return _asks_by_name(kind)
 
 
 @functools.cache

@@ -128,10 +128,9 @@ def contents(named: Mapping[str, Tensor]) -> dict[str, Content]:
 def _digest(tensor: Tensor, free: "SimpleQueue[list[Tensor]]") -> str:
     """SHA-256 (hex) of a tensor's bytes. A CUDA tensor is copied through two host buffers, taken from `free`."""
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    sha = hashlib.sha256()
     if not content.is_cuda:
-        sha.update(content.cpu().numpy().data)
-        return sha.hexdigest()
+        return hashlib.sha256(content.cpu().numpy().data).hexdigest()
+    sha = hashlib.sha256()
     pair = free.get()
     try:
         copied: tuple[Tensor, torch.cuda.Event] | None = None

@@ -93,16 +93,7 @@ TASKS = ("hellaswag", "choices", "chat")
 
 
 def detect(row: Row, task: str, where: str) -> Format:
-    """The one format whose fields `row` has.
-
-    Args:
-        row: the dataset's first row.
-        task: "auto", or a task that narrows the formats down.
-        where: the row's place, for the message.
-
-    Raises:
-        UserError: no format fits, or several do.
-    """
+    """The one format of a task (of any with "auto") whose fields `row` has. Raises UserError: none fits, or several."""
     known = [f for f in FORMATS if task in ("auto", f.task)]
     matches = [f for f in known if f.fields <= row.keys()]
     seen = ", ".join(sorted(map(str, row))) or "none"
@@ -118,8 +109,7 @@ def detect(row: Row, task: str, where: str) -> Format:
 def to_question(row: Row, fmt: Format, where: str, position: int) -> Question | ChatQuestion:
     """Converts a row to a question. `position` (from 0) is the id of a row without one.
 
-    Raises:
-        UserError: a field is missing, of the wrong type, empty or out of range.
+    Raises UserError: a field is missing, of the wrong type, empty or out of range.
     """
     missing = sorted(fmt.fields - row.keys())
     if missing:

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,8 @@ def _kept(count: int, limit: float | None) -> int:
 class _Reading:
     """Iterates over a dataset's rows as questions, and raises UserError as `read_dataset` does.
 
-    Args:
-        data, task: see `read_dataset`.
-        limit: the most rows to read; ignored below 1.
-        state: the file's expected state (see `_state`); None where the file has not been read before.
-
-    Attributes:
-        task: the task of the rows' format, once all rows were read.
+    `limit`: the most rows to read; ignored below 1. `state`: the file's state when read before. `task`: the task of the
+    rows' format, once all rows were read.
     """
 
     def __init__(self, data: str | Path, task: str, limit: float | None, state: tuple[int, ...] | None = None) -> None:
@@ -109,16 +104,15 @@ class _Reading:
 
     def __iter__(self) -> Iterator[Any]:
         self._check_state()
-        fmt = None
-        labelled = False
+        fmt, labelled = None, None
         for position, (where, row) in enumerate(itertools.islice(_rows(self._data), self._last)):
             if not isinstance(row, dict):
                 raise UserError(f"{where}: expected an object, found a JSON {type(row).__name__}")
-            first, fmt = fmt is None, fmt or detect(row, self.task, where)
+            fmt = fmt or detect(row, self.task, where)
             question = to_question(row, fmt, where, position)
-            if not first and (question.label is not None) != labelled:
-                what = "missing, though earlier rows have one" if labelled else "given, unlike earlier rows"
-                raise UserError(f"{where}: field '{fmt.label_field}': {what}")
+            if labelled not in (None, question.label is not None):
+                fault = "missing, though earlier rows have one" if labelled else "given, unlike earlier rows"
+                raise UserError(f"{where}: field '{fmt.label_field}': {fault}")
             labelled = question.label is not None
             yield question
         self._check_state()
@@ -143,18 +137,18 @@ def _rows(data: str | Path) -> Iterator[tuple[str, Any]]:
     """Pairs of (place for messages, row)."""
     path, suffix = Path(data), Path(data).suffix.lower()
     try:
-        is_file, is_directory, is_there = path.is_file(), path.is_dir(), path.exists()
+        is_file, is_directory, exists = path.is_file(), path.is_dir(), path.exists()
     except OSError as error:
         raise UserError(f"{data}: cannot be read: {error.strerror}") from None
+    if is_file and suffix in JSON:
+        return _json_rows(path)
+    if is_file and suffix in TABLES:
+        return _table_rows(path, suffix[1:])
     if is_file:
-        if suffix in JSON:
-            return _json_rows(path)
-        if suffix in TABLES:
-            return _table_rows(path, suffix[1:])
         raise UserError(f"{path}: unknown file type '{path.suffix}'; .jsonl, .json, .parquet and .csv are read")
     if is_directory:
         raise UserError(f"{path}: is a directory; name one file in it")
-    if is_there:
+    if exists:
         raise UserError(f"{path}: neither a file nor a directory; save it as a file")
     match = HUB_ID.fullmatch(str(data))
     if match is None or suffix in JSON + TABLES:
@@ -212,25 +206,20 @@ def _datasets(data: str) -> Iterator[tuple[Any, str | None]]:
         import datasets
     except ImportError as error:
         raise UserError(f"{data}: read by the library datasets, which fails: {first_line(error)}") from None
-    shown = not datasets.are_progress_bars_disabled()
-    if shown:
-        datasets.disable_progress_bars()
     cache = Path(datasets.config.HF_DATASETS_CACHE).absolute()
-    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    try:
-        if os.access(there, os.W_OK | os.X_OK):
+    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    with ExitStack() as stack:
+        if not datasets.are_progress_bars_disabled():
+            datasets.disable_progress_bars()
+            stack.callback(datasets.enable_progress_bars)
+        if os.access(existing, os.W_OK | os.X_OK):
             yield datasets, None
         else:
-            with tempfile.TemporaryDirectory(prefix="cecompile-tables-") as folder:
-                yield datasets, folder
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+            yield datasets, stack.enter_context(tempfile.TemporaryDirectory(prefix="cecompile-tables-"))
 
 
 def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
-    with _open(path):
-        pass
+    _open(path).close()
     options = {"keep_default_na": False} if kind == "csv" else {}  # an empty text is a text, and so is "None"
     with _datasets(str(path)) as (datasets, place):
         try:

@@ -5,6 +5,7 @@ every node. So following these tokens from the prompt's last one is greedy decod
 grafted choices decide how far the walk goes, never where it leads.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,16 +51,12 @@ def graft(questions: Sequence[ChatQuestion], tokenizer: Any, max_length: int, ne
         if not prompt or len(prompt) > max_length:
             raise UserError(f"question '{question.id}': a prompt of {len(prompt)} tokens, the model reads {max_length}")
     ending = tokenizer.eos_token_id or 0  # any token would do: only the most likely one is read
-    flat: list[list[int]] = []
-    predicted, owners = [], []
-    for number, forms in enumerate(_forms(questions, texts, prompts, tokenizer)):
-        prompt = prompts[number]
+    rows: list[tuple[list[int], int, int]] = []  # (tokens, how many are predicted, question)
+    for number, (prompt, forms) in enumerate(zip(prompts, _forms(questions, texts, prompts, tokenizer), strict=True)):
         cut = {form[:new_tokens] for form in forms}
-        for form in sorted(form for form in cut if len(prompt) + len(form) <= max_length) or [()]:
-            flat.append([*prompt, *form, ending])
-            predicted.append(len(form) + 1)
-            owners.append(number)
-    return Sequences.of(flat, predicted, owners)
+        fitting = sorted(form for form in cut if len(prompt) + len(form) <= max_length) or [()]
+        rows += [([*prompt, *form, ending], len(form) + 1, number) for form in fitting]
+    return Sequences.of(*zip(*rows, strict=True))
 
 
 def prompts_of(sequences: Sequences) -> list[Ints]:
@@ -76,12 +73,11 @@ def walk(sequences: Sequences, argmax: Ints, stop: frozenset[int], new_tokens: i
         argmax: (predictions,) the most likely token for every predicted token of every sequence, in order.
         new_tokens: the most tokens an answer may have; at least 1.
     """
-    begin = np.concatenate(([0], np.cumsum(sequences.predicted)))
+    likely_in = np.split(argmax, np.cumsum(sequences.predicted)[:-1])
     bounds = np.searchsorted(sequences.questions, np.arange(int(sequences.questions[-1]) + 2))
     out = []
-    for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        likely_in = {i: argmax[begin[i] : begin[i + 1]].tolist() for i in range(first, last)}
-        here = [(sequences.targets(i).tolist()[:-1], likely) for i, likely in likely_in.items()]
+    for first, last in itertools.pairwise(bounds.tolist()):
+        here = [(sequences.targets(i).tolist()[:-1], likely_in[i].tolist()) for i in range(first, last)]
         tokens: list[int] = []
         while here and len(tokens) < new_tokens and not (tokens and tokens[-1] in stop):
             at = len(tokens)
@@ -126,5 +122,4 @@ def _forms(
 def _ids(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
     """The token ids of each distinct text."""
     distinct = list(dict.fromkeys(texts))
-    ids = tokenize(tokenizer, distinct, add_special_tokens=False) if distinct else []
-    return dict(zip(distinct, ids, strict=True))
+    return dict(zip(distinct, tokenize(tokenizer, distinct, add_special_tokens=False), strict=True))

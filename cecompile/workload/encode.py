@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -55,10 +55,10 @@ def _encode_part(questions: Sequence[Question], first: int, encoder: "_Encoder",
     # Heads and tails as stretches of one array: contexts, then contexts with choices, choices alone, the prefix token.
     pool = np.concatenate((context.ids, whole.ids, alone.ids, [encoder.prefix or 0])).astype(np.int32)
     at_whole, at_alone, at_prefix = np.cumsum([len(context.ids), len(whole.ids), len(alone.ids)])
-    head, head_size = context.starts[:-1][owners], context.sizes[owners]
+    head, head_size = context.starts[owners], context.sizes[owners]
     tail, tail_size = np.empty_like(head), np.empty_like(head)
-    tail[written], tail_size[written] = at_whole + whole.starts[:-1], whole.sizes
-    tail[~written], tail_size[~written] = at_alone + alone.starts[:-1], alone.sizes
+    tail[written], tail_size[written] = at_whole + whole.starts, whole.sizes
+    tail[~written], tail_size[~written] = at_alone + alone.starts, alone.sizes
     given = np.where(written, head_size, (tail_size > 0) & (pool[tail] == pool[-1]))  # tokens that are the head's
     tail, tail_size = tail + given, tail_size - given
     bare = ~written | (head_size == 0)
@@ -99,16 +99,12 @@ def _split(question: Question) -> tuple[str, list[str]]:
     return context, [moved + choice for choice in question.choices]
 
 
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    """Token ids of texts, one text after another. `starts` ends with the number of all tokens."""
+class _Tokens(NamedTuple):
+    """The token ids of texts, one text after another, and each text's first index and number of tokens."""
 
     ids: Ints
     starts: Longs
-
-    @property
-    def sizes(self) -> Longs:
-        return np.diff(self.starts)
+    sizes: Longs
 
 
 class _Encoder:
@@ -124,15 +120,15 @@ class _Encoder:
         plain = [not special or (self._bos_text is not None and t.startswith(self._bos_text)) for t in texts]
         for is_plain, extra in ((False, {}), (True, {"add_special_tokens": False})):
             chosen = [i for i in range(len(texts)) if plain[i] == is_plain]
-            if chosen:
-                for i, ids in zip(chosen, self._ids([texts[i] for i in chosen], extra), strict=True):
-                    out[i] = ids
-        starts = np.cumsum([0, *map(len, out)]).astype(np.int64)
-        return _Tokens(np.fromiter(itertools.chain.from_iterable(out), np.int32, int(starts[-1])), starts)
+            for i, ids in zip(chosen, self._ids([texts[i] for i in chosen], extra), strict=True):
+                out[i] = ids
+        sizes = np.array([len(ids) for ids in out], dtype=np.int64)
+        flat = np.fromiter(itertools.chain.from_iterable(out), np.int32, int(sizes.sum()))
+        return _Tokens(flat, np.cumsum(sizes) - sizes, sizes)
 
     def _ids(self, texts: list[str], extra: dict[str, bool]) -> list[list[int]]:
         """The tokenizer's ids. Skips a thin shell around a compiled tokenizer, for speed."""
-        if not _is_shell(self._tokenizer):
+        if not texts or not _is_shell(self._tokenizer):
             return tokenize(self._tokenizer, texts, **extra)
         tokenize(self._tokenizer, texts[:1], **extra)  # turns truncation and padding off in the compiled tokenizer
         compiled = self._tokenizer.backend_tokenizer
@@ -140,9 +136,9 @@ class _Encoder:
 
 
 def tokenize(tokenizer: Any, texts: list[str], **options: bool) -> list[list[int]]:
-    """The token ids of at least one text."""
-    ids: list[list[int]] = tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
-    return ids
+    """The token ids of each text."""
+    batch = tokenizer(texts, return_attention_mask=False, verbose=False, **options) if texts else {"input_ids": []}
+    return list(batch["input_ids"])
 
 
 def _is_shell(tokenizer: Any) -> bool:

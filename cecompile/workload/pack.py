@@ -61,8 +61,7 @@ def split_items(sequences: Sequences, order: Order, capacity: int) -> Items:
 def fill_rows(items: Items, capacity: int) -> list[list[int]]:
     """Assigns every item, none larger than `capacity`, to a row of at most `capacity` nodes after merging.
 
-    Returns:
-        Each row's items in ascending order, in which neighbours share prefixes.
+    Returns each row's items in ascending order, in which neighbours share prefixes.
     """
     size, shared = items.size.tolist(), items.shared.tolist()
     common = min(shared[1:], default=0)  # nodes that any two items share, in whichever row they meet

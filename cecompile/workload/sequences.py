@@ -76,22 +76,15 @@ def stretched(starts: Longs, sizes: Longs) -> Longs:
 
 def shared_prefixes(sequences: Sequences, left: Longs, right: Longs) -> Longs:
     """(len(left),) the length of the common prefix of the inputs of `left[k]` and `right[k]`, for every k."""
+    token_ids, starts = sequences.token_ids, sequences.starts
     lengths = np.minimum(sequences.input_lengths[left], sequences.input_lengths[right])
-    out = np.empty(len(left), dtype=np.int64)
+    out = np.zeros(len(left), dtype=np.int64)
     batch = np.cumsum(lengths) // (1 << 21)  # of about two million tokens, which bounds the index arrays below
-    for part in np.split(np.arange(len(left)), np.flatnonzero(np.diff(batch)) + 1):
-        starts = sequences.starts[left[part]], sequences.starts[right[part]]
-        out[part] = _common(sequences.token_ids, *starts, lengths[part])
-    return out
-
-
-def _common(token_ids: Ints, left: Longs, right: Longs, lengths: Longs) -> Longs:
-    """Common prefix lengths of token_ids[left[k]:][:lengths[k]] and token_ids[right[k]:][:lengths[k]]."""
-    within = stretched(np.zeros_like(lengths), lengths)
-    same = token_ids[np.repeat(left, lengths) + within] == token_ids[np.repeat(right, lengths) + within]
-    first_difference = np.where(same, np.repeat(lengths, lengths), within)
-    out = np.zeros(len(lengths), dtype=np.int64)
-    if len(within):
-        begins, some = np.cumsum(lengths) - lengths, lengths > 0
-        out[some] = np.minimum.reduceat(first_difference, begins[some])
+    for part in np.split(np.flatnonzero(lengths), np.flatnonzero(np.diff(batch[lengths > 0])) + 1):
+        sizes = lengths[part]
+        ends = np.cumsum(sizes)
+        same = token_ids[stretched(starts[left[part]], sizes)] == token_ids[stretched(starts[right[part]], sizes)]
+        first_difference = np.where(same, np.repeat(ends, sizes), np.arange(len(same)))
+        begins = ends - sizes
+        out[part] = np.minimum.reduceat(first_difference, begins) - begins if len(part) else 0
     return out

@@ -75,15 +75,13 @@ def lay_out(sequences: Sequences, members: Longs, shared: Longs, rows: Longs) ->
     first_readout = np.searchsorted(position, first_in_row)
     entry -= np.repeat(TARGETS * first_readout[:-1], np.diff(first_prediction))
     position -= first_in_row[:-1][row_of_node[position]]
-    nodes = [part.astype(np.int32) for part in (token_ids, depth, end)]
-    readouts = [position.astype(np.int32), target]
-    predictions = [members[reading].astype(np.int32), entry.astype(np.int32)]
-    bounds = (first_in_row.tolist(), first_readout.tolist(), first_prediction.tolist())
-    out = []
-    for r in range(len(rows)):
-        n, o, p = (slice(bound[r], bound[r + 1]) for bound in bounds)
-        out.append(TreeLayout(*(x[n] for x in nodes), *(x[o] for x in readouts), *(x[p] for x in predictions)))
-    return out
+    parts = [
+        *((values, first_in_row) for values in (token_ids, depth, end)),
+        *((values, first_readout) for values in (position, target)),
+        *((values, first_prediction) for values in (members[reading], entry)),
+    ]
+    by_row = [np.split(values.astype(np.int32), bounds[1:-1]) for values, bounds in parts]
+    return [TreeLayout(*row) for row in zip(*by_row, strict=True)]
 
 
 def _nearest_shallower(shared: Longs) -> tuple[Longs, Longs]:
