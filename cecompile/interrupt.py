@@ -5,7 +5,7 @@ import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -33,12 +33,9 @@ def signals_raise() -> Iterator[None]:
         if time.monotonic() - first > GRACE:
             os._exit(128 + number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = {number: signal.signal(number, handle) for number in numbers}
-    except ValueError:  # not the main thread: the program that runs this thread handles signals
-        yield
-        return
+    before = {}
+    with suppress(ValueError):  # not the main thread: the program that runs this thread handles signals
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -23,7 +23,6 @@ JOIN = timedelta(minutes=5)  # for all ranks to start
 WAIT = timedelta(minutes=30)  # for the slowest rank, which may have to compile code that others have in their cache
 STEP = timedelta(seconds=5)  # for a single answer
 POLL = 0.001  # seconds; signals are handled in between
-NO_MORE = "none"
 AGENT = 5.0  # seconds for torchrun's agent to stop this process after another one has failed
 
 Item = TypeVar("Item")
@@ -206,40 +205,20 @@ class Group(Ranks):
     def claim(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
         self._takes += 1
         key = f"take/{self._takes}/{what}"
-        numbers = self._numbers(key, len(items))
-        if self.stages > 1:
-            replica = f"{key}/{self.rank // self.stages}"
-            numbers = self._followed(replica) if self.stage else self._announced(replica, numbers)
-        return (items[number] for number in numbers)
-
-    def _numbers(self, key: str, size: int) -> Iterator[int]:
-        while True:
-            with self._others():
-                number = self.store.add(key, 1)
-            if number > size:
-                return
-            yield number - 1
-
-    def _announced(self, key: str, numbers: Iterator[int]) -> Iterator[int]:
-        """The numbers, each told to the later stages, which then learn that there are no more."""
-        at = 0
-        for at, number in enumerate(numbers, 1):
-            with self._others():
-                self.store.set(f"{key}/{at}", str(number))
-            yield number
-        with self._others():
-            self.store.set(f"{key}/{at + 1}", NO_MORE)
-
-    def _followed(self, key: str) -> Iterator[int]:
-        """The numbers told by the first stage."""
+        told = f"{key}/{self.rank // self.stages}"  # where a pipeline's first stage tells each number to the others
         for at in count(1):
             with self._others():
-                while not self.store.check([f"{key}/{at}"]):
-                    time.sleep(POLL)
-                said = self.store.get(f"{key}/{at}").decode()
-            if said == NO_MORE:
+                if self.stage == 0:
+                    number = self.store.add(key, 1) - 1
+                    if self.stages > 1:
+                        self.store.set(f"{told}/{at}", str(number))
+                else:
+                    while not self.store.check([f"{told}/{at}"]):
+                        time.sleep(POLL)
+                    number = int(self.store.get(f"{told}/{at}"))
+            if number >= len(items):
                 return
-            yield int(said)
+            yield items[number]
 
     def says(self, line: str) -> bool:
         try:

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,24 +28,18 @@ def compile_facts(config: Any, dtype: str, device: torch.device, attention: str,
     `dtype` and `attention` are as asked for; `readout_chunk` is the number of readouts whose logits are held at once.
     """
     text = repr(sorted((k, v) for k, v in config.to_dict().items() if k not in _IDLE))
-    return {
-        "model": f"{config.model_type} {hashlib.sha256(text.encode()).hexdigest()[:12]}",
-        "dtype": str(getattr(config, "dtype", None)).removeprefix("torch.") if dtype == "auto" else dtype,
-        "attention": attention,
-        "readout_chunk": readout_chunk,
-        "device": _device(device),
-        "versions": _versions(),
-        "engine": source_digest(),
-    }
+    model = f"{config.model_type} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    dtype = str(getattr(config, "dtype", None)).removeprefix("torch.") if dtype == "auto" else dtype
+    facts = {"model": model, "dtype": dtype, "attention": attention, "readout_chunk": readout_chunk}
+    return facts | {"device": _device(device), "versions": _versions(), "engine": source_digest()}
 
 
 def _versions() -> dict[str, str]:
     out = {"python": ".".join(platform.python_version_tuple()[:2])}
     for name in ("torch", "transformers", "triton"):
-        try:
+        out[name] = "none"
+        with suppress(metadata.PackageNotFoundError):
             out[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            out[name] = "none"
     return out
 
 

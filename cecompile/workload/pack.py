@@ -71,18 +71,16 @@ def fill_rows(items: Items, capacity: int) -> list[list[int]]:
     cursor = 0
     while cursor < len(walk):
         row: list[int] = []
-        used, link = 0, 0  # link: nodes that the item at the cursor shares with the last one taken before
+        used, link = 0, 0  # link: nodes that the item at the cursor shares with the item taken last
         while cursor < len(walk):
             item = walk[cursor]
             link = min(link, shared[item])
             if not pool.placed[item]:
-                cost = size[item] - link
-                if used + cost > capacity:
+                if used + size[item] - link > capacity:
                     break
                 row.append(item)
                 pool.placed[item] = True
-                used += cost
-                link = capacity
+                used, link = used + size[item] - link, capacity
             cursor += 1
         while (filler := pool.take(capacity - used)) is not None:
             row.append(filler)
