@@ -117,6 +117,12 @@ class CompileCache:
         """Every entry's manifest, usable or not."""
         return sorted(p for p in self.directory.glob("*.json") if re.fullmatch(r"[0-9a-f]{32}", p.stem))
 
+    def usable(self) -> Iterator[dict[str, Any]]:
+        """The manifests that are whole."""
+        for path in self.manifests():
+            with contextlib.suppress(UnusableError):
+                yield _read_manifest(path)
+
     def entries(self) -> list[Summary]:
         """All entries; an unusable entry has a `problem`."""
         out = []
@@ -144,10 +150,7 @@ class CompileCache:
 
     def sweep(self) -> None:
         """Removes directories that no manifest names and no living process works in. Call with the lock held."""
-        named = set()
-        for path in self.manifests():
-            with contextlib.suppress(UnusableError):
-                named.add(_read_manifest(path)["directory"])
+        named = {manifest["directory"] for manifest in self.usable()}
         for path in self.directory.iterdir():
             if path.name.startswith("work-"):
                 with contextlib.suppress(Timeout, OSError), FileLock(path / "alive", blocking=False):
@@ -277,13 +280,11 @@ class Entry:
     def _nearest_miss(self) -> str:
         """The facts by which this entry differs from the entry most like it, in words."""
         misses = [(len(self._facts) + 1, "this model was not compiled before")]
-        for path in self._cache.manifests():
-            with contextlib.suppress(UnusableError):
-                facts = _read_manifest(path)["facts"]
-                if facts.get("model") == self._facts["model"]:
-                    differing = [k for k in self._facts if facts.get(k) != self._facts[k]]
-                    other = ", ".join(f"{k} {_difference(facts.get(k), self._facts[k])}" for k in differing)
-                    misses.append((len(differing), f"compiled before with other {other}"))
+        for facts in (manifest["facts"] for manifest in self._cache.usable()):
+            if facts.get("model") == self._facts["model"]:
+                differing = [k for k in self._facts if facts.get(k) != self._facts[k]]
+                other = ", ".join(f"{k} {_difference(facts.get(k), self._facts[k])}" for k in differing)
+                misses.append((len(differing), f"compiled before with other {other}"))
         return min(misses)[1]
 
 

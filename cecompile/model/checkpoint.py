@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
@@ -98,19 +98,15 @@ def load_checkpoint(
     # outside of the handler, so that the handler keeps nothing of the attempt alive
     if while_reading is not None:  # may have compiled modules, which are in reference cycles
         gc.collect()
-    return Loaded(_load_by_transformers(model, config, dtype, device), read_checkpoint(model), reason)
-
-
-def _load_by_transformers(model: str, config: Any, dtype: str, device: torch.device) -> PreTrainedModel:
     with _one_line(model, "weights"):
         options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-        how = {"config": config, "dtype": DTYPES.get(dtype, "auto")} | options
-        loaded, info = AutoModelForCausalLM.from_pretrained(model, **how)
+        options |= {"config": config, "dtype": DTYPES.get(dtype, "auto")}
+        network, info = AutoModelForCausalLM.from_pretrained(model, **options)
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
-            example = sorted(map(str, info[kind]))[0]
+            example = min(map(str, info[kind]))
             raise UserError(f"{model}: weights: {len(info[kind])} {kind.replace('_', ' ')}, such as {example}")
-    return loaded.eval().requires_grad_(False).to(device)
+    return Loaded(network.eval().requires_grad_(False).to(device), read_checkpoint(model), reason)
 
 
 def check_vocabulary(model: str, tokenizer: Any, config: Any, used: int) -> None:

@@ -135,18 +135,17 @@ def _text(value: Any, field: str, where: str) -> str:
 
 
 def _texts(value: Any, field: str, where: str) -> list[str]:
-    if isinstance(value, str):  # CSV keeps lists as text
-        value = _parse_list(value)
+    value = _parsed(value)
     _check(isinstance(value, list), value, "a list of texts", field, where)
     return [_text(item, f"{field}[{i}]", where) for i, item in enumerate(value)]
 
 
-def _parse_list(text: str) -> Any:
-    """The value that a text writes in JSON or Python's syntax; else the text."""
-    for parse in (json.loads, ast.literal_eval):
+def _parsed(value: Any) -> Any:
+    """The value that a text writes in JSON or Python's syntax, as CSV keeps lists; else the value as given."""
+    for parse in (json.loads, ast.literal_eval) if isinstance(value, str) else ():
         with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            return parse(text)
-    return text
+            return parse(value)
+    return value
 
 
 def _choices(texts: list[str], field: str, where: str) -> tuple[str, ...]:
@@ -172,9 +171,7 @@ def _index(value: Any, field: str, count: int, where: str) -> int | None:
 
 def _lettered(row: Row, where: str) -> tuple[tuple[str, ...], int | None]:
     """Choices of the form {"text": [...], "label": [...]}, and the index that `answerKey` names."""
-    choices = row["choices"]
-    if isinstance(choices, str):
-        choices = _parse_list(choices)
+    choices = _parsed(row["choices"])
     _check(isinstance(choices, Mapping), choices, "an object with text and label", "choices", where)
     for part in ("text", "label"):
         if part not in choices:

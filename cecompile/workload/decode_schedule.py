@@ -122,18 +122,15 @@ class DecodeSchedule:
         """Gives lanes and segments to waiting rows, longest first, each in the first gap that is long enough."""
         if len(self._lanes) == self._shape.lanes:
             return
-        taken = sorted((lane.first, lane.size) for lane in self._lanes)
-        begins = [0, *(first + size for first, size in taken)]
-        ends = [*(first for first, _ in taken), self._shape.slots - 1]
-        gaps = [(begin, end - begin) for begin, end in zip(begins, ends, strict=True)]  # (first slot, slots)
+        taken = sorted((lane.first, lane.first + lane.size) for lane in self._lanes)
+        begins, ends = [0, *(end for _, end in taken)], [*(first for first, _ in taken), self._shape.slots - 1]
         waiting = []
         for row in self._waiting:
             size = self._needed[row]
-            gap = next((i for i, (_, free) in enumerate(gaps) if free >= size), None)
+            gap = next((i for i, begin in enumerate(begins) if ends[i] - begin >= size), None)
             if gap is None or len(self._lanes) == self._shape.lanes:
                 waiting.append(row)
                 continue
-            first, free = gaps[gap]
-            gaps[gap] = first + size, free - size
-            self._lanes.append(_Lane(row, first, size, self._prompts[row].tolist()))
+            self._lanes.append(_Lane(row, begins[gap], size, self._prompts[row].tolist()))
+            begins[gap] += size
         self._waiting = waiting

@@ -43,7 +43,9 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_length: int) -> En
 
 def _encode_part(questions: Sequence[Question], first: int, encoder: "_Encoder", max_length: int) -> Encoded:
     """Encodes questions that are numbered from `first`."""
-    contexts, choices = zip(*(_split(q) for q in questions), strict=True)
+    contexts = [q.context.rstrip() for q in questions]
+    before = [q.context[len(c) :] + q.delimiter for q, c in zip(questions, contexts, strict=True)]
+    choices = [[moved + choice for choice in q.choices] for q, moved in zip(questions, before, strict=True)]
     context = encoder.texts(contexts)
     whole = encoder.texts([c + choice for c, many in zip(contexts, choices, strict=True) if c for choice in many])
     bare_choices = [choice for c, many in zip(contexts, choices, strict=True) if not c for choice in many]
@@ -90,13 +92,6 @@ def max_input_length(config: Any, tokenizer: Any) -> int:
             return int(getattr(config, name))
     value = getattr(tokenizer, "model_max_length", None)
     return int(value) if value is not None and value < 10**18 else 2048
-
-
-def _split(question: Question) -> tuple[str, list[str]]:
-    """The context and the continuations, with white space at the context's end moved to the continuations."""
-    context = question.context.rstrip()
-    moved = question.context[len(context) :] + question.delimiter
-    return context, [moved + choice for choice in question.choices]
 
 
 class _Tokens(NamedTuple):
