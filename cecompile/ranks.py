@@ -39,8 +39,7 @@ class Ranks:
     Attributes:
         rank, size: this process's number, and the number of processes.
         local_rank, local_size: the same on this machine.
-        attempt: the number of times that torchrun has restarted the ranks.
-        restarts: the most times that torchrun restarts the ranks.
+        attempt, restarts: the number of times that torchrun has restarted the ranks, and the most times.
         stages: the stages of a pipeline, whose ranks are consecutive; divides `size`.
         store: the process group's store; None for one process alone.
         passes, tokens: run by this rank since `clear_tally`.

@@ -99,8 +99,8 @@ def load_checkpoint(
     if while_reading is not None:  # may have compiled modules, which are in reference cycles
         gc.collect()
     with _one_line(model, "weights"):
-        options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-        options |= {"config": config, "dtype": DTYPES.get(dtype, "auto")}
+        options: dict[str, Any] = {"config": config, "dtype": DTYPES.get(dtype, "auto"), "use_safetensors": True}
+        options |= {"trust_remote_code": False, "output_loading_info": True}
         network, info = AutoModelForCausalLM.from_pretrained(model, **options)
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):

@@ -163,8 +163,7 @@ def _parameter_dtype(
 def _skeleton(model: str, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters and persistent buffers on the meta device, and its other buffers on the CPU.
 
-    The model's own initialisation makes the other buffers, as in `from_pretrained`, and skips tensors marked as
-    initialised.
+    The model's own initialisation makes the other buffers, as in `from_pretrained`. It skips initialised tensors.
     """
     config = copy.deepcopy(config)
     config.name_or_path, config.dtype = model, dtype

@@ -65,10 +65,9 @@ def _settings(layer: nn.Module) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LayerRange:
-    """The share of a model's weights that a process holds.
+    """A process's share of a model: the decoder layers `first` to before `last`, of `layers`, and all other modules.
 
-    The share has the decoder layers from `first` to before `last`, of `layers` in all, and everything outside of the
-    layers; the input embedding only `with_embedding`, and the head only `with_head`.
+    The input embedding is included only `with_embedding`, and the head only `with_head`.
     """
 
     first: int

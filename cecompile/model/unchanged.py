@@ -61,8 +61,7 @@ class Proof:
     def __init__(
         self, model: PreTrainedModel, loaded: Loaded | None = None, made: Mapping[str, Content] = MappingProxyType({})
     ) -> None:
-        self._config = _fixed(model.config)
-        self._loaded = loaded
+        self._config, self._loaded = _fixed(model.config), loaded
         stored, self.verified = _expected(loaded)
         named = _named(model)
         first = {id(tensor): name for name, tensor in reversed(named.items())}
@@ -188,6 +187,6 @@ def _difference(before: Content | None, now: Content | None) -> str | None:
 
 
 def _fixed(config: Any) -> dict[str, Any]:
-    """A configuration without its generation settings, which pipelines change."""
+    """A configuration without generation settings, which pipelines change."""
     generation = GenerationConfig().to_dict()
     return {key: value for key, value in config.to_dict().items() if key not in generation}

@@ -58,22 +58,17 @@ def find_choices(text: str) -> tuple[str, ...]:
     """
     after_mark = (_CHOICES.findall(text) or [""])[-1]
     written = after_mark[: after_mark.rfind("]") + 1]
-    items = _literal(written)
+    items = None
+    with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        value = ast.literal_eval(written)
+        if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
+            items = [str(item) for item in value]  # ValueError for a number of more digits than Python converts
     if items is None:
         inside = written[1:-1].strip()
         if len(inside) < 2 or inside[0] not in "'\"" or inside[-1] not in "'\"":
             return ()
         items = [item.strip("'\"") for item in _SEPARATOR.split(inside)]
     return tuple(dict.fromkeys(item for item in items if item.strip()))
-
-
-def _literal(written: str) -> list[str] | None:
-    """The items of a list in Python's syntax, as text; None for anything else."""
-    with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        value = ast.literal_eval(written)
-        if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
-            return [str(item) for item in value]  # ValueError for a number of more digits than Python converts
-    return None
 
 
 @dataclass(frozen=True, slots=True)

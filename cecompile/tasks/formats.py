@@ -121,8 +121,13 @@ def to_question(row: Row, fmt: Format, where: str, position: int) -> Question | 
 
 def _check(fits: object, value: Any, expected: str, field: str, where: str) -> None:
     """Raises UserError about `value` unless it `fits`."""
-    if not fits:
-        raise UserError(f"{where}: field '{field}': expected {expected}, found {_kind(value)}")
+    if fits:
+        return
+    names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "a text"}
+    names |= {list: "a list", dict: "an object", object: "nothing"}
+    found = "an empty list" if value == [] else names.get(type(value), type(value).__name__)
+    shown = f" ({value!r:.40})" if isinstance(value, (bool, int, float, str)) else ""
+    raise UserError(f"{where}: field '{field}': expected {expected}, found {found}{shown}")
 
 
 def _text(value: Any, field: str, where: str) -> str:
@@ -187,11 +192,3 @@ def _lettered(row: Row, where: str) -> tuple[tuple[str, ...], int | None]:
     if key.strip() not in labels:
         raise UserError(f"{where}: field 'answerKey': {key!r} is not among the labels {', '.join(labels)}")
     return texts, labels.index(key.strip())
-
-
-def _kind(value: Any) -> str:
-    """A value's kind, for a message, and a short value itself."""
-    names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "a text"}
-    names |= {list: "a list", dict: "an object", object: "nothing"}
-    name = "an empty list" if value == [] else names.get(type(value), type(value).__name__)
-    return f"{name} ({value!r:.40})" if isinstance(value, (bool, int, float, str)) else name

@@ -66,10 +66,8 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
 def read_windows(data: str | Path, task: str, limit: float | None, window: int) -> Dataset | LargeDataset:
     """Like `read_dataset`, but keeps no more than `window` questions: all are checked, and read again when needed.
 
-    A .json array is parsed as a whole each time; Parquet, CSV and hub datasets are converted into files of the
-    `datasets` library's cache, which it maps into memory.
-
-    Args, raises: see `read_dataset`.
+    A .json array is parsed as a whole each time. Parquet, CSV and hub datasets are converted into files of the cache of
+    the `datasets` library, which maps these files into memory. Args, raises: see `read_dataset`.
     """
     rows = _Reading(data, task, limit)
     windows = split(rows, window)
@@ -196,11 +194,8 @@ def _parse(content: bytes, where: str) -> Any:
 def _datasets(data: str) -> Iterator[tuple[Any, str | None]]:
     """Gives the library `datasets`, without progress bars, and the directory in which to convert files.
 
-    The directory is temporary where the user's cache cannot be written, as without a home directory. None is the
-    library's own.
-
-    Raises:
-        UserError: the library cannot be imported, say because its pyarrow is too new for the installed NumPy.
+    The directory is temporary where the user's cache cannot be written, as without a home directory; else None, for the
+    library's own. Raises UserError: the library cannot be imported, say with a pyarrow too new for the installed NumPy.
     """
     try:
         import datasets

@@ -21,8 +21,7 @@ class Windows:
     Attributes:
         name: for messages.
         size: the most questions in a window; fewer where questions are long.
-        count: the number of questions in all windows.
-        number: the number of windows.
+        count, number: the numbers of questions and of windows.
         digest: see `tasks.question.digest`.
         read: gives all questions, in order.
     """

@@ -104,7 +104,10 @@ class _Tokens(NamedTuple):
 
 class _Encoder:
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, kind, fast = tokenizer, type(tokenizer), PreTrainedTokenizerFast
+        # whether the tokenizer is only transformers' own code around a compiled tokenizer of `tokenizers`
+        self._is_shell = isinstance(tokenizer, fast) and kind.__call__ is fast.__call__
+        self._is_shell &= getattr(kind, "_encode_plus", None) is getattr(fast, "_encode_plus", kind)
         prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         self.prefix: int | None = prefix  # stands for an empty context
         self._bos_text: str | None = tokenizer.decode(prefix) if prefix is not None else None
@@ -123,7 +126,7 @@ class _Encoder:
 
     def _ids(self, texts: list[str], extra: dict[str, bool]) -> list[list[int]]:
         """The tokenizer's ids. Skips a thin shell around a compiled tokenizer, for speed."""
-        if not texts or not _is_shell(self._tokenizer):
+        if not texts or not self._is_shell:
             return tokenize(self._tokenizer, texts, **extra)
         tokenize(self._tokenizer, texts[:1], **extra)  # turns truncation and padding off in the compiled tokenizer
         compiled = self._tokenizer.backend_tokenizer
@@ -134,13 +137,3 @@ def tokenize(tokenizer: Any, texts: list[str], **options: bool) -> list[list[int
     """The token ids of each text."""
     batch = tokenizer(texts, return_attention_mask=False, verbose=False, **options) if texts else {"input_ids": []}
     return list(batch["input_ids"])
-
-
-def _is_shell(tokenizer: Any) -> bool:
-    """Whether a tokenizer is only `transformers`' own code around a compiled tokenizer of `tokenizers`."""
-    kind = type(tokenizer)
-    return (
-        isinstance(tokenizer, PreTrainedTokenizerFast)
-        and kind.__call__ is PreTrainedTokenizerFast.__call__
-        and getattr(kind, "_encode_plus", None) is getattr(PreTrainedTokenizerFast, "_encode_plus", kind)
-    )

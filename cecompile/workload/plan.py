@@ -47,7 +47,7 @@ class Bucket:
         return self.rows * self.length
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, int]:
         return self.rows, self.length
 
 
@@ -145,15 +145,20 @@ def make_plan(
     if sequences.input_lengths.max() > geometry.length:
         raise ValueError(f"a sequence of {sequences.input_lengths.max()} tokens in rows of {geometry.length}")
     order = order or sort_sequences(sequences)
-    shapes: Shaped = []
+    shaped: Shaped = []
     for side in [order] if boundary is None else order.sides(sequences, boundary):
         items = split_items(sequences, side, geometry.length)
         filled = fill_rows(items, geometry.length)
         parts = (filled[at : at + ROWS_AT_ONCE] for at in range(0, len(filled), ROWS_AT_ONCE))
         rows = [row for part in parts for row in _rows(sequences, side, items.start, part)]
         rows.sort(key=lambda row: -len(row.token_ids))
-        shapes += _cover(rows, geometry, buckets)
-    buckets, passes = _passes(shapes, geometry, every_bucket(geometry) if all_buckets else buckets)
+        shaped += _cover(rows, geometry, buckets)
+    readouts = {b.shape: b.readouts for b in (every_bucket(geometry) if all_buckets else buckets)}
+    for shape, part in shaped:
+        readouts[shape] = max(readouts.get(shape, 1), sum(len(row.position) for row in part))
+    shapes = sorted(readouts, key=lambda s: (-s[0] * s[1], s))
+    buckets = tuple(Bucket(*shape, _padded(readouts[shape], geometry)) for shape in shapes)
+    passes = tuple(sorted((Pass(shapes.index(shape), part) for shape, part in shaped), key=lambda p: p.bucket))
     same_question = np.diff(sequences.questions[order.sequence], prepend=-1) == 0
     useful = sum(len(row.token_ids) for one in passes for row in one.rows)
     unshared = int(sequences.input_lengths.sum())
@@ -184,7 +189,7 @@ def _cover(rows: list[TreeLayout], geometry: Geometry, buckets: tuple[Bucket, ..
     Without `buckets`, the passes have the fewest shapes whose padding is small, else the shapes of least padding.
     """
     if buckets:
-        shapes = [(b.rows, b.length) for b in buckets]
+        shapes = [b.shape for b in buckets]
         if len(rows[0].token_ids) > max(length for _, length in shapes):
             shapes.insert(0, (geometry.rows, geometry.length))
         return _cover_with(rows, shapes)
@@ -247,16 +252,3 @@ def _cover_with(rows: list[TreeLayout], shapes: list[tuple[int, int]]) -> Shaped
         out.append((shape, tuple(rows[at : at + shape[0]])))
         at += shape[0]
     return out
-
-
-def _passes(
-    shaped: Shaped, geometry: Geometry, known: tuple[Bucket, ...]
-) -> tuple[tuple[Bucket, ...], tuple[Pass, ...]]:
-    """The buckets of `shaped` and `known`, largest first, and the passes."""
-    readouts = {(b.rows, b.length): b.readouts for b in known}
-    for shape, rows in shaped:
-        readouts[shape] = max(readouts.get(shape, 1), sum(len(r.position) for r in rows))
-    shapes = sorted(readouts, key=lambda s: (-s[0] * s[1], s))
-    buckets = tuple(Bucket(*shape, _padded(readouts[shape], geometry)) for shape in shapes)
-    passes = sorted((Pass(shapes.index(shape), rows) for shape, rows in shaped), key=lambda p: p.bucket)
-    return buckets, tuple(passes)

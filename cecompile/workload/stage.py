@@ -1,5 +1,7 @@
 """Turns a pass into one flat array of int32, to be copied into a bucket's static buffer at once."""
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -56,18 +58,14 @@ def fields(bucket: Bucket, blocks: bool) -> dict[str, tuple[int, ...]]:
 
 def views(data: Array, bucket: Bucket, blocks: bool) -> dict[str, Array]:
     """`data` (a flat NumPy array or torch tensor) as its named parts, sharing memory."""
-    out: dict[str, Array] = {}
-    at = 0
-    for name, shape in fields(bucket, blocks).items():
-        size = int(np.prod(shape))
-        out[name] = data[at : at + size].reshape(shape)
-        at += size
-    return out
+    shapes = fields(bucket, blocks)
+    bounds = itertools.pairwise(itertools.accumulate(map(math.prod, shapes.values()), initial=0))
+    return {name: data[at:end].reshape(shapes[name]) for name, (at, end) in zip(shapes, bounds, strict=True)}
 
 
 def data_size(bucket: Bucket, blocks: bool) -> int:
     """The number of int32 values in a pass's data."""
-    return sum(int(np.prod(shape)) for shape in fields(bucket, blocks).values())
+    return sum(map(math.prod, fields(bucket, blocks).values()))
 
 
 def stage_all(plan: Plan) -> Iterator[StagedPass]:
