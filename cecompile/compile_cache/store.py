@@ -161,15 +161,10 @@ class CompileCache:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """Probe results that code was compiled under; a run that uses the code skips the probes.
+    """Probe results that code was compiled under; a run that uses the code skips the probes."""
 
-    Attributes:
-        attention: the implementation that computes the model exactly.
-        inputs_are_free: see `parts.inputs_are_free`; None if not probed.
-    """
-
-    attention: str
-    inputs_are_free: bool | None = None
+    attention: str  # the implementation that computes the model exactly
+    inputs_are_free: bool | None = None  # see `parts.inputs_are_free`; None if not probed
 
 
 class Entry:

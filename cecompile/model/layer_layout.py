@@ -16,18 +16,12 @@ ALIGNED = 256  # bytes; each tensor of a layer begins at a multiple
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The places of a layer's tensors in one run of bytes.
-
-    Attributes:
-        dtype: the dtype of all tensors.
-        shapes, starts: shape and first byte of each tensor, by its name in the layer.
-        size: bytes of all tensors, with the gaps between them.
-    """
+    """The places of a layer's tensors, all of one dtype, in one run of bytes."""
 
     dtype: torch.dtype
-    shapes: Mapping[str, torch.Size]
-    starts: Mapping[str, int]
-    size: int
+    shapes: Mapping[str, torch.Size]  # by the tensor's name in the layer
+    starts: Mapping[str, int]  # each tensor's first byte, by name
+    size: int  # bytes of all tensors, with the gaps between them
 
     @classmethod
     def of(cls, layer: nn.Module) -> "Layout":

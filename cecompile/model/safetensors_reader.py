@@ -44,20 +44,15 @@ class GivenUp(Exception):  # noqa: N818  (nobody is told)
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a safetensors file.
-
-    Attributes:
-        start, size: first byte, counted from the file's beginning, and number of bytes; row-major.
-        aligned: whether the tensor begins at a multiple of its element's size, from the first tensor's first byte.
-    """
+    """A tensor in a safetensors file, row-major."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Path
-    start: int
-    size: int
-    aligned: bool
+    start: int  # first byte, counted from the file's beginning
+    size: int  # bytes
+    aligned: bool  # whether `start` is a multiple of the element's size, counted from the first tensor's first byte
 
 
 def read_header(model: str, file: Path) -> list[StoredTensor]:
@@ -93,17 +88,11 @@ def digest_of(tensors: Sequence[StoredTensor], digests: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint's tensors and their digests.
-
-    Attributes:
-        tensors: all tensors in the checkpoint's files.
-        digests: SHA-256 (hex) of each tensor's bytes; of no bytes for a tensor that was not read.
-        converted: by index, SHA-256 (hex) of each tensor that was converted, in its new dtype.
-    """
+    """The tensors in a checkpoint's files, and their digests."""
 
     tensors: Sequence[StoredTensor]
-    digests: Sequence[str]
-    converted: Mapping[int, str] = field(default_factory=dict)
+    digests: Sequence[str]  # SHA-256 (hex) of each tensor's bytes; of no bytes for a tensor that was not read
+    converted: Mapping[int, str] = field(default_factory=dict)  # by index, SHA-256 (hex) of each converted tensor
 
     @property
     def fingerprint(self) -> str:

@@ -73,23 +73,15 @@ def find_choices(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class AnswerSample:
-    """A judged answer.
-
-    Attributes:
-        text: the model's answer, in the form of `transformers`' text-generation pipeline.
-        correct: whether `text` is the right answer; None without a label.
-        tokens: the number of tokens that the model wrote, including the end token.
-        in_tree: whether all tokens were read from the token tree.
-        decoded_tokens: the number of tokens decoded outside the tree. The last three are None where the pipeline ran.
-    """
+    """A judged answer. The last three fields are None where the text-generation pipeline itself ran."""
 
     id: str
     label: str | None
-    text: str
-    correct: bool | None
-    tokens: int | None
-    in_tree: bool | None
-    decoded_tokens: int | None
+    text: str  # the model's answer, in the form of `transformers`' text-generation pipeline
+    correct: bool | None  # whether `text` is the right answer; None without a label
+    tokens: int | None  # tokens that the model wrote, including the end token
+    in_tree: bool | None  # whether all tokens were read from the token tree
+    decoded_tokens: int | None  # tokens decoded outside the tree
 
 
 def judge_answer(question: ChatQuestion, text: str, tokens: int | None, decoded_tokens: int | None) -> AnswerSample:

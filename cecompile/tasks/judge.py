@@ -14,21 +14,14 @@ MAX_DROP = 0.5  # points of accuracy that a faster run may lose, as the 2024 con
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A judged question.
-
-    Attributes:
-        loglikelihoods: per choice, the sum of its tokens' log-probabilities (natural logarithm).
-        greedy: per choice, whether greedy decoding from the context produces the choice.
-        prediction: the choice of the highest loglikelihood, the first of equals.
-        prediction_norm: like `prediction`, with each loglikelihood divided by the choice's length in characters.
-    """
+    """A judged question."""
 
     id: str
     label: int | None
-    prediction: int
-    prediction_norm: int
-    loglikelihoods: tuple[float, ...]
-    greedy: tuple[bool, ...]
+    prediction: int  # the choice of the highest loglikelihood, the first of equals
+    prediction_norm: int  # the choice of the highest loglikelihood per character of the choice
+    loglikelihoods: tuple[float, ...]  # per choice, the sum of its tokens' log-probabilities (natural logarithm)
+    greedy: tuple[bool, ...]  # per choice, whether greedy decoding from the context produces the choice
 
 
 def judge(question: Question, loglikelihoods: Sequence[float], greedy: Sequence[bool]) -> Sample:

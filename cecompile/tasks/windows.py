@@ -16,22 +16,14 @@ Read = Callable[[], Iterable[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Questions of which one window is held at a time. Iterating reads the file again each time.
+    """Questions of which one window is held at a time. Iterating reads the file again each time."""
 
-    Attributes:
-        name: for messages.
-        size: the most questions in a window; fewer where questions are long.
-        count, number: the numbers of questions and of windows.
-        digest: see `tasks.question.digest`.
-        read: gives all questions, in order.
-    """
-
-    name: str
-    size: int
-    count: int
-    number: int
-    digest: str
-    read: Read
+    name: str  # for messages
+    size: int  # the most questions in a window; fewer where questions are long
+    count: int  # questions in all windows
+    number: int  # windows
+    digest: str  # see `tasks.question.digest`
+    read: Read  # gives all questions, in order
 
     @classmethod
     def of(cls, questions: Sequence[Any], size: int) -> "Windows":

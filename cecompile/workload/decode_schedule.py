@@ -14,18 +14,11 @@ from cecompile.workload.sequences import Ints
 
 @dataclass(frozen=True, slots=True)
 class DecodeShape:
-    """The fixed sizes of a decoder.
+    """The fixed sizes of a decoder. A step has fewer tokens than `slots`, which tells it from a tree pass."""
 
-    Attributes:
-        slots: the cache's slots. A step has fewer tokens, so that attention can tell a step from a pass over trees. The
-            last slot is for padding.
-        lanes: the most rows in flight.
-        step_tokens: the sizes of a step in tokens, largest first; the last is `lanes`.
-    """
-
-    slots: int
-    lanes: int
-    step_tokens: tuple[int, ...]
+    slots: int  # of the cache; the last one is for padding
+    lanes: int  # the most rows in flight
+    step_tokens: tuple[int, ...]  # the sizes of a step in tokens, largest first; the last is `lanes`
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -34,19 +27,13 @@ class DecodeShape:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Tokens to read at once.
+    """Tokens to read at once."""
 
-    Attributes:
-        token_ids, slot, first: (tokens,) each token, its slot in the cache, and the first slot of its segment.
-        read: (n,) indices of the step's tokens after which the next token is read out.
-        target: (n,) tokens whose log-probabilities are computed after them.
-    """
-
-    token_ids: Ints
-    slot: Ints
-    first: Ints
-    read: Ints
-    target: Ints
+    token_ids: Ints  # (tokens,)
+    slot: Ints  # (tokens,) each token's slot in the cache
+    first: Ints  # (tokens,) the first slot of each token's segment
+    read: Ints  # (n,) indices of the step's tokens after which the next token is read out
+    target: Ints  # (n,) tokens whose log-probabilities are computed after them
 
 
 @dataclass(slots=True)

@@ -14,17 +14,11 @@ from cecompile.workload.sequences import Longs, Sequences, shared_prefixes
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Sequences sorted so that those sharing a prefix are adjacent, and each question's sequences stay together.
+    """Sequences sorted so that those sharing a prefix are adjacent, and each question's sequences stay together."""
 
-    Attributes:
-        sequence: (n,) the sequence at each place.
-        shared: (n,) input tokens shared with the sequence at the place before; 0 at the first.
-        prefix_tree_tokens: nodes of one prefix tree over all questions' inputs.
-    """
-
-    sequence: Longs
-    shared: Longs
-    prefix_tree_tokens: int
+    sequence: Longs  # (n,) the sequence at each place
+    shared: Longs  # (n,) input tokens shared with the sequence at the place before; 0 at the first
+    prefix_tree_tokens: int  # nodes of one prefix tree over all questions' inputs
 
     def typically_shared(self, sequences: Sequences) -> int:
         """The median number of tokens that a question shares with the question before; 0 for a single question."""

@@ -17,17 +17,11 @@ MIN_SHARED = 4  # questions sharing fewer tokens stay separate trees: all tokens
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """Units of packing: a question, or a part of a question whose tree is larger than a row.
+    """Units of packing: a question, or a part of a question whose tree is larger than a row."""
 
-    Attributes:
-        start: (m + 1,) item k has the places [start[k], start[k + 1]) of the order.
-        size: (m,) nodes of the item's own tree.
-        shared: (m,) nodes that the item takes over from the item before, if both are neighbours in a row.
-    """
-
-    start: Longs
-    size: Longs
-    shared: Longs
+    start: Longs  # (m + 1,) item k has the places [start[k], start[k + 1]) of the order
+    size: Longs  # (m,) nodes of the item's own tree
+    shared: Longs  # (m,) nodes that the item takes over from the item before, if both are neighbours in a row
 
 
 def split_items(sequences: Sequences, order: Order, capacity: int) -> Items:

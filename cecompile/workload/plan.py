@@ -20,18 +20,12 @@ ENOUGH_FILL = 1.03  # slots per useful token below which a further bucket shape 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The shape to plan for.
-
-    Attributes:
-        rows, length: the largest bucket's shape, in rows and tokens a row.
-        readout_chunk: readouts are padded to a multiple of this.
-        blocks: whether passes carry the tile index of a block-sparse mask.
-    """
+    """The shape to plan for: the largest bucket has `rows` rows of `length` tokens."""
 
     rows: int
     length: int
-    readout_chunk: int
-    blocks: bool
+    readout_chunk: int  # readouts are padded to a multiple of this
+    blocks: bool  # whether passes carry the tile index of a block-sparse mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +55,16 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All passes, and the counts that measure their quality.
-
-    Attributes:
-        buckets: the shapes used, largest first.
-        passes: in the order in which they run, largest bucket first.
-        useful_tokens: nodes in all rows.
-        unshared_tokens: input tokens of all sequences, without sharing and padding.
-        question_tree_tokens: nodes of a prefix tree per question.
-        prefix_tree_tokens: nodes of one prefix tree over the whole dataset, the floor.
-        decoding: the shape of the decoder for answers that leave their tree; None where nothing is answered.
-    """
+    """All passes, and the counts that measure their quality."""
 
     geometry: Geometry
-    buckets: tuple[Bucket, ...]
-    passes: tuple[Pass, ...]
-    useful_tokens: int
-    unshared_tokens: int
-    question_tree_tokens: int
-    prefix_tree_tokens: int
-    decoding: DecodeShape | None = None
+    buckets: tuple[Bucket, ...]  # the shapes used, largest first
+    passes: tuple[Pass, ...]  # in the order in which they run, largest bucket first
+    useful_tokens: int  # nodes in all rows
+    unshared_tokens: int  # input tokens of all sequences, without sharing and padding
+    question_tree_tokens: int  # nodes of a prefix tree per question
+    prefix_tree_tokens: int  # nodes of one prefix tree over the whole dataset, the floor
+    decoding: DecodeShape | None = None  # for answers that leave their tree; None where nothing is answered
 
     @property
     def compiled(self) -> tuple[Bucket | DecodeShape, ...]:

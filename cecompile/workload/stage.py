@@ -20,23 +20,14 @@ Array = TypeVar("Array", bound=Any)
 
 @dataclass(frozen=True, slots=True)
 class StagedPass:
-    """A pass's input, and the meaning of its output.
+    """A pass's input, and the meaning of its output."""
 
-    Attributes:
-        bucket: index into the plan's buckets.
-        data: (n,) int32, the parts that `fields` names, one after another.
-        choice: (predictions,) the sequence that a predicted token belongs to.
-        entry: (predictions,) the predicted token's index among the readouts' targets, flattened.
-        target: (predictions,) the predicted token.
-        tokens: the number of slots in use.
-    """
-
-    bucket: int
-    data: Ints
-    choice: Ints
-    entry: Ints
-    target: Ints
-    tokens: int
+    bucket: int  # index into the plan's buckets
+    data: Ints  # (n,) the parts that `fields` names, one after another
+    choice: Ints  # (predictions,) the sequence that a predicted token belongs to
+    entry: Ints  # (predictions,) the predicted token's index among the readouts' targets, flattened
+    target: Ints  # (predictions,) the predicted token
+    tokens: int  # slots in use
 
 
 def fields(bucket: Bucket, blocks: bool) -> dict[str, tuple[int, ...]]:
