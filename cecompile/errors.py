@@ -1,4 +1,4 @@
-"""Errors that a user is told in one line."""
+"""Errors with a message of one line for the user."""
 
 
 class _OneLineError(Exception):
@@ -11,7 +11,7 @@ class UserError(_OneLineError):
 
 
 class AlreadyReportedError(UserError):
-    """A UserError that another process has told the user already."""
+    """A UserError whose message another process has already printed."""
 
 
 class CheckError(_OneLineError):

@@ -30,7 +30,7 @@ def read_status(root: Path = ROOT) -> dict[str, int]:
 def memory_left() -> int:
     """Bytes that processes may still take: the system's MemAvailable, or less in a container with a limit (cgroup v2).
 
-    Page cache counts as left, as the system gives it up when asked.
+    The page cache counts as left, because the system gives up the page cache when asked.
     """
     available = read_meminfo().get("MemAvailable")
     if available is None:

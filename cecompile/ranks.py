@@ -39,7 +39,7 @@ class Ranks:
     Attributes:
         rank, size: this process's number, and the number of processes.
         local_rank, local_size: the same on this machine.
-        attempt, restarts: the number of times that torchrun has restarted the ranks, and the most times.
+        attempt, restarts: how often torchrun has restarted the ranks, and how often it may.
         stages: the stages of a pipeline, whose ranks are consecutive; divides `size`.
         store: the process group's store; None for one process alone.
         passes, tokens: run by this rank since `clear_tally`.

@@ -1,4 +1,4 @@
-"""The facts that compiled code depends on, for the compile cache's key."""
+"""The facts on which compiled code depends, for the compile cache's key."""
 
 import functools
 import hashlib
@@ -25,7 +25,7 @@ SOURCES = (
 def compile_facts(config: Any, dtype: str, device: torch.device, attention: str, readout_chunk: int) -> dict[str, Any]:
     """Everything that changes the compiled code except the bucket shapes, as plain JSON values.
 
-    `dtype` and `attention` are as asked for; `readout_chunk` is the number of readouts whose logits are held at once.
+    `dtype` and `attention` are the caller's choices; `readout_chunk` counts the readouts whose logits are held at once.
     """
     text = repr(sorted((k, v) for k, v in config.to_dict().items() if k not in _IDLE))
     model = f"{config.model_type} {hashlib.sha256(text.encode()).hexdigest()[:12]}"

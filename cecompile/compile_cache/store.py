@@ -2,7 +2,7 @@
 
     DIRECTORY/                     mode 0700, owned by the user
         lock                       held while an entry is written
-        KEY.json                   an entry's manifest: what it was built from, its buckets, every file's checksum
+        KEY.json                   an entry's manifest: the facts, the buckets, every file's checksum
         KEY-XXXXXXXX/              its files, never changed once the manifest names them
         work-XXXXXXXX/             a running process's own copy, where the compiler reads and writes
 
@@ -54,7 +54,7 @@ def default_directory() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """An entry as `cecompile warm --list` shows it. `size` is in bytes, `built` in seconds since 1970."""
+    """An entry in the list of `cecompile warm --list`. `size` is in bytes, `built` in seconds since 1970."""
 
     key: str
     facts: dict[str, Any]
@@ -88,7 +88,7 @@ class CompileCache:
             raise NoCacheError(f"{where}: cannot be written")
 
     def open(self, facts: dict[str, Any]) -> "Entry":
-        """Opens the entry for `facts`, which may be empty; this process now compiles there. Raises NoCacheError."""
+        """Opens the entry for `facts`, possibly without code yet; the compiler now works there. Raises NoCacheError."""
         with self.file_errors():
             return Entry(self, facts)
 
@@ -161,7 +161,7 @@ class CompileCache:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """Probe results that code was compiled under; a run that uses the code skips the probes."""
+    """Probe results under which code was compiled; a run that uses the code skips the probes."""
 
     attention: str  # the implementation that computes the model exactly
     inputs_are_free: bool | None = None  # see `parts.inputs_are_free`; None if not probed
@@ -273,7 +273,7 @@ class Entry:
         return name
 
     def _nearest_miss(self) -> str:
-        """The facts by which this entry differs from the entry most like it, in words."""
+        """The differences between this entry's facts and the most similar entry's, in words."""
         misses = [(len(self._facts) + 1, "this model was not compiled before")]
         for facts in (manifest["facts"] for manifest in self._cache.usable()):
             if facts.get("model") == self._facts["model"]:

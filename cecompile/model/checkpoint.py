@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_config(model: str) -> Any:
-    """The model's configuration. Raises UserError: none can be loaded, or the model is not a decoder-only one."""
+    """The model's configuration. Raises UserError: no configuration loads, or the model is not decoder-only."""
     try:
         path = Path(model)
         there, no_config = path.exists(), path.is_dir() and not (path / "config.json").is_file()
@@ -58,7 +58,7 @@ def load_generation_config(model: str, config: Any) -> GenerationConfig:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silences transformers' report of missing weights; this module reports them itself."""
+    """Silences transformers' report of missing weights, because this module reports missing weights itself."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -128,7 +128,7 @@ def read_checkpoint(model: str) -> Checkpoint:
 
 
 def _plain_files(model: str) -> list[Path]:
-    """The checkpoint's files. Raises NeedsTransformersLoader: the weights need other files than safetensors files."""
+    """The checkpoint's files. Raises NeedsTransformersLoader: the weights are not in safetensors files alone."""
     if _find(model, "adapter_config.json") is not None:
         raise NeedsTransformersLoader("it is an adapter")
     if any(Path(model).glob("shard-*.safetensors")):

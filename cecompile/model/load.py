@@ -1,7 +1,7 @@
 """Loads a checkpoint's tensors straight into the stock model: one copy of the weights, one pass over the files.
 
-The result is that of `from_pretrained` wherever stored tensors match the model's parameters by name, which is nearly
-always. Other checkpoints (weights to be merged, renamed, dequantised) are declined with `NeedsTransformersLoader`.
+The result equals that of `from_pretrained` wherever stored tensors match the model's parameters by name, nearly always.
+Other checkpoints (weights to be merged, renamed, dequantised) are declined with `NeedsTransformersLoader`.
 """
 
 import copy
@@ -79,7 +79,7 @@ def load_plainly(
     share: LayerRange | None = None, read_all: bool = True, keep_cached: bool = False,
     while_reading: WhileReading | None = None,
 ) -> Loaded:  # fmt: skip
-    """The stock model on `device`, bit for bit as `from_pretrained` loads it.
+    """The stock model on `device`, bit for bit equal to the model that `from_pretrained` loads.
 
     Args:
         model: the model's `name_or_path`, also named in errors.
@@ -163,7 +163,7 @@ def _parameter_dtype(
 def _skeleton(model: str, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters and persistent buffers on the meta device, and its other buffers on the CPU.
 
-    The model's own initialisation makes the other buffers, as in `from_pretrained`. It skips initialised tensors.
+    As in `from_pretrained`, the model's own initialisation makes the other buffers, and skips initialised tensors.
     """
     config = copy.deepcopy(config)
     config.name_or_path, config.dtype = model, dtype

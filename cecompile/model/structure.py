@@ -16,7 +16,7 @@ _NUMBERS = {"layer_idx", "layer_id", "layer_index"}  # differ between layers of 
 
 
 def on_meta(config: Any) -> PreTrainedModel:
-    """The causal model of a configuration, on the meta device. Raises UserError: transformers cannot build one."""
+    """The causal model of a configuration, on the meta device. Raises UserError: there is no such model."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config))

@@ -1,4 +1,4 @@
-"""Architectures that trees compute exactly, as far as a model shows without weights, and each one's kind of mask."""
+"""Architectures that trees compute exactly, as far as a model shows without weights, and how each gets its mask."""
 
 import functools
 from typing import Any

@@ -1,4 +1,4 @@
-"""Proof that the model that ran is the model that was loaded: its tensors are digested again on the device.
+"""Proof that the model that ran is the loaded model: its tensors are digested again on the device.
 
 Loading digests the files' bytes. After the run, the bytes on the device are digested and compared name by name. Other
 buffers are compared with their state right after loading. So rounding, pruning, an exchange or any other change to a
@@ -80,7 +80,7 @@ class Proof:
             SHA-256 (hex) of the device's tensors. Where `verified` is EQUAL, the checkpoint's fingerprint.
 
         Raises:
-            CheckError: a tensor or a setting has changed; names the first one.
+            CheckError: a tensor or a setting has changed; names the first change.
         """
         now = contents(self._as_long_as_before(model))
         for key in dict.fromkeys((*self._held, *now)):
@@ -153,7 +153,7 @@ def _hash(sha: Any, copied: tuple[Tensor, torch.cuda.Event] | None) -> None:
 
 
 def _named(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters and buffers by all their names, without tensors that the model recomputes in runs or did not load."""
+    """Parameters and buffers by all their names, without tensors that a run recomputes or that were not loaded."""
     named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named |= dict(model.named_buffers(remove_duplicate=False))
     if rope_type(model.config.get_text_config()) in ("dynamic", "longrope"):  # chosen by the length of each input

@@ -92,7 +92,7 @@ def judge_answer(question: ChatQuestion, text: str, tokens: int | None, decoded_
 
 
 def answer_metrics(samples: Sequence[AnswerSample]) -> dict[str, float | None]:
-    """`exact_match`, the fraction of right answers, and its standard error; None where there are no labels."""
+    """`exact_match`, the fraction of right answers, and its standard error; None without labels."""
     return metrics_of(right_answers(samples))
 
 

@@ -1,7 +1,7 @@
 """Row formats: how a row of a dataset becomes a question.
 
-Wording, delimiters and preprocessing are those of lm-evaluation-harness 0.4.13's tasks `hellaswag`, `arc_easy`,
-`openbookqa` and `piqa`, so that scores can be compared with published ones.
+Wording, delimiters and preprocessing follow the tasks `hellaswag`, `arc_easy`, `openbookqa` and `piqa` of
+lm-evaluation-harness 0.4.13, so that scores can be compared with published scores.
 """
 
 import ast
@@ -22,7 +22,7 @@ _NOTHING = object()  # the value of a field that is missing
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A known row format: the fields that identify it, the one that holds the label, and the conversion."""
+    """A known row format: the fields that identify the format, the field of the label, and the conversion."""
 
     name: str
     task: str

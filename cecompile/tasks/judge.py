@@ -1,4 +1,4 @@
-"""Judging: from loglikelihoods to predictions and metrics, as lm-evaluation-harness does it."""
+"""Judging: from loglikelihoods to predictions and metrics, as in lm-evaluation-harness."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -16,7 +16,7 @@ class Question:
         context: the text that every choice continues. May be empty.
         choices: two or more non-empty texts. `delimiter` stands between the context and a choice.
         label: index of the right choice, or None where the data has none.
-        delimiter: lm-evaluation-harness's `target_delimiter`; not counted in the length that `acc_norm` divides by.
+        delimiter: lm-evaluation-harness's `target_delimiter`; not counted in the length by which `acc_norm` divides.
     """
 
     id: str

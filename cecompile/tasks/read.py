@@ -49,11 +49,11 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
 
     Args:
         data: a .jsonl, .json, .parquet or .csv file, or a hub id `owner/name[/config][:split]`.
-        task: "auto" recognises the format from the fields; "hellaswag", "choices" or "chat" narrows it down.
-        limit: keep the first `limit` questions; below 1, that fraction of them, rounded up.
+        task: "auto" recognises the format from the fields; "hellaswag", "choices" or "chat" narrows the formats down.
+        limit: the number of questions to keep, the first ones; below 1, the fraction of questions, rounded up.
 
     Returns:
-        The questions, at least one. Either all of them have labels or none has.
+        The questions, at least one. Either all questions have labels, or none has.
 
     Raises:
         UserError: the data cannot be read, or a row is not a question; names the file, the line and the field.

@@ -16,7 +16,7 @@ Read = Callable[[], Iterable[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Questions of which one window is held at a time. Iterating reads the file again each time."""
+    """Questions held in memory one window at a time. Each iteration reads the file again."""
 
     name: str  # for messages
     size: int  # the most questions in a window; fewer where questions are long

@@ -1,8 +1,8 @@
 """Chat questions as token trees: choices are grafted onto the prompt, and a walk down the tree reads the answer.
 
 Greedy decoding takes the most likely token again and again. A pass over the tree gives the most likely token after
-every node. So following these tokens from the prompt's last one is greedy decoding, for as long as they are nodes. The
-grafted choices decide how far the walk goes, never where it leads.
+every node. So following these tokens from the prompt's last token is greedy decoding, as long as the tokens are nodes.
+The grafted choices decide how far the walk goes, never where the walk leads.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from cecompile.workload.sequences import Ints, Sequences
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """The most likely `tokens` of an answer as far as the tree holds them; `complete` if the answer ends there."""
+    """The most likely `tokens` of an answer as far as the tree has nodes; `complete` if the answer ends there."""
 
     tokens: list[int]
     complete: bool

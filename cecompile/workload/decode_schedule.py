@@ -14,9 +14,9 @@ from cecompile.workload.sequences import Ints
 
 @dataclass(frozen=True, slots=True)
 class DecodeShape:
-    """The fixed sizes of a decoder. A step has fewer tokens than `slots`, which tells it from a tree pass."""
+    """The fixed sizes of a decoder. Attention knows a step by having fewer tokens than `slots`, unlike a tree pass."""
 
-    slots: int  # of the cache; the last one is for padding
+    slots: int  # the cache's slots; the last slot is for padding
     lanes: int  # the most rows in flight
     step_tokens: tuple[int, ...]  # the sizes of a step in tokens, largest first; the last is `lanes`
 

@@ -14,7 +14,7 @@ from cecompile.workload.sequences import Longs, Sequences, shared_prefixes
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Sequences sorted so that those sharing a prefix are adjacent, and each question's sequences stay together."""
+    """The order that puts sequences with a common prefix side by side, and keeps each question's sequences together."""
 
     sequence: Longs  # (n,) the sequence at each place
     shared: Longs  # (n,) input tokens shared with the sequence at the place before; 0 at the first
@@ -45,5 +45,5 @@ def sort_sequences(sequences: Sequences) -> Order:
 
 
 def _shared_with_previous(sequences: Sequences, ordered: Longs) -> Longs:
-    """(n,) input tokens that each sequence shares with the one before; 0 for the first."""
+    """(n,) input tokens that each sequence shares with the sequence before; 0 for the first."""
     return np.concatenate(([0], shared_prefixes(sequences, ordered[:-1], ordered[1:])))

@@ -120,7 +120,7 @@ def make_plan(
         order: the sequences' order, where known already.
         all_buckets: include all buckets of `every_bucket`, used or not, to warm up for data not yet seen.
         buckets: the buckets of an earlier plan of this geometry. The plan includes all of them, with more readouts
-            where needed, and adds a shape only for rows that are too long for them.
+            where needed, and adds a shape only for rows that are longer than all buckets'.
         boundary: sequences of more inputs than this share no tokens and no pass with the others.
 
     Raises:

@@ -56,7 +56,7 @@ class Sequences:
 
     @property
     def longest_prompt(self) -> int:
-        """The most tokens that a sequence has before the predicted ones."""
+        """The most tokens that a sequence has before its predicted tokens."""
         return int((self.input_lengths - self.predicted).max()) + 1
 
     def inputs(self, i: int) -> Ints:

@@ -85,7 +85,7 @@ def stage(one: Pass, bucket: Bucket, blocks: bool) -> StagedPass:
 
 
 def empty_pass(bucket: Bucket, blocks: bool) -> Ints:
-    """The data of a pass with nothing in it: every slot is padding, every readout reads slot 0."""
+    """The data of an empty pass: every slot is padding, and every readout reads slot 0."""
     data = np.zeros(data_size(bucket, blocks), dtype=np.int32)
     part = views(data, bucket, blocks)
     part["end"][:] = np.arange(1, bucket.length + 1)
@@ -97,7 +97,7 @@ def empty_pass(bucket: Bucket, blocks: bool) -> Ints:
 def _index_tiles(part: dict[str, Ints]) -> None:
     """Fills in the tiles of keys that each tile of queries looks at.
 
-    A query tile looks at a key tile before it or the same iff the subtree of one of the keys reaches into the query
+    A query tile looks at an earlier or the same key tile iff the subtree of one of the keys reaches into the query
     tile. The key tile is wholly visible iff the subtrees of all its keys reach past the last query.
     """
     end = part["end"].reshape(len(part["end"]), -1, TILE)  # (rows, tiles, TILE)

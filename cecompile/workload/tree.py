@@ -85,7 +85,7 @@ def lay_out(sequences: Sequences, members: Longs, shared: Longs, rows: Longs) ->
 
 
 def _nearest_shallower(shared: Longs) -> tuple[Longs, Longs]:
-    """For each member, the nearest members before and after it that take over fewer nodes."""
+    """For each member, the nearest member before, and after, that takes over fewer nodes."""
     values = shared.tolist()
     before, after = [0] * len(values), [len(values)] * len(values)
     rising: list[int] = []  # members whose `after` is not known yet, with rising values
