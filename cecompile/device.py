@@ -1,4 +1,4 @@
-"""A device's memory: how much is free and used, how it is limited, and which errors mean that it ran out."""
+"""A device's memory: the free and used bytes, a limit, and the errors that mean that memory ran out."""
 
 import re
 import resource
@@ -10,19 +10,15 @@ from cecompile.procfs import memory_left, read_status
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 OUT_OF_MEMORY = (  # in messages
-    "out of memory",
-    "NVML_SUCCESS == r INTERNAL ASSERT",
-    "NvMap",
-    "can't allocate memory",
-    "CUDA_ERROR_OUT_OF",
-)
+    "out of memory", "NVML_SUCCESS == r INTERNAL ASSERT", "NvMap", "can't allocate memory", "CUDA_ERROR_OUT_OF",
+)  # fmt: skip
 
 
 def available(device: torch.device) -> int:
     """Bytes of the device's memory that this process may still take.
 
-    On the CPU and on an integrated GPU they are the system's MemAvailable, or less in a container with a limit:
-    `torch.cuda.mem_get_info` counts the page cache as used, which the system gives up when asked.
+    On the CPU and on an integrated GPU, these are the bytes of `memory_left`: `torch.cuda.mem_get_info` counts the page
+    cache as used, though the system gives up the page cache when asked.
     """
     if is_the_hosts(device):
         return memory_left()
@@ -35,14 +31,14 @@ def is_the_hosts(device: torch.device) -> bool:
 
 
 def used_already(device: torch.device) -> int:
-    """Bytes that this process holds before it loads anything: on the CPU the interpreter and its libraries."""
+    """Bytes that this process holds before loading a model: on the CPU the interpreter and its libraries."""
     return 0 if device.type == "cuda" else read_status().get("VmRSS", 0)
 
 
 def peak(device: torch.device) -> int:
     """The most bytes in use at once: reserved by torch on a CUDA device, resident in the process on the CPU.
 
-    VmHWM comes first: getrusage's figure may be that of the process this one was started from.
+    VmHWM is preferred: getrusage may give the peak of the process that started this one.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
@@ -66,7 +62,7 @@ def enforce(device: torch.device, limit: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out; on Jetson boards the type of the error often does not say so."""
+    """Whether an error means that memory ran out. On Jetson boards, often only the message shows this."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(form in str(error) for form in OUT_OF_MEMORY)

@@ -1,26 +1,25 @@
-"""Errors that a user is told in one line."""
+"""Errors with a message of one line for the user."""
 
 
-class UserError(Exception):
-    """Bad input or usage; the command line prints the message and exits with status 2."""
-
+class _OneLineError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+class UserError(_OneLineError):
+    """Bad input or usage; the command line prints the message and exits with status 2."""
 
 
 class AlreadyReportedError(UserError):
-    """A UserError that another process has told the user already."""
+    """A UserError whose message another process has already printed."""
 
 
-class CheckError(Exception):
+class CheckError(_OneLineError):
     """A result that must not be reported; the command line prints the message and exits with status 1."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, with the next where it ends in a colon; its kind where it has none."""
+    """The first line of an error's message, and the next line after a colon; the error's kind without a message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 

@@ -1,23 +1,19 @@
-"""Being stopped: SIGINT and SIGTERM end a command in order, with one line and the shell's exit status for it."""
+"""Interruption: SIGINT and SIGTERM end a command in order, with one line and the shell's exit status for a signal."""
 
 import os
 import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-GRACE = 1.0  # seconds in which a second signal is taken for the first
+GRACE = 1.0  # seconds after a signal in which another one is ignored
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised where the main thread stands when a signal comes.
-
-    Attributes:
-        status: what the process should exit with: 128 and the signal's number.
-    """
+    """A signal came while the main thread ran. `status`: the process's exit status, 128 and the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted ({signal.Signals(number).name})")
@@ -26,8 +22,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """While this lasts, the first SIGINT or SIGTERM raises `Interrupted`. One that comes later, while that is being
-    dealt with, ends the process at once."""
+    """Lets the first SIGINT or SIGTERM raise `Interrupted`. A later signal ends the process at once."""
     first: float | None = None
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -38,12 +33,9 @@ def signals_raise() -> Iterator[None]:
         if time.monotonic() - first > GRACE:
             os._exit(128 + number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = {number: signal.signal(number, handle) for number in numbers}
-    except ValueError:  # not the main thread: whoever runs this there deals with signals
-        yield
-        return
+    before = {}
+    with suppress(ValueError):  # not the main thread: the program that runs this thread handles signals
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -52,12 +44,9 @@ def signals_raise() -> Iterator[None]:
 
 
 def command_to_resume(arguments: Sequence[str], output: Path, stages: int = 1) -> str:
-    """The command line that goes on with an interrupted one.
+    """The command line that continues an interrupted command, which needs at least `stages` processes.
 
-    Args:
-        arguments: of the interrupted command, the program's name left out.
-        output: its result directory.
-        stages: processes that it needs at least.
+    `arguments` are the interrupted command's, without the program's name. `output` is its result directory.
     """
     start = ["cecompile"] if stages == 1 else ["torchrun", "--nproc-per-node", str(stages), "-m", "cecompile"]
     kept = [a for a in arguments if a not in ("--overwrite", "--resume")]
@@ -67,7 +56,7 @@ def command_to_resume(arguments: Sequence[str], output: Path, stages: int = 1) -
 
 
 def _quoted(argument: str) -> str:
-    """For a shell; what cannot be printed is written as bytes."""
+    """An argument quoted for a shell, with unprintable characters as bytes."""
     if argument.isprintable():
         return shlex.quote(argument)
     plain = (chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in os.fsencode(argument))

@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path("/")
@@ -10,11 +11,10 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def read_text(path: Path) -> str | None:
-    """A small file's text; None if it cannot be read, as some sensors cannot while their part is switched off."""
-    try:
+    """A small file's text; None if unreadable, as some sensors' files are while their part is switched off."""
+    with suppress(OSError):
         return path.read_text(errors="replace").strip()
-    except OSError:
-        return None
+    return None
 
 
 def read_meminfo(root: Path = ROOT) -> dict[str, int]:
@@ -30,7 +30,7 @@ def read_status(root: Path = ROOT) -> dict[str, int]:
 def memory_left() -> int:
     """Bytes that processes may still take: the system's MemAvailable, or less in a container with a limit (cgroup v2).
 
-    Page cache counts as left, as the system gives it up when asked.
+    The page cache counts as left, because the system gives up the page cache when asked.
     """
     available = read_meminfo().get("MemAvailable")
     if available is None:
@@ -45,14 +45,12 @@ def memory_left() -> int:
 def process_age(process: int | str = "self") -> float | None:
     """Seconds since a process began; None where the system does not say.
 
-    Linux counts it in ticks since boot, field 22 of /proc/PID/stat (proc(5)), commonly a hundredth of a second.
+    Linux gives the start in ticks since boot: field 22 of /proc/PID/stat (proc(5)). A tick is commonly 0.01 seconds.
     """
-    try:
+    with suppress(OSError, AttributeError, IndexError, ValueError):
         fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, IndexError, ValueError):
-        return None
-    return max(0.0, age)
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+    return None
 
 
 def cpu_model(root: Path = ROOT) -> str | None:

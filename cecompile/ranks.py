@@ -1,6 +1,6 @@
 """Ranks: the processes that share one evaluation, as torchrun starts them, on one machine or several.
 
-They agree through a gloo process group on the CPU, whatever the devices, and share work by counters in the group's
+Ranks agree through a gloo process group on the CPU, whatever the devices, and share work by counters in the group's
 store. Where a rank is lost, the others raise an error instead of waiting.
 """
 
@@ -14,16 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from cecompile.errors import AlreadyReportedError, CheckError, UserError, first_line
 from cecompile.procfs import process_age
 
 JOIN = timedelta(minutes=5)  # for all ranks to start
-WAIT = timedelta(minutes=30)  # for the slowest rank, which may have to compile what others have in their cache
+WAIT = timedelta(minutes=30)  # for the slowest rank, which may have to compile code that others have in their cache
 STEP = timedelta(seconds=5)  # for a single answer
 POLL = 0.001  # seconds; signals are handled in between
-NO_MORE = "none"
 AGENT = 5.0  # seconds for torchrun's agent to stop this process after another one has failed
 
 Item = TypeVar("Item")
@@ -32,19 +31,18 @@ Value = TypeVar("Value")
 
 
 class Ranks:
-    """One process alone; `Group` is several.
+    """One process alone; a `Group` is one of several processes.
 
     All ranks call the same methods in the same order, and each waits for the others. Only `claim`, the tally and `says`
-    wait for nobody.
+    do not wait.
 
     Attributes:
-        rank, size: this process's number, and how many there are.
+        rank, size: this process's number, and the number of processes.
         local_rank, local_size: the same on this machine.
-        attempt: how often torchrun has restarted the ranks.
-        restarts: how often torchrun may restart them.
-        stages: of a pipeline, whose ranks are consecutive; divides `size`.
-        store: of the process group; None for one process alone.
-        passes, tokens: that this rank has run since `clear_tally`.
+        attempt, restarts: how often torchrun has restarted the ranks, and how often it may.
+        stages: the stages of a pipeline, whose ranks are consecutive; divides `size`.
+        store: the process group's store; None for one process alone.
+        passes, tokens: run by this rank since `clear_tally`.
     """
 
     rank, size = 0, 1
@@ -58,16 +56,14 @@ class Ranks:
     def from_environment(stages: int = 1) -> "Ranks":
         """The ranks of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which torchrun sets, in `stages` of a pipeline.
 
-        Raises:
-            UserError: a variable is missing, `stages` does not divide the ranks, or not all ranks start.
+        Raises UserError: a variable is missing, `stages` does not divide the ranks, or not all ranks start.
         """
         size = world_size()
         if stages > size or size % stages:
-            refusal = AlreadyReportedError if _number("RANK", 0) else UserError  # all ranks find it
-            raise refusal(
-                f"--pipeline {stages}: {f'{size} processes are no multiple of it' if size > 1 else 'needs as many'}; "
-                f"torchrun --nproc-per-node {stages} -m cecompile eval --pipeline {stages} ... starts them"
-            )
+            refusal = AlreadyReportedError if _number("RANK", 0) else UserError  # all ranks find the fault
+            fault = f"{size} processes are no multiple of it" if size > 1 else "needs as many"
+            start = f"torchrun --nproc-per-node {stages} -m cecompile eval --pipeline {stages} ... starts them"
+            raise refusal(f"--pipeline {stages}: {fault}; {start}")
         return ALONE if size < 2 else Group(stages)
 
     @property
@@ -77,14 +73,14 @@ class Ranks:
 
     @property
     def began(self) -> float:
-        """When the command was given, in seconds since 1970; torchrun's restarts do not change it."""
+        """The time of the command's start, in seconds since 1970; torchrun's restarts do not change this time."""
         return time.time()
 
     def claim(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
-        """Iterates over items that no other rank takes, in order; together the ranks take all.
+        """Iterates over items that no other rank takes, in order; together the ranks take all items.
 
-        All ranks give the same `items`, and the same name for them, `what`. All stages of a pipeline take the items
-        that its first stage takes.
+        All ranks give the same `items`, and the same name `what` for them. All stages of a pipeline take the items of
+        the first stage.
         """
         return iter(items)
 
@@ -104,7 +100,7 @@ class Ranks:
     def lost(self, waited: float = 0.0) -> CheckError:
         """The error to raise when another rank has disappeared, found after `waited` seconds.
 
-        Under torchrun this may not return: the agent stops this process first.
+        May not return under torchrun: the agent stops this process first.
         """
         return CheckError("another rank was lost")
 
@@ -125,7 +121,7 @@ class Ranks:
         return True in self.gather(flag)
 
     def barrier(self) -> None:
-        """Waits until all ranks are here."""
+        """Waits until all ranks have called this method."""
         self.gather(None)
 
     def collect(self, mine: Mapping[Key, Value]) -> dict[Key, Value]:
@@ -133,7 +129,7 @@ class Ranks:
         return {key: value for part in self.gather(mine) for key, value in part.items()}
 
     def all_same(self, facts: Mapping[str, Any]) -> None:
-        """Raises UserError for the first of the named facts that differs from rank 0's on any rank."""
+        """Raises UserError for the first fact that differs from rank 0's on any rank; `facts` are by name."""
         first, *others = self.gather(facts)
         for rank, theirs in enumerate(others, 1):
             for what, value in first.items():
@@ -141,10 +137,9 @@ class Ranks:
                     raise UserError(f"rank {rank}: {what} is {theirs.get(what)}, rank 0 has {value}")
 
     def first_does(self, call: Callable[[], Value]) -> Value:
-        """Calls `call` on rank 0 alone; returns its result on all ranks.
+        """Calls `call` on rank 0 alone, and returns its result on all ranks.
 
-        Raises:
-            UserError: raised by `call`; on the other ranks it is an AlreadyReportedError.
+        Raises UserError: raised by `call`; an AlreadyReportedError on the other ranks.
         """
         value: Any = None
         if self.rank == 0:
@@ -156,26 +151,24 @@ class Ranks:
         value, message = self.broadcast((value, None))
         if message is not None:
             raise AlreadyReportedError(message)
-        result: Value = value
-        return result
+        return cast(Value, value)
 
 
 ALONE = Ranks()
 
 
 class Group(Ranks):
-    """Several processes, this one among them; see `Ranks.from_environment`."""
+    """One of several processes; see `Ranks.from_environment`."""
 
     def __init__(self, stages: int = 1) -> None:
         import torch
         import torch.distributed as dist
 
         self._torch, self._dist = torch, dist
-        self.rank, self.size = _number("RANK", None), world_size()
+        self.rank, self.size, self.stages = _number("RANK", None), world_size(), stages
         self.local_rank = _number("LOCAL_RANK", self.rank)
         self.local_size = _number("LOCAL_WORLD_SIZE", self.size)
         self.restarts = _number("TORCHELASTIC_MAX_RESTARTS", 0)
-        self.stages = stages
         self._takes = 0
         address, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT", None)
         try:
@@ -189,7 +182,7 @@ class Group(Ranks):
         self.attempt = max(before, *self.gather(_number("TORCHELASTIC_RESTART_COUNT", 0)))
 
     def _connected(self, address: str, port: int) -> Any:
-        """Waits for the store that torchrun's agent or rank 0 holds, and connects to it."""
+        """Waits for the store of torchrun's agent or of rank 0, and connects."""
         hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         deadline = time.monotonic() + JOIN.total_seconds()
         while not hosts:
@@ -200,9 +193,8 @@ class Group(Ranks):
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(100 * POLL)
-        return self._dist.TCPStore(
-            address, port, is_master=hosts, timeout=JOIN, wait_for_workers=False, multi_tenant=True
-        )
+        options: dict[str, Any] = {"is_master": hosts, "timeout": JOIN, "wait_for_workers": False}
+        return self._dist.TCPStore(address, port, multi_tenant=True, **options)
 
     @property
     def began(self) -> float:
@@ -212,40 +204,20 @@ class Group(Ranks):
     def claim(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
         self._takes += 1
         key = f"take/{self._takes}/{what}"
-        numbers = self._numbers(key, len(items))
-        if self.stages > 1:
-            replica = f"{key}/{self.rank // self.stages}"
-            numbers = self._followed(replica) if self.stage else self._announced(replica, numbers)
-        return (items[number] for number in numbers)
-
-    def _numbers(self, key: str, size: int) -> Iterator[int]:
-        while True:
-            with self._others():
-                number = self.store.add(key, 1)
-            if number > size:
-                return
-            yield number - 1
-
-    def _announced(self, key: str, numbers: Iterator[int]) -> Iterator[int]:
-        """Tells the later stages each number, and when there are no more."""
-        at = 0
-        for at, number in enumerate(numbers, 1):
-            with self._others():
-                self.store.set(f"{key}/{at}", str(number))
-            yield number
-        with self._others():
-            self.store.set(f"{key}/{at + 1}", NO_MORE)
-
-    def _followed(self, key: str) -> Iterator[int]:
-        """The numbers that the first stage tells."""
+        told = f"{key}/{self.rank // self.stages}"  # where a pipeline's first stage tells each number to the others
         for at in count(1):
             with self._others():
-                while not self.store.check([f"{key}/{at}"]):
-                    time.sleep(POLL)
-                said = self.store.get(f"{key}/{at}").decode()
-            if said == NO_MORE:
+                if self.stage == 0:
+                    number = self.store.add(key, 1) - 1
+                    if self.stages > 1:
+                        self.store.set(f"{told}/{at}", str(number))
+                else:
+                    while not self.store.check([f"{told}/{at}"]):
+                        time.sleep(POLL)
+                    number = int(self.store.get(f"{told}/{at}"))
+            if number >= len(items):
                 return
-            yield int(said)
+            yield items[number]
 
     def says(self, line: str) -> bool:
         try:
@@ -290,11 +262,11 @@ class Group(Ranks):
 def meet(store: Any, rank: int, size: int) -> tuple[str, int]:
     """Waits until all ranks are alive, over a store that earlier ranks may have used.
 
-    Each rank stores a token of its own. Rank 0 stores the list of all tokens under a new name, and once all ranks have
-    found their own in the list, allows them to go on.
+    Each rank stores its own token. Rank 0 stores the list of all tokens under a new name. Once all ranks have found
+    their own tokens in the list, rank 0 allows them to go on.
 
     Returns:
-        The list's name, and how often ranks have met before.
+        The list's name, and the number of earlier meetings of ranks.
 
     Raises:
         RuntimeError: not all ranks start within JOIN.
@@ -331,7 +303,7 @@ def _said(store: Any, key: str) -> str:
 
 
 def world_size() -> int:
-    """The number of ranks, by the environment."""
+    """The number of ranks in the environment; 1 without."""
     return _number("WORLD_SIZE", 1)
 
 

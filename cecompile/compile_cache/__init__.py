@@ -1,1 +1,1 @@
-"""The compile cache: compiled code for later processes, and the key it is stored under."""
+"""The compile cache: compiled code for later processes, and the key under which code is stored."""

@@ -1,4 +1,4 @@
-"""The facts that compiled code depends on, for the compile cache's key."""
+"""The facts on which compiled code depends, for the compile cache's key."""
 
 import functools
 import hashlib
@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,28 +25,21 @@ SOURCES = (
 def compile_facts(config: Any, dtype: str, device: torch.device, attention: str, readout_chunk: int) -> dict[str, Any]:
     """Everything that changes the compiled code except the bucket shapes, as plain JSON values.
 
-    `dtype` and `attention` are as asked for; `readout_chunk` is the number of readouts whose logits are held at once.
+    `dtype` and `attention` are the caller's choices; `readout_chunk` counts the readouts whose logits are held at once.
     """
-    asked = str(getattr(config, "dtype", None)).removeprefix("torch.") if dtype == "auto" else dtype
     text = repr(sorted((k, v) for k, v in config.to_dict().items() if k not in _IDLE))
-    return {
-        "model": f"{config.model_type} {hashlib.sha256(text.encode()).hexdigest()[:12]}",
-        "dtype": asked,
-        "attention": attention,
-        "readout_chunk": readout_chunk,
-        "device": _device(device),
-        "versions": _versions(),
-        "engine": source_digest(),
-    }
+    model = f"{config.model_type} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    dtype = str(getattr(config, "dtype", None)).removeprefix("torch.") if dtype == "auto" else dtype
+    facts = {"model": model, "dtype": dtype, "attention": attention, "readout_chunk": readout_chunk}
+    return facts | {"device": _device(device), "versions": _versions(), "engine": source_digest()}
 
 
 def _versions() -> dict[str, str]:
     out = {"python": ".".join(platform.python_version_tuple()[:2])}
     for name in ("torch", "transformers", "triton"):
-        try:
+        out[name] = "none"
+        with suppress(metadata.PackageNotFoundError):
             out[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            out[name] = "none"
     return out
 
 
@@ -54,13 +48,8 @@ def _device(device: torch.device) -> dict[str, str]:
         found = torch.cuda.get_device_properties(device)
         capability = f"{found.major}.{found.minor}"
         return {"name": found.name, "capability": capability, "cuda": str(torch.version.cuda)}
-    return {
-        "name": "cpu",
-        "machine": platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": str(torch.get_num_threads()),
-        "compiler": _compiler(),
-    }
+    kind = {"name": "cpu", "machine": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability()}
+    return kind | {"threads": str(torch.get_num_threads()), "compiler": _compiler()}
 
 
 @functools.cache
@@ -75,7 +64,7 @@ def _compiler() -> str:
 
 @functools.cache
 def source_digest(package: Path = PACKAGE) -> str:
-    """A digest over the modules that make the compiled code and its inputs."""
+    """A digest of the modules that make the compiled code and its inputs."""
     digest = hashlib.sha256()
     for path in hashed_files(package):
         digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
@@ -83,11 +72,11 @@ def source_digest(package: Path = PACKAGE) -> str:
 
 
 def hashed_files(package: Path) -> list[Path]:
-    """The files of SOURCES; of a folder, all Python files below it."""
+    """The files of SOURCES, sorted; all Python files of each folder there."""
     places = [package / name for name in SOURCES]
     return sorted(file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place]))
 
 
 def is_outdated(facts: dict[str, Any]) -> bool:
-    """Whether these facts have other library versions, or another version of this engine, than now."""
+    """Whether `facts` name other versions of libraries or of this engine than the running ones."""
     return facts.get("versions") != _versions() or facts.get("engine") != source_digest()

@@ -1,15 +1,15 @@
-"""The compile cache: compiled code that a later process may run, trusted only if no other user could have touched it.
+"""The compile cache: compiled code that later processes may run, if no other user could have touched that code.
 
     DIRECTORY/                     mode 0700, owned by the user
         lock                       held while an entry is written
-        KEY.json                   an entry's manifest: what it was built from, its buckets, every file's checksum
+        KEY.json                   an entry's manifest: the facts, the buckets, every file's checksum
         KEY-XXXXXXXX/              its files, never changed once the manifest names them
         work-XXXXXXXX/             a running process's own copy, where the compiler reads and writes
 
 KEY is a digest over everything that changes the compiled code except the bucket shapes, which the manifest lists. A
-process checks an entry's files, copies them into a directory of its own, and points the compiler there. So every file
-is checked before the compiler reads it, two processes never write to one file, and a process killed at any moment
-leaves entries whole. New code is written to a new directory, and renaming the manifest makes that the entry.
+process checks an entry's files, copies them into its own directory, and points the compiler there. So every file is
+checked before the compiler reads it, two processes never write to one file, and a process killed at any moment leaves
+entries whole. New code is written to a new directory. Renaming the new manifest replaces the entry.
 """
 
 import atexit
@@ -43,18 +43,18 @@ Compiled = Bucket | DecodeShape
 
 
 class NoCacheError(UserError):
-    """No cache directory can be had here; a run whose user did not name one continues without."""
+    """The cache directory cannot be used; a run whose user did not name a directory continues without a cache."""
 
 
 def default_directory() -> Path:
-    """CECOMPILE_CACHE, else the user's cache directory as the XDG base directory specification has it."""
+    """CECOMPILE_CACHE, else `cecompile` in the user's cache directory by the XDG base directory specification."""
     of_user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     return Path(os.environ.get("CECOMPILE_CACHE") or of_user / "cecompile")
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """An entry as `cecompile warm --list` shows it."""
+    """An entry in the list of `cecompile warm --list`. `size` is in bytes, `built` in seconds since 1970."""
 
     key: str
     facts: dict[str, Any]
@@ -69,7 +69,7 @@ class CompileCache:
 
     Raises:
         NoCacheError: the directory cannot be made or written.
-        UserError: the directory is open to other users, and code that lies there would be run.
+        UserError: the directory is open to other users, whose code would be run.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -88,12 +88,12 @@ class CompileCache:
             raise NoCacheError(f"{where}: cannot be written")
 
     def open(self, facts: dict[str, Any]) -> "Entry":
-        """The entry for `facts`, there or not; this process now compiles in its own copy. Raises NoCacheError."""
+        """Opens the entry for `facts`, possibly without code yet; the compiler now works there. Raises NoCacheError."""
         with self.file_errors():
             return Entry(self, facts)
 
     def recorded(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """The manifest of an entry; empty without one."""
+        """The manifest of the entry for `facts`; empty without a usable manifest."""
         with contextlib.suppress(UnusableError):
             return _read_manifest(self.manifest_path(key_of(facts)))
         return {}
@@ -107,7 +107,7 @@ class CompileCache:
 
     @contextlib.contextmanager
     def file_errors(self) -> Iterator[None]:
-        """Raises NoCacheError where the file system refuses."""
+        """Turns an error of the file system into NoCacheError."""
         try:
             yield
         except OSError as error:
@@ -117,8 +117,14 @@ class CompileCache:
         """Every entry's manifest, usable or not."""
         return sorted(p for p in self.directory.glob("*.json") if re.fullmatch(r"[0-9a-f]{32}", p.stem))
 
+    def usable(self) -> Iterator[dict[str, Any]]:
+        """The manifests that are whole."""
+        for path in self.manifests():
+            with contextlib.suppress(UnusableError):
+                yield _read_manifest(path)
+
     def entries(self) -> list[Summary]:
-        """All entries; an unusable one has a `problem`."""
+        """All entries; an unusable entry has a `problem`."""
         out = []
         for path in self.manifests():
             one = Summary(path.stem, {}, [], 0, path.lstat().st_mtime, None)
@@ -134,7 +140,7 @@ class CompileCache:
         return out
 
     def remove(self, keys: Iterable[str]) -> int:
-        """Removes entries, and what dead processes left behind. Returns the bytes freed."""
+        """Removes entries, and the directories of dead processes. Returns the bytes freed."""
         with self.locked():
             before = _size(self.directory)
             for key in keys:
@@ -144,10 +150,7 @@ class CompileCache:
 
     def sweep(self) -> None:
         """Removes directories that no manifest names and no living process works in. Call with the lock held."""
-        named = set()
-        for path in self.manifests():
-            with contextlib.suppress(UnusableError):
-                named.add(_read_manifest(path)["directory"])
+        named = {manifest["directory"] for manifest in self.usable()}
         for path in self.directory.iterdir():
             if path.name.startswith("work-"):
                 with contextlib.suppress(Timeout, OSError), FileLock(path / "alive", blocking=False):
@@ -158,15 +161,10 @@ class CompileCache:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """Probe results that code was compiled under; a run that uses the code skips the probes.
+    """Probe results under which code was compiled; a run that uses the code skips the probes."""
 
-    Attributes:
-        attention: the implementation that computes the model exactly.
-        inputs_are_free: see `parts.inputs_are_free`; None where this was not probed.
-    """
-
-    attention: str
-    inputs_are_free: bool | None = None
+    attention: str  # the implementation that computes the model exactly
+    inputs_are_free: bool | None = None  # see `parts.inputs_are_free`; None if not probed
 
 
 class Entry:
@@ -174,13 +172,11 @@ class Entry:
 
     Attributes:
         note: the fault of the entry on disk, in one line, or None.
-        found: the probe results that its code was compiled under; None without code.
+        found: the probe results under which the entry's code was compiled; None without code.
     """
 
     def __init__(self, cache: CompileCache, facts: dict[str, Any]) -> None:
-        self._cache = cache
-        self._facts = facts
-        self._key = key_of(facts)
+        self._cache, self._facts, self._key = cache, facts, key_of(facts)
         self._workspace = _workspace(cache)
         self._shapes: set[Shape] = set()
         self._opened: str | None = None
@@ -194,13 +190,12 @@ class Entry:
             self._copy_checked(manifest)
         except UnusableError as problem:
             self.note = f"compile cache: {problem}; it is not used and will be built again"
-            return
-        self._shapes = _shapes(manifest, "buckets")
-        self._opened = manifest["directory"]
-        self.found = ProbeResult(**manifest["found"])
+        else:
+            self._shapes, self._opened = _shapes(manifest, "buckets"), manifest["directory"]
+            self.found = ProbeResult(**manifest["found"])
 
     def state(self, buckets: Iterable[Compiled]) -> tuple[str, str]:
-        """ "warm", "partly warm" or "cold" for these buckets, and why."""
+        """The state of the code for these buckets, WARM, PARTLY or COLD, and the reason."""
         wanted = {bucket.shape for bucket in buckets}
         missing = sorted(wanted - self._shapes, reverse=True)
         if not missing:
@@ -217,8 +212,8 @@ class Entry:
         """Writes the code that this process has compiled as the entry, merged with the entry on disk.
 
         Args:
-            buckets: those now compiled, and found right; `geometry` is the largest one's.
-            tuned: this geometry was found fastest; it is recorded for later runs.
+            buckets: the compiled and verified buckets; `geometry` is the largest bucket's.
+            tuned: record this geometry as the fastest, for later runs.
 
         Raises:
             NoCacheError: the file system refuses.
@@ -232,12 +227,8 @@ class Entry:
                     self._copy_checked(now, keep=True)
                     shapes |= _shapes(now, "buckets")
             geometries = {largest} | _shapes(now, "geometries")
-            recorded = {
-                "buckets": sorted(shapes, reverse=True),
-                "geometries": sorted(geometries, reverse=True),
-                "found": asdict(found),
-                "tuned": largest if tuned else now.get("tuned"),
-            }
+            recorded: dict[str, Any] = {"found": asdict(found), "tuned": largest if tuned else now.get("tuned")}
+            recorded |= {"buckets": sorted(shapes, reverse=True), "geometries": sorted(geometries, reverse=True)}
             self._opened = self._write(recorded)
             self._shapes, self.found, self.note = shapes, found, None
             self._cache.sweep()
@@ -247,20 +238,19 @@ class Entry:
         return _size(self._cache.directory / self._opened) if self._opened else 0
 
     def _copy_checked(self, manifest: dict[str, Any], keep: bool = False) -> None:
-        """Copies all files of an entry or none; `keep` leaves those that are there already. Raises UnusableError."""
+        """Copies all files of an entry or none; `keep` leaves existing files as they are. Raises UnusableError."""
         source = self._cache.directory / manifest["directory"]
         content = {name: _read(source / name, checksum) for name, checksum in manifest["files"].items()}
         for name, data in content.items():
             path = self._workspace / name
-            if keep and path.exists():
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-            temporary.write_bytes(data)
-            temporary.replace(path)
+            if not (keep and path.exists()):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+                temporary.write_bytes(data)
+                temporary.replace(path)
 
     def _write(self, recorded: dict[str, Any]) -> str:
-        """Writes this process's files and a manifest with what is `recorded`. Returns the directory's name."""
+        """Writes this process's files, and a manifest with the items of `recorded`. Returns the directory's name."""
         name = f"{self._key}-{secrets.token_hex(4)}"
         target = self._cache.directory / name
         target.mkdir(mode=0o700)
@@ -275,24 +265,21 @@ class Entry:
                     (target / relative).parent.mkdir(parents=True, exist_ok=True)
                     (target / relative).write_bytes(content)
         manifest = {"schema": SCHEMA, "facts": self._facts, "directory": name, "files": files} | recorded
-        written = target / "manifest.json"
-        with written.open("w", encoding="utf-8") as file:
+        with (target / "manifest.json").open("w", encoding="utf-8") as file:
             json.dump(manifest, file)
             file.flush()
             os.fsync(file.fileno())
-        written.replace(self._cache.manifest_path(self._key))
+        (target / "manifest.json").replace(self._cache.manifest_path(self._key))
         return name
 
     def _nearest_miss(self) -> str:
-        """Names the facts that differ from the entry most like this one."""
+        """The differences between this entry's facts and the most similar entry's, in words."""
         misses = [(len(self._facts) + 1, "this model was not compiled before")]
-        for path in self._cache.manifests():
-            with contextlib.suppress(UnusableError):
-                facts = _read_manifest(path)["facts"]
-                if facts.get("model") == self._facts["model"]:
-                    differing = [k for k in self._facts if facts.get(k) != self._facts[k]]
-                    other = ", ".join(f"{k} {_difference(facts.get(k), self._facts[k])}" for k in differing)
-                    misses.append((len(differing), f"compiled before with other {other}"))
+        for facts in (manifest["facts"] for manifest in self._cache.usable()):
+            if facts.get("model") == self._facts["model"]:
+                differing = [k for k in self._facts if facts.get(k) != self._facts[k]]
+                other = ", ".join(f"{k} {_difference(facts.get(k), self._facts[k])}" for k in differing)
+                misses.append((len(differing), f"compiled before with other {other}"))
         return min(misses)[1]
 
 
@@ -318,11 +305,11 @@ def _shapes(manifest: dict[str, Any], name: str) -> set[Shape]:
 
 
 class UnusableError(Exception):
-    """A file in the cache was changed or is missing; the text says which."""
+    """A file in the cache was changed or is missing; the text names the file."""
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest that is whole and belongs to its name. Raises UnusableError."""
+    """The manifest in a file, whole and of the file's key. Raises UnusableError."""
     try:
         manifest = json.loads(_read(path))
         found = ProbeResult(**manifest["found"])
@@ -343,7 +330,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, checksum: str | None = None) -> bytes:
-    """The bytes of a regular file of this user's, with this SHA-256 (hex) if one is given. Raises UnusableError."""
+    """The bytes of this user's regular file, whose SHA-256 (hex) is `checksum` if given. Raises UnusableError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
@@ -362,14 +349,14 @@ def _size(directory: Path) -> int:
     return sum(p.lstat().st_size for p in directory.rglob("*") if not p.is_dir())
 
 
-_workspaces: dict[Path, tuple[Path, FileLock]] = {}  # by cache directory: this process's own, and its lock
+_workspaces: dict[Path, tuple[Path, FileLock]] = {}  # by cache directory: this process's directory and its lock
 
 
 def _workspace(cache: CompileCache) -> Path:
-    """This process's own directory in the cache, from now on the compiler's too."""
+    """This process's own directory in the cache, where the compiler works from now on."""
     directory = cache.directory.resolve()
     if directory not in _workspaces:
-        with cache.locked():  # or another process's sweep takes the new directory for a dead process's
+        with cache.locked():  # or another process's sweep removes the new directory
             path = directory / f"work-{secrets.token_hex(4)}"
             path.mkdir(mode=0o700)
             alive = FileLock(path / "alive")
@@ -381,12 +368,10 @@ def _workspace(cache: CompileCache) -> Path:
     return path
 
 
+@atexit.register
 def remove_workspaces() -> None:
-    """Removes this process's own directories; called when the process ends."""
+    """Removes this process's own directories, when the process ends."""
     while _workspaces:
         _, (path, alive) = _workspaces.popitem()
         alive.release()
         shutil.rmtree(path, ignore_errors=True)
-
-
-atexit.register(remove_workspaces)

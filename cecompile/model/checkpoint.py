@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
@@ -22,11 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_config(model: str) -> Any:
-    """The model's configuration.
-
-    Raises:
-        UserError: none can be loaded, or the model is not a decoder-only language model.
-    """
+    """The model's configuration. Raises UserError: no configuration loads, or the model is not decoder-only."""
     try:
         path = Path(model)
         there, no_config = path.exists(), path.is_dir() and not (path / "config.json").is_file()
@@ -47,7 +43,7 @@ def load_config(model: str) -> Any:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer. Raises UserError: none can be loaded."""
+    """The model's tokenizer. Raises UserError: no tokenizer can be loaded."""
     with _one_line(model, "tokenizer"):
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
@@ -60,6 +56,19 @@ def load_generation_config(model: str, config: Any) -> GenerationConfig:
         return GenerationConfig.from_model_config(config)
 
 
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silences transformers' report of missing weights, because this module reports missing weights itself."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+@_quiet_transformers()
 def load_checkpoint(
     model: str, config: Any, dtype: str, device: torch.device, share: LayerRange | None = None, read_all: bool = True,
     keep_cached: bool = False, while_reading: WhileReading | None = None,
@@ -72,74 +81,45 @@ def load_checkpoint(
         share, read_all, keep_cached, while_reading: see `load_plainly`.
 
     Raises:
-        UserError: a file is missing or damaged, or a weight is missing; or a share is asked for, and only
+        UserError: a file is missing or damaged; a weight is missing; or a share is asked for, and only
             `from_pretrained` can load the checkpoint.
         torch.OutOfMemoryError: the weights do not fit on the device.
     """
     try:
-        files = _plain_files(model)
-        with _quiet_transformers():
-            loaded = load_plainly(
-                model, config, DTYPES.get(dtype), device, files, share, read_all, keep_cached, while_reading
-            )
-            if loaded.model.can_generate():
-                loaded.model.generation_config = load_generation_config(model, loaded.model.config)
+        files, how = _plain_files(model), (share, read_all, keep_cached, while_reading)
+        loaded = load_plainly(model, config, DTYPES.get(dtype), device, files, *how)
+        if loaded.model.can_generate():
+            loaded.model.generation_config = load_generation_config(model, loaded.model.config)
         return loaded
     except NeedsTransformersLoader as error:
         reason = str(error)
         if share is not None:
             raise UserError(f"{model}: weights: cannot be loaded in parts: {reason}") from None
-    # outside of the handler, so that nothing of the attempt is kept alive
+    # outside of the handler, so that the handler keeps nothing of the attempt alive
     if while_reading is not None:  # may have compiled modules, which are in reference cycles
         gc.collect()
-    return Loaded(_load_by_transformers(model, config, dtype, device), read_checkpoint(model), reason)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silences transformers' report of missing weights; this module reports them itself."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-def _load_by_transformers(model: str, config: Any, dtype: str, device: torch.device) -> PreTrainedModel:
-    with _quiet_transformers(), _one_line(model, "weights"):
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            model,
-            config=config,
-            dtype=DTYPES.get(dtype, "auto"),
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+    with _one_line(model, "weights"):
+        options: dict[str, Any] = {"config": config, "dtype": DTYPES.get(dtype, "auto"), "use_safetensors": True}
+        options |= {"trust_remote_code": False, "output_loading_info": True}
+        network, info = AutoModelForCausalLM.from_pretrained(model, **options)
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
-            example = sorted(map(str, info[kind]))[0]
+            example = min(map(str, info[kind]))
             raise UserError(f"{model}: weights: {len(info[kind])} {kind.replace('_', ' ')}, such as {example}")
-    return loaded.eval().requires_grad_(False).to(device)
+    return Loaded(network.eval().requires_grad_(False).to(device), read_checkpoint(model), reason)
 
 
 def check_vocabulary(model: str, tokenizer: Any, config: Any, used: int) -> None:
     """Raises UserError if `used`, the highest token id in the data, is not below the vocabulary's size."""
     size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
     if size is not None and used >= size:
-        raise UserError(
-            f"{model}: tokenizer: gives token id {used} ({tokenizer.convert_ids_to_tokens(used)!r}), "
-            f"the model has {size} embeddings; it is not this model's tokenizer"
-        )
+        given = f"gives token id {used} ({tokenizer.convert_ids_to_tokens(used)!r})"
+        reason = f"the model has {size} embeddings; it is not this model's tokenizer"
+        raise UserError(f"{model}: tokenizer: {given}, {reason}")
 
 
 def read_checkpoint(model: str) -> Checkpoint:
-    """Reads all tensors in the checkpoint's safetensors files for their digests, and keeps none.
-
-    Raises:
-        UserError: there are no such files, or they cannot be read.
-    """
+    """Reads all of the checkpoint's tensors for their digests. Raises UserError: a file is missing or damaged."""
     files = checkpoint_files(model)
     if not files:
         raise UserError(f"{model}: no {SINGLE} and no {INDEX}; only safetensors checkpoints are loaded")
@@ -148,33 +128,28 @@ def read_checkpoint(model: str) -> Checkpoint:
 
 
 def _plain_files(model: str) -> list[Path]:
-    """The checkpoint's files.
-
-    Raises:
-        NeedsTransformersLoader: there are none, or the weights depend on other files too.
-    """
-    with _one_line(model, "weights"):
-        if _find(model, "adapter_config.json") is not None:
-            raise NeedsTransformersLoader("it is an adapter")
-        if any(Path(model).glob("shard-*.safetensors")):
-            raise NeedsTransformersLoader("it is a distributed checkpoint")
-        files = checkpoint_files(model)
-        if not files:
-            raise NeedsTransformersLoader(f"it has no {SINGLE} and no {INDEX}")
-        return files
+    """The checkpoint's files. Raises NeedsTransformersLoader: the weights are not in safetensors files alone."""
+    if _find(model, "adapter_config.json") is not None:
+        raise NeedsTransformersLoader("it is an adapter")
+    if any(Path(model).glob("shard-*.safetensors")):
+        raise NeedsTransformersLoader("it is a distributed checkpoint")
+    files = checkpoint_files(model)
+    if not files:
+        raise NeedsTransformersLoader(f"it has no {SINGLE} and no {INDEX}")
+    return files
 
 
 def checkpoint_files(model: str) -> list[Path]:
-    """The checkpoint's safetensors files, in the order of their names; empty if there are none.
+    """The checkpoint's safetensors files, sorted by their names; possibly none.
 
-    Raises:
-        UserError: a file that the index names is not there, or the index cannot be read.
+    Raises UserError: a file that the index names is missing, or the index cannot be read.
     """
-    with _one_line(model, "weights"):
-        single = _find(model, SINGLE)
-        index = None if single is not None else _find(model, INDEX)
+    single = _find(model, SINGLE)
+    if single is not None:
+        return [single]
+    index = _find(model, INDEX)
     if index is None:
-        return [] if single is None else [single]
+        return []
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -183,8 +158,7 @@ def checkpoint_files(model: str) -> list[Path]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{model}: weights: {INDEX}: names {name!r}, which is not a file beside it")
-        with _one_line(model, "weights"):
-            file = _find(model, name)
+        file = _find(model, name)
         if file is None:
             raise UserError(f"{model}: weights: no {name}, which {INDEX} names")
         files.append(file)
@@ -192,7 +166,8 @@ def checkpoint_files(model: str) -> list[Path]:
 
 
 def _find(model: str, name: str) -> Path | None:
-    found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    with _one_line(model, "weights"):
+        found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
 
 
@@ -201,7 +176,7 @@ def _one_line(model: str, part: str) -> Iterator[None]:
     """Turns any error that a reader raises into one line."""
     try:
         yield
-    except (torch.OutOfMemoryError, UserError, NeedsTransformersLoader):
+    except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # damaged files make their readers raise errors of every kind
         raise UserError(f"{model}: {part}: {first_line(error)}") from None

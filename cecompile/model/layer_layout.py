@@ -10,24 +10,18 @@ from torch import Tensor, nn
 from cecompile.errors import UserError
 from cecompile.model.structure import decoder_layers
 
-PLACES = 2  # for layers on the device: one computes while the next is read
+PLACES = 2  # for layers on the device: one layer computes while the next is read
 ALIGNED = 256  # bytes; each tensor of a layer begins at a multiple
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The places of a layer's tensors in one run of bytes.
-
-    Attributes:
-        dtype: of all tensors.
-        shapes, starts: shape and first byte of each tensor, by its name in the layer.
-        size: of all tensors, in bytes.
-    """
+    """The places of a layer's tensors, all of one dtype, in one run of bytes."""
 
     dtype: torch.dtype
-    shapes: Mapping[str, torch.Size]
-    starts: Mapping[str, int]
-    size: int
+    shapes: Mapping[str, torch.Size]  # by the tensor's name in the layer
+    starts: Mapping[str, int]  # each tensor's first byte, by name
+    size: int  # bytes of all tensors, with the gaps between them
 
     @classmethod
     def of(cls, layer: nn.Module) -> "Layout":
@@ -48,10 +42,9 @@ class Layout:
 
 
 def layer_layout(model: Any) -> Layout:
-    """The layout shared by all decoder layers of a model, which may be on the meta device.
+    """The layout of every decoder layer of a model, which may be on the meta device.
 
-    Raises:
-        UserError: the layers have different layouts, or share tensors.
+    Raises UserError: the layers have different layouts, or share tensors.
     """
     layers = decoder_layers(model)
     layout = Layout.of(layers[0])

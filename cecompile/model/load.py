@@ -1,7 +1,7 @@
 """Loads a checkpoint's tensors straight into the stock model: one copy of the weights, one pass over the files.
 
-The result is that of `from_pretrained` wherever stored tensors match the model's parameters by name, which is nearly
-always. Other checkpoints (weights to be merged, renamed, dequantised) are declined with `NeedsTransformersLoader`.
+The result equals that of `from_pretrained` wherever stored tensors match the model's parameters by name, nearly always.
+Other checkpoints (weights to be merged, renamed, dequantised) are declined with `NeedsTransformersLoader`.
 """
 
 import copy
@@ -32,7 +32,6 @@ HUGE = 4 * 2**20  # smallest tensor in bytes for which huge pages, usually of 2 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _UNUSUAL = ("quantization_config", "fusion_config", "transformers_weights", "extra_files", "sub_configs")
 
-
 WhileReading = Callable[[PreTrainedModel], object]
 
 
@@ -42,7 +41,7 @@ class NeedsTransformersLoader(Exception):  # noqa: N818  (nothing is wrong)
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """The result `made` while tensors were read, and when each was done by `time.perf_counter()`."""
+    """The result `made` while tensors were read, and the ends of both by `time.perf_counter()`."""
 
     made: Any
     read_at: float
@@ -58,7 +57,7 @@ class Loaded:
         fallback: why `from_pretrained` loaded the model; None where tensors were copied by their names.
         sources: by the first name of each loaded parameter and persistent buffer, indices into the checkpoint's
             tensors: one, or several for tied weights. Empty after a fallback.
-        left: the same for parameters and buffers that were not loaded.
+        left: like `sources`, for parameters and buffers that were not loaded.
         overlap: result and times of `while_reading`.
     """
 
@@ -80,15 +79,15 @@ def load_plainly(
     share: LayerRange | None = None, read_all: bool = True, keep_cached: bool = False,
     while_reading: WhileReading | None = None,
 ) -> Loaded:  # fmt: skip
-    """The stock model on `device`, bit for bit as `from_pretrained` loads it.
+    """The stock model on `device`, bit for bit equal to the model that `from_pretrained` loads.
 
     Args:
-        model: named in errors, and the model's `name_or_path`.
-        dtype: of the parameters; None is the checkpoint's.
+        model: the model's `name_or_path`, also named in errors.
+        dtype: the parameters' dtype; None is the checkpoint's.
         files: all safetensors files of the checkpoint.
         share: the part to load; the rest stays on the meta device. None loads all.
-        read_all: read all tensors, for the fingerprint. Otherwise only the loaded ones are read, and in the share that
-            begins the model, those of no parameter.
+        read_all: read all tensors, for the fingerprint. Otherwise only the loaded tensors are read; the share that
+            begins the model also reads tensors that belong to no parameter.
         keep_cached: see `stream`.
         while_reading: called with the model while a thread reads the weights.
 
@@ -101,19 +100,16 @@ def load_plainly(
     network = _skeleton(model, config, _parameter_dtype(config, dtype, files, tensors))
     _check_renaming(network, tensors)
     sources = _match(model, network, tensors)
-    expected = network.state_dict(keep_vars=True)
     absent = set() if share is None else share.absent(network)
     others = set(range(len(tensors))).difference(*sources.values()) if share is None or share.first == 0 else set()
-    left = {name: indices for name, indices in sources.items() if id(expected[name]) in absent}
-    sources = {name: indices for name, indices in sources.items() if name not in left}
+    expected = network.state_dict(keep_vars=True)
+    left = {name: sources.pop(name) for name in [*sources] if id(expected[name]) in absent}
     targets = _allocate(network, sources, device, absent)
     only = None if read_all else others.union(*sources.values())
     network.eval().requires_grad_(False)
     read = functools.partial(stream, model, tensors, targets, device, only, keep_cached)
-    if while_reading is None:
-        checkpoint, overlap = read(), None
-    else:
-        checkpoint, overlap = _read_overlapped(read, functools.partial(while_reading, network), device)
+    make = None if while_reading is None else functools.partial(while_reading, network)
+    checkpoint, overlap = (read(), None) if make is None else _read_overlapped(read, make, device)
     for indices in sources.values():
         if len({(tensors[i].dtype, checkpoint.digests[i]) for i in indices}) > 1:
             first, second, *_ = (tensors[i].name for i in indices)
@@ -124,7 +120,7 @@ def load_plainly(
 def _read_overlapped(
     read: Callable[..., Checkpoint], make: Callable[[], object], device: torch.device
 ) -> tuple[Checkpoint, Overlap]:
-    """Calls `read` on a thread, and `make` on this one."""
+    """Calls `read` on a thread, and `make` on the caller's thread."""
     given_up = threading.Event()
 
     def in_thread() -> tuple[Checkpoint, float]:
@@ -150,7 +146,7 @@ def _read_overlapped(
 def _parameter_dtype(
     config: Any, dtype: torch.dtype | None, files: Sequence[Path], tensors: Sequence[StoredTensor]
 ) -> torch.dtype:
-    """The dtype that `from_pretrained` would load in. Raises NeedsTransformersLoader."""
+    """The dtype in which `from_pretrained` would load. Raises NeedsTransformersLoader."""
     unusual = [name for name in _UNUSUAL if getattr(config, name, None)]
     if unusual:
         raise NeedsTransformersLoader(f"the config has {unusual[0]}")
@@ -167,8 +163,7 @@ def _parameter_dtype(
 def _skeleton(model: str, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters and persistent buffers on the meta device, and its other buffers on the CPU.
 
-    The model's own initialisation makes the other buffers, as in `from_pretrained`; it skips tensors marked as
-    initialised.
+    As in `from_pretrained`, the model's own initialisation makes the other buffers, and skips initialised tensors.
     """
     config = copy.deepcopy(config)
     config.name_or_path, config.dtype = model, dtype
@@ -225,13 +220,11 @@ def _match(model: str, network: PreTrainedModel, tensors: Sequence[StoredTensor]
         if tensor.dtype not in _FLOATS or not tensor.aligned:
             unaligned = "" if tensor.aligned else ", unaligned"
             raise NeedsTransformersLoader(f"{tensor.name} is stored as {tensor.dtype}{unaligned}")
-        for name in names:
-            if tensor.shape != expected[name].shape:
-                raise UserError(
-                    f"{model}: weights: {tensor.name} in {tensor.file.name} is of shape {tensor.shape}, "
-                    f"the model's is {tuple(expected[name].shape)}"
-                )
-            sources[first_names[name]].append(index)
+        (name,) = names
+        if tensor.shape != expected[name].shape:
+            stored, wanted = f"{tensor.name} in {tensor.file.name} is of shape", tuple(expected[name].shape)
+            raise UserError(f"{model}: weights: {stored} {tensor.shape}, the model's is {wanted}")
+        sources[first_names[name]].append(index)
     missing = sorted(set(first_names.values()) - sources.keys())
     if missing and (unexpected or getattr(network, "_keys_to_ignore_on_load_missing", True)):
         raise NeedsTransformersLoader(f"{missing[0]} is missing, or goes by another name")
@@ -241,7 +234,7 @@ def _match(model: str, network: PreTrainedModel, tensors: Sequence[StoredTensor]
 
 
 def _first_names(network: PreTrainedModel, expected: dict[str, torch.Tensor]) -> dict[str, str]:
-    """For every name, the first name of the same parameter. Declines parameters shared for reasons other than tying."""
+    """For every name, the first name of the same parameter. Declines parameters that are shared but not tied."""
     tied = getattr(network, "all_tied_weights_keys", None)
     if tied is None:
         raise NeedsTransformersLoader("this version of transformers does not say what it ties")
@@ -259,12 +252,9 @@ def _first_names(network: PreTrainedModel, expected: dict[str, torch.Tensor]) ->
 def _allocate(
     network: PreTrainedModel, sources: dict[str, list[int]], device: torch.device, absent: Collection[int]
 ) -> dict[int, torch.Tensor]:
-    """Allocates every parameter on `device`, and moves the other buffers there; tied tensors stay tied.
+    """Allocates every parameter on `device`, and moves the other buffers there. Tied tensors stay tied.
 
-    Tensors whose `id` is in `absent` stay where they are.
-
-    Returns:
-        The tensors to fill, by the index of the stored tensor.
+    Tensors whose `id` is in `absent` stay where they are. Returns the tensors to fill, by the stored tensor's index.
     """
     expected = network.state_dict(keep_vars=True)
     made: dict[int, torch.Tensor] = {}

@@ -1,8 +1,8 @@
 """Reads a checkpoint into the page cache while Python still imports torch and transformers.
 
 The imports take seconds in which the disk is idle. A thread reads the files in the order in which they are loaded, if
-memory holds them beside the model. Loading follows, and drops from the page cache the bytes that it has read. When
-loading has caught up with the thread, the thread ends. This module does not import torch.
+memory holds them beside the model. Loading follows, and drops bytes from the page cache once read. When loading has
+caught up with the thread, the thread ends. This module does not import torch.
 """
 
 import json
@@ -21,11 +21,7 @@ CACHED = 0.5  # the largest checkpoint to read ahead, as a share of the memory l
 
 
 class Prefetch(threading.Thread):
-    """Reads files into the page cache until all are read or loading has caught up (see `reached`).
-
-    Args:
-        files: sorted by their names.
-    """
+    """Reads `files`, sorted by name, into the page cache until all are read or loading has caught up."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         super().__init__(name="prefetch", daemon=True)
@@ -34,7 +30,7 @@ class Prefetch(threading.Thread):
         self._caught_up = False
 
     def run(self) -> None:
-        """Reads. A file that cannot be read is reported later, by loading."""
+        """Reads the files. A file that cannot be read is reported later, by loading."""
         content = bytearray(PIECE)
         for file in self._files:
             with suppress(OSError), open(file, "rb", buffering=0) as opened:
@@ -47,7 +43,7 @@ class Prefetch(threading.Thread):
                         os.preadv(opened.fileno(), [content], start)
 
     def reached(self, file: Path, start: int) -> None:
-        """Tells the thread that loading has come to this byte of this file."""
+        """Tells the thread that loading has come to byte `start` of a file."""
         self._caught_up |= (file.name, start + NEAR) >= self._at
 
 
@@ -55,7 +51,7 @@ _running: list[Prefetch] = []
 
 
 def begin(model: str) -> None:
-    """Starts reading the checkpoint in a directory or in the hub's cache, if there is one and memory holds it twice."""
+    """Starts to read the checkpoint in a directory or in the hub's cache, if memory holds the checkpoint twice."""
     with suppress(Exception):  # faults of a damaged checkpoint are reported later, by loading
         files = _files(model)
         if 0 < sum(file.stat().st_size for file in files) <= CACHED * memory_left():
@@ -64,13 +60,13 @@ def begin(model: str) -> None:
 
 
 def reached(file: Path, start: int) -> None:
-    """Tells all threads that loading has come to this byte of this file."""
+    """Tells all threads that loading has come to byte `start` of a file."""
     for one in _running:
         one.reached(file, start)
 
 
 def _files(model: str) -> list[Path]:
-    """The checkpoint's files, as far as they are on this machine."""
+    """The checkpoint's files on this machine."""
     single, index = _find(model, SINGLE), _find(model, INDEX)
     if single is not None or index is None:
         return [] if single is None else [single]

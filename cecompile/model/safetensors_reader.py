@@ -1,7 +1,7 @@
 """Reads safetensors files once, front to back, through a few host buffers, and digests every tensor on the way.
 
-A mapped checkpoint would stay in the page cache beside the model; where device and host share one memory, that is twice
-the model. So blocks are read with `pread` into reused buffers, copied out, and dropped from the page cache. Two threads
+A mapped checkpoint would stay in the page cache beside the model, which takes twice the memory where device and host
+share one. So blocks are read with `pread` into reused buffers, copied out, and dropped from the page cache. Two threads
 read ahead, some hash, and the caller's thread copies.
 """
 
@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from cecompile.model import prefetch
 BLOCK = 8 * 2**20  # bytes of a read
 BLOCKS = 32  # buffers
 IN_USE = 24  # buffers that may be copied and hashed at once: two large tensors; the others are read ahead
-READERS = 2  # so that a disk has the next request before it is done with one
+READERS = 2  # so that a disk has its next request before the last one is done
 HASHERS = min(4, os.cpu_count() or 1)
 
 _DTYPES = {
@@ -45,27 +44,21 @@ class GivenUp(Exception):  # noqa: N818  (nobody is told)
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a safetensors file.
-
-    Attributes:
-        start, size: first byte, counted from the file's beginning, and number of bytes; row-major.
-        aligned: whether the tensor starts at a multiple of its element's size, from the first tensor's first byte.
-    """
+    """A tensor in a safetensors file, row-major."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Path
-    start: int
-    size: int
-    aligned: bool
+    start: int  # first byte, counted from the file's beginning
+    size: int  # bytes
+    aligned: bool  # whether `start` is a multiple of the element's size, counted from the first tensor's first byte
 
 
 def read_header(model: str, file: Path) -> list[StoredTensor]:
-    """The tensors of a safetensors file, in file order; there are no gaps between them. Errors name `model`.
+    """The tensors of a safetensors file, in file order and without gaps. Errors name `model`.
 
-    Raises:
-        UserError: the file cannot be read, is cut off, has a damaged header, or has a dtype that torch lacks.
+    Raises UserError: the file cannot be read, is cut off, has a damaged header, or has a dtype that torch lacks.
     """
     try:
         with safe_open(file, framework="pt"):  # maps the file, reads and checks the header, and no more
@@ -76,17 +69,15 @@ def read_header(model: str, file: Path) -> list[StoredTensor]:
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{model}: weights: {file.name}: {first_line(error)}") from None
     header.pop("__metadata__", None)
-    tensors = [_stored(model, file, 8 + length, name, entry) for name, entry in header.items()]
+    tensors = []
+    for name, entry in header.items():
+        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        dtype = getattr(torch, _DTYPES.get(kind, ""), None)
+        if dtype is None:
+            raise UserError(f"{model}: weights: {file.name}: {name} is of dtype {kind}, which is not supported")
+        aligned = begin % dtype.itemsize == 0
+        tensors.append(StoredTensor(name, dtype, shape, file, 8 + length + begin, end - begin, aligned))
     return sorted(tensors, key=lambda tensor: (tensor.start, tensor.size))
-
-
-def _stored(model: str, file: Path, origin: int, name: str, entry: Any) -> StoredTensor:
-    dtype = getattr(torch, _DTYPES.get(entry["dtype"], ""), None)
-    if dtype is None:
-        raise UserError(f"{model}: weights: {file.name}: {name} is of dtype {entry['dtype']}, which is not supported")
-    begin, end = entry["data_offsets"]
-    aligned = begin % dtype.itemsize == 0
-    return StoredTensor(name, dtype, tuple(entry["shape"]), file, origin + begin, end - begin, aligned)
 
 
 def digest_of(tensors: Sequence[StoredTensor], digests: Sequence[str]) -> str:
@@ -97,17 +88,11 @@ def digest_of(tensors: Sequence[StoredTensor], digests: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint's tensors and their digests.
-
-    Attributes:
-        tensors: all tensors in the checkpoint's files.
-        digests: SHA-256 (hex) of each tensor's bytes; of no bytes for a tensor that was not read.
-        converted: by index, SHA-256 (hex) of a tensor that was converted to another dtype.
-    """
+    """The tensors in a checkpoint's files, and their digests."""
 
     tensors: Sequence[StoredTensor]
-    digests: Sequence[str]
-    converted: Mapping[int, str] = field(default_factory=dict)
+    digests: Sequence[str]  # SHA-256 (hex) of each tensor's bytes; of no bytes for a tensor that was not read
+    converted: Mapping[int, str] = field(default_factory=dict)  # by index, SHA-256 (hex) of each converted tensor
 
     @property
     def fingerprint(self) -> str:
@@ -115,7 +100,7 @@ class Checkpoint:
         return digest_of(self.tensors, self.digests)
 
     def read(self) -> dict[int, tuple[str, str | None]]:
-        """By the index of each tensor that was read: its digest, and that of the converted tensor."""
+        """By the index of each tensor that was read: its digest before conversion, and after (None without)."""
         nothing = hashlib.sha256().hexdigest()
         return {i: (d, self.converted.get(i)) for i, d in enumerate(self.digests) if d != nothing}
 
@@ -138,14 +123,13 @@ def stream(
 ) -> Checkpoint:  # fmt: skip
     """Reads tensors once, fills `targets`, and takes the digest of every tensor, before and after conversion.
 
-    Takes BLOCKS * BLOCK bytes of host memory, pinned for a CUDA device, and gives them back.
+    Meanwhile takes BLOCKS * BLOCK bytes of host memory, pinned for a CUDA device.
 
     Args:
         model: named in errors.
-        tensors: of whole files, file after file, as `read_header` gives them.
+        tensors: all tensors of one file after another, in the order of `read_header`.
         targets: tensors to fill, by index into `tensors`: contiguous, on `device`, of the same shape. Elements are
-            converted to a target's dtype as `Tensor.to` does; then the stored tensor must be `aligned`.
-        device: where the targets are.
+            converted to a target's dtype as `Tensor.to` does; this needs a stored tensor that is `aligned`.
         only: indices of the tensors to read, including all targets. None reads all.
         keep_cached: leave the files in the page cache, because they will be read again.
         given_up: set once the caller no longer needs the result.
@@ -154,12 +138,11 @@ def stream(
         UserError: a file cannot be read, or has become shorter.
         GivenUp: `given_up` is set.
     """
-    blocks = list(_blocks(tensors, range(len(tensors)) if only is None else only))
+    blocks = _blocks(tensors, range(len(tensors)) if only is None else only)
     with ExitStack() as stack:
         buffers = stack.enter_context(host_buffers(BLOCKS, BLOCK, device))
-        opened = {
-            file: _open(model, file, stack, keep_cached) for file in dict.fromkeys(block.file for block in blocks)
-        }
+        files = dict.fromkeys(block.file for block in blocks)
+        opened = {file: _open(model, file, stack, keep_cached) for file in files}
         converted = {i: target for i, target in targets.items() if target.dtype != tensors[i].dtype}
         sizes = [converted[i].nbytes if i in converted else 0 for i in range(len(tensors))]
         hashing = _Hashing([tensor.size for tensor in tensors] + sizes, stack)
@@ -171,7 +154,7 @@ def stream(
                 reads.append(reader.submit(_read, model, opened[block.file], block, buffer, keep_cached))
 
         reads: deque[Future[None]] = deque()
-        in_use: deque[list[Callable[[], object]]] = deque()  # calls that wait until a buffer is free again
+        in_use: deque[list[Callable[[], object]]] = deque()  # for each buffer, calls that wait until it is free
         for number in range(BLOCKS):
             read_ahead(number)
         for number, block in enumerate(blocks):
@@ -189,51 +172,40 @@ def stream(
         return Checkpoint(tensors, digests[: len(tensors)], {i: digests[len(tensors) + i] for i in converted})
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Bytes of a tensor that are in one block: from `offset` in the tensor, from `at` in the block."""
-
-    tensor: int
-    offset: int
-    at: int
-    size: int
-
-
 @dataclass(slots=True)
 class _Block:
-    """At most BLOCK bytes of a file, read at once."""
+    """At most BLOCK bytes of a file, read at once, with pieces of tensors."""
 
     file: Path
     start: int
     size: int
-    pieces: list[_Piece]
+    pieces: list[tuple[int, int, slice]]  # (tensor, the piece's first byte in the tensor, its bytes in the block)
 
 
-def _blocks(tensors: Sequence[StoredTensor], only: Collection[int]) -> Iterator[_Block]:
+def _blocks(tensors: Sequence[StoredTensor], only: Collection[int]) -> list[_Block]:
     """Cuts files into blocks. BLOCK is a multiple of every element size: aligned tensors are cut between elements."""
-    block: _Block | None = None
+    blocks: list[_Block] = []
+    block = _Block(Path(), 0, 0, [])
     for index in sorted(only):
         tensor, done = tensors[index], 0
         while done < tensor.size:
             begin = tensor.start + done
-            if block is None or block.size == BLOCK or (block.file, block.start + block.size) != (tensor.file, begin):
-                if block is not None:
-                    yield block
+            if block.size == BLOCK or (block.file, block.start + block.size) != (tensor.file, begin):
                 block = _Block(tensor.file, begin, 0, [])
+                blocks.append(block)
             size = min(tensor.size - done, BLOCK - block.size)
-            block.pieces.append(_Piece(index, done, block.size, size))
+            block.pieces.append((index, done, slice(block.size, block.size + size)))
             block.size += size
             done += size
-    if block is not None:
-        yield block
+    return blocks
 
 
 @contextmanager
 def host_buffers(count: int, size: int, device: torch.device) -> Iterator[list[torch.Tensor]]:
     """`count` buffers, (size,) uint8, pinned for a CUDA device, and given back to the system afterwards.
 
-    The caller must drop all references by then. Torch would keep pinned memory for reuse; a device that shares its
-    memory with the host has none to spare.
+    The caller must have dropped all references by then. Torch would keep pinned memory for reuse. A device that shares
+    its memory with the host has none to spare.
     """
     pinned = device.type == "cuda"
     buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(count)]
@@ -279,13 +251,12 @@ def _use(
     hashing: "_Hashing", device: torch.device,
 ) -> list[Callable[[], object]]:  # fmt: skip
     """Hashes a block's tensors and copies them to their targets. Returns calls that wait until both are done."""
-    contents = [(piece, buffer[piece.at : piece.at + piece.size]) for piece in block.pieces]
-    waits: list[Callable[[], object]] = [hashing.add(piece.tensor, content).result for piece, content in contents]
-    for piece, content in contents:
-        if piece.tensor in targets:
-            written = _copy(content, tensors[piece.tensor].dtype, piece.offset, targets[piece.tensor])
+    waits: list[Callable[[], object]] = [hashing.add(i, buffer[part]).result for i, _, part in block.pieces]
+    for i, offset, part in block.pieces:
+        if i in targets:
+            written = _copy(buffer[part], tensors[i].dtype, offset, targets[i])
             if written is not None:
-                waits.append(hashing.add(len(tensors) + piece.tensor, written).result)
+                waits.append(hashing.add(len(tensors) + i, written).result)
     if device.type == "cuda":
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(device))
@@ -294,16 +265,10 @@ def _use(
 
 
 def _copy(content: torch.Tensor, dtype: torch.dtype, offset: int, target: torch.Tensor) -> torch.Tensor | None:
-    """Copies a piece of a stored tensor to its place in the target; to a CUDA device asynchronously.
+    """Copies `content`, (bytes,) uint8, to its place in the whole `target`; to a CUDA device asynchronously.
 
-    Args:
-        content: (bytes,) uint8.
-        dtype: of the stored tensor.
-        offset: first byte of the piece in the stored tensor.
-        target: the whole tensor, in its own dtype.
-
-    Returns:
-        The converted bytes, (bytes,) uint8 on the CPU; None where the dtypes are the same.
+    `content` begins at byte `offset` of a stored tensor of `dtype`. Returns the converted bytes, (bytes,) uint8 on the
+    CPU; None where the dtypes are the same.
     """
     flat = target.view(-1)
     if dtype == target.dtype:
@@ -327,7 +292,7 @@ class _Hashing:
     """SHA-256 of tensors whose pieces come in order. Each tensor stays with one thread, which keeps the order."""
 
     def __init__(self, sizes: Sequence[int], stack: ExitStack) -> None:
-        """`sizes`: of each tensor, in bytes; `stack` ends the threads."""
+        """Starts the threads, which `stack` ends. `sizes`: each tensor's bytes."""
         self.hashes = [hashlib.sha256() for _ in sizes]
         self._threads = [stack.enter_context(ThreadPoolExecutor(1, "hash")) for _ in range(HASHERS)]
         self._thread_of, load = [], [0] * HASHERS
@@ -337,6 +302,6 @@ class _Hashing:
             self._thread_of.append(lightest)
 
     def add(self, tensor: int, content: torch.Tensor) -> Future[None]:
-        """Adds `content`, (bytes,) uint8, to a tensor's hash; it must stay unchanged until the future is done."""
+        """Adds `content`, (bytes,) uint8, to a tensor's hash. `content` must not change until the future is done."""
         thread, update = self._threads[self._thread_of[tensor]], self.hashes[tensor].update
         return thread.submit(lambda: update(content.numpy().data))

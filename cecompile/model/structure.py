@@ -16,11 +16,7 @@ _NUMBERS = {"layer_idx", "layer_id", "layer_index"}  # differ between layers of 
 
 
 def on_meta(config: Any) -> PreTrainedModel:
-    """The causal model of a configuration on the meta device, without memory for weights.
-
-    Raises:
-        UserError: transformers cannot build a causal model from it.
-    """
+    """The causal model of a configuration, on the meta device. Raises UserError: there is no such model."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config))
@@ -43,8 +39,7 @@ def norms_beside(model: PreTrainedModel) -> list[nn.Module]:
 def kinds_of(model: PreTrainedModel) -> list[int]:
     """The kind of each decoder layer, numbered from 0 by first appearance. Layers of a kind differ only in weights.
 
-    Raises:
-        UserError: there are more than KINDS kinds.
+    Raises UserError: there are more than KINDS kinds.
     """
     text, layers = model.config.get_text_config(), decoder_layers(model)
     types = getattr(text, "layer_types", None) or [None] * len(layers)
@@ -63,22 +58,16 @@ def _settings(layer: nn.Module) -> str:
         plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in _NUMBERS}
         values = {k: v for k, v in plain.items() if isinstance(v, (str, int, float, bool, tuple, list, type(None)))}
         made = {k: b for k, b in module._buffers.items() if k in module._non_persistent_buffers_set and b is not None}
-        kept = {k: _bits(b) for k, b in made.items()}
-        out.append((name, type(module).__name__, sorted(values.items()), kept))
+        raw = {k: b.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for k, b in made.items() if not b.is_meta}
+        out.append((name, type(module).__name__, sorted(values.items()), [(k, hash(raw.get(k))) for k in made]))
     return repr(out)
-
-
-def _bits(tensor: Tensor) -> int | None:
-    """A hash of the tensor's bytes; None on the meta device."""
-    return None if tensor.is_meta else hash(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRange:
-    """The share of a model's weights that a process holds.
+    """A process's share of a model: the decoder layers `first` to before `last`, of `layers`, and all other modules.
 
-    The share has the decoder layers from `first` to before `last`, of `layers` in all, and everything outside of the
-    layers; the input embedding only `with_embedding`, and the head only `with_head`.
+    The input embedding is included only `with_embedding`, and the head only `with_head`.
     """
 
     first: int

@@ -18,7 +18,7 @@ LAYERS = {"full_attention", "sliding_attention"}
 
 
 def refusal(model: PreTrainedModel) -> str | None:
-    """The reason why this model cannot be computed as trees, or None. Needs no weights; the probe checks the rest."""
+    """The reason why a model cannot be computed as trees, or None. Needs no weights; the probe checks the rest."""
     text = model.config.get_text_config()
     if getattr(model, "_is_stateful", False):
         return "it keeps a state from token to token"
@@ -39,7 +39,7 @@ def refusal(model: PreTrainedModel) -> str | None:
 
 
 def takes_ours(model: PreTrainedModel) -> bool:
-    """Whether a model asks `transformers` for its attention function by name; others are given a mask instead."""
+    """Whether a model asks `transformers` for its attention function by name; other models are given a mask."""
     kind: Any = type(model)
     return _asks_by_name(kind)
 
@@ -48,10 +48,8 @@ def takes_ours(model: PreTrainedModel) -> bool:
 def _asks_by_name(kind: Any) -> bool:
     asks = getattr(kind, "_can_set_attn_implementation", None)  # reads the class's source file
     if asks is None:
-        raise UserError(
-            f"transformers {transformers.__version__} does not say which models' attention can be replaced; "
-            "--engine reference runs without"
-        )
+        unknown = f"transformers {transformers.__version__} does not say which models' attention can be replaced"
+        raise UserError(f"{unknown}; --engine reference runs without")
     return bool(asks())
 
 
@@ -66,8 +64,6 @@ def boundary_of(config: Any) -> int | None:
     text = config.get_text_config()
     if rope_type(text) != "longrope":
         return None
-    parameters = getattr(text, "rope_parameters", None) or {}
-    found = parameters.get("original_max_position_embeddings") or getattr(
-        text, "original_max_position_embeddings", None
-    )
+    name = "original_max_position_embeddings"
+    found = (getattr(text, "rope_parameters", None) or {}).get(name) or getattr(text, name, None)
     return None if found is None else int(found)

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 (hex) of all that turns text into token ids and chats into text, in a fast or slow tokenizer."""
+    """SHA-256 (hex) of the settings that turn text into token ids and chats into text, in a fast or slow tokenizer."""
     marks = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     added = {token: int(number) for token, number in tokenizer.get_added_vocab().items()}
     settings = {name: getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "chat_template")}

@@ -1,8 +1,8 @@
-"""Proof that the model that ran is the model that was loaded: its tensors are digested again on the device.
+"""Proof that the model that ran is the loaded model: its tensors are digested again on the device.
 
-Loading digests the files' bytes. After the run, the bytes on the device are digested and compared name by name; other
-buffers are compared with their state right after loading. So any change to a weight between the file and the last pass
-is found, be it rounding, pruning or an exchange.
+Loading digests the files' bytes. After the run, the bytes on the device are digested and compared name by name. Other
+buffers are compared with their state right after loading. So rounding, pruning, an exchange or any other change to a
+weight between the file and the last pass is found.
 """
 
 import hashlib
@@ -48,11 +48,11 @@ def made_buffers(model: PreTrainedModel) -> dict[str, Content]:
 
 
 class Proof:
-    """A model's contents right after loading, before anything ran, to compare with later.
+    """A model's contents right after loading, before the model ran, to compare with its contents later.
 
     Args:
         loaded: the result of loading; None for a model that the caller loaded.
-        made: the earlier `made_buffers`, where the model ran before its parameters were there.
+        made: the earlier `made_buffers`, where the model ran before its parameters were loaded.
 
     Attributes:
         verified: the fact that `check` establishes, in words: EQUAL, or less.
@@ -61,29 +61,26 @@ class Proof:
     def __init__(
         self, model: PreTrainedModel, loaded: Loaded | None = None, made: Mapping[str, Content] = MappingProxyType({})
     ) -> None:
-        self._config = _fixed(model.config)
-        self._loaded = loaded
-        stored = {} if loaded is None else _stored(loaded)
+        self._config, self._loaded = _fixed(model.config), loaded
+        stored, self.verified = _expected(loaded)
         named = _named(model)
         first = {id(tensor): name for name, tensor in reversed(named.items())}
         known = {name: stored[first[id(t)]] for name, t in named.items() if first[id(t)] in stored}
         known |= {name: content for name, content in made.items() if name in named}
         self._held = known | contents({name: t for name, t in named.items() if name not in known})
-        self.verified = _verified(loaded)
 
     def check(self, name: str, model: PreTrainedModel, together: Together = dict) -> str:
         """Digests the model on its device after the run, and compares.
 
         Args:
-            name: the model's, for the message.
-            together: merges this part's entries with those of all other parts, where the model is divided.
+            name: the model's name, for messages.
+            together: merges this part's entries with all other parts' entries, where the model is divided.
 
         Returns:
-            SHA-256 (hex) of the device's tensors. Where `verified` is EQUAL, the tensors are digested as the
-            checkpoint's, which gives the checkpoint's fingerprint.
+            SHA-256 (hex) of the device's tensors. Where `verified` is EQUAL, the checkpoint's fingerprint.
 
         Raises:
-            CheckError: a tensor or a setting has changed; names the first one.
+            CheckError: a tensor or a setting has changed; names the first change.
         """
         now = contents(self._as_long_as_before(model))
         for key in dict.fromkeys((*self._held, *now)):
@@ -102,7 +99,7 @@ class Proof:
         return digest_of(checkpoint.tensors, [held.get(i, digest) for i, digest in enumerate(checkpoint.digests)])
 
     def _as_long_as_before(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """The model's tensors; of a table that grew with the input (XGLM's positions), only the first rows."""
+        """The model's tensors. A table that grew with the input (XGLM's positions) is cut to its earlier rows."""
         named, stored = _named(model), model.state_dict(keep_vars=True).keys()
         for name in named.keys() & self._held.keys() - stored:
             shape = self._held[name].shape
@@ -112,7 +109,7 @@ class Proof:
 
 
 def contents(named: Mapping[str, Tensor]) -> dict[str, Content]:
-    """Contents of tensors by name, in the given order, read on several threads; a tensor of two names is read once."""
+    """The contents of tensors by name, in the given order. Several threads read; a tensor of two names is read once."""
     once = {id(tensor): tensor for tensor in named.values()}
     largest_first = sorted(once.values(), key=lambda tensor: -tensor.nbytes)
     device = next((t.device for t in largest_first if t.is_cuda), torch.device("cpu"))
@@ -130,10 +127,9 @@ def contents(named: Mapping[str, Tensor]) -> dict[str, Content]:
 def _digest(tensor: Tensor, free: "SimpleQueue[list[Tensor]]") -> str:
     """SHA-256 (hex) of a tensor's bytes. A CUDA tensor is copied through two host buffers, taken from `free`."""
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    sha = hashlib.sha256()
     if not content.is_cuda:
-        sha.update(content.cpu().numpy().data)
-        return sha.hexdigest()
+        return hashlib.sha256(content.cpu().numpy().data).hexdigest()
+    sha = hashlib.sha256()
     pair = free.get()
     try:
         copied: tuple[Tensor, torch.cuda.Event] | None = None
@@ -157,7 +153,7 @@ def _hash(sha: Any, copied: tuple[Tensor, torch.cuda.Event] | None) -> None:
 
 
 def _named(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters and buffers by all their names, except those that a model recomputes as it runs or did not load."""
+    """Parameters and buffers by all their names, without tensors that a run recomputes or that were not loaded."""
     named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named |= dict(model.named_buffers(remove_duplicate=False))
     if rope_type(model.config.get_text_config()) in ("dynamic", "longrope"):  # chosen by the length of each input
@@ -165,24 +161,19 @@ def _named(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if not tensor.is_meta}
 
 
-def _stored(loaded: Loaded) -> dict[str, Content]:
-    """The contents that the checkpoint gives the model, by first names."""
+def _expected(loaded: Loaded | None) -> tuple[dict[str, Content], str]:
+    """The contents that the checkpoint gives the model, by first names, and the fact that equality establishes."""
+    if loaded is None:
+        return {}, "unchanged since adopted"
+    if loaded.fallback is not None:
+        return {}, "unchanged since loading"
     checkpoint, model = loaded.checkpoint, loaded.model.state_dict(keep_vars=True)
     out = {}
     for name, (index, *_) in loaded.sources.items():
         digest = checkpoint.converted.get(index, checkpoint.digests[index])
         out[name] = Content(model[name].dtype, checkpoint.tensors[index].shape, digest)
-    return out
-
-
-def _verified(loaded: Loaded | None) -> str:
-    if loaded is None:
-        return "unchanged since adopted"
-    if loaded.fallback is not None:
-        return "unchanged since loading"
-    if loaded.checkpoint.converted:
-        return f"{EQUAL}, converted to {str(loaded.model.dtype).removeprefix('torch.')}"
-    return EQUAL
+    to = f", converted to {str(loaded.model.dtype).removeprefix('torch.')}" if checkpoint.converted else ""
+    return out, EQUAL + to
 
 
 def _difference(before: Content | None, now: Content | None) -> str | None:
@@ -196,6 +187,6 @@ def _difference(before: Content | None, now: Content | None) -> str | None:
 
 
 def _fixed(config: Any) -> dict[str, Any]:
-    """A configuration without its generation settings, which pipelines change."""
+    """A configuration without generation settings, which pipelines change."""
     generation = GenerationConfig().to_dict()
     return {key: value for key, value in config.to_dict().items() if key not in generation}

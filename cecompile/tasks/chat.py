@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,7 @@ class ChatQuestion:
     @property
     def choices(self) -> tuple[str, ...]:
         """The choices that the last user message lists, possibly none. Choices never change an answer."""
-        asked = next((content for role, content in reversed(self.messages) if role == "user"), "")
-        return find_choices(asked)
+        return find_choices(next((content for role, content in reversed(self.messages) if role == "user"), ""))
 
     @property
     def conversation(self) -> list[dict[str, str]]:
@@ -42,7 +42,7 @@ class ChatQuestion:
 
     @property
     def characters(self) -> int:
-        """Length of the text that is tokenised."""
+        """Length of the text to tokenise."""
         return sum(len(content) for _, content in self.messages)
 
     def content(self) -> list[Any]:
@@ -51,18 +51,18 @@ class ChatQuestion:
 
 
 def find_choices(text: str) -> tuple[str, ...]:
-    """The items of the last list after `choices:` in a text, as text; each once, blank ones left out.
+    """The items of the last list after `choices:` in a text, as text; each once, without blank items.
 
-    A list is written as Python or JSON write one, with texts, numbers and truth values in it. Where quotes inside the
-    items are not escaped, it is cut between quotes with a comma in between.
+    A list is written in Python or JSON, and holds texts, numbers and truth values. Where quotes inside the items are
+    not escaped, the list is cut between quotes with a comma in between.
     """
-    lists = _CHOICES.findall(text)
-    if not lists:
-        return ()
-    written = lists[-1][: lists[-1].rfind("]") + 1]
-    if not written:
-        return ()
-    items = _literal(written)
+    after_mark = (_CHOICES.findall(text) or [""])[-1]
+    written = after_mark[: after_mark.rfind("]") + 1]
+    items = None
+    with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        value = ast.literal_eval(written)
+        if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
+            items = [str(item) for item in value]  # ValueError for a number of more digits than Python converts
     if items is None:
         inside = written[1:-1].strip()
         if len(inside) < 2 or inside[0] not in "'\"" or inside[-1] not in "'\"":
@@ -71,58 +71,31 @@ def find_choices(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(item for item in items if item.strip()))
 
 
-def _literal(written: str) -> list[str] | None:
-    try:
-        value = ast.literal_eval(written)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        return None
-    if not isinstance(value, list) or not all(isinstance(item, (str, bool, int, float)) for item in value):
-        return None
-    try:
-        return [str(item) for item in value]
-    except ValueError:  # a number of more digits than Python converts
-        return None
-
-
 @dataclass(frozen=True, slots=True)
 class AnswerSample:
-    """A judged answer.
-
-    Attributes:
-        text: what the model says, in the form of `transformers`' text-generation pipeline.
-        correct: whether it is the right answer, or None where there is none.
-        tokens: how many tokens the model wrote, the end token included.
-        in_tree: whether all of them were read from the token tree.
-        decoded_tokens: how many were decoded outside it. These three are None where the pipeline itself ran.
-    """
+    """A judged answer. The last three fields are None where the text-generation pipeline itself ran."""
 
     id: str
     label: str | None
-    text: str
-    correct: bool | None
-    tokens: int | None
-    in_tree: bool | None
-    decoded_tokens: int | None
+    text: str  # the model's answer, in the form of `transformers`' text-generation pipeline
+    correct: bool | None  # whether `text` is the right answer; None without a label
+    tokens: int | None  # tokens that the model wrote, including the end token
+    in_tree: bool | None  # whether all tokens were read from the token tree
+    decoded_tokens: int | None  # tokens decoded outside the tree
 
 
 def judge_answer(question: ChatQuestion, text: str, tokens: int | None, decoded_tokens: int | None) -> AnswerSample:
     """Compares an answer with the right one as the 2024 contest's script does; `tokens`: see `AnswerSample`."""
-    return AnswerSample(
-        id=question.id,
-        label=question.label,
-        text=text,
-        correct=None if question.label is None else text.lstrip().replace("\n", "") == question.label,
-        tokens=tokens,
-        in_tree=None if decoded_tokens is None else decoded_tokens == 0,
-        decoded_tokens=decoded_tokens,
-    )
+    correct = None if question.label is None else text.lstrip().replace("\n", "") == question.label
+    in_tree = None if decoded_tokens is None else decoded_tokens == 0
+    return AnswerSample(question.id, question.label, text, correct, tokens, in_tree, decoded_tokens)
 
 
 def answer_metrics(samples: Sequence[AnswerSample]) -> dict[str, float | None]:
-    """`exact_match`, the fraction of right answers, and its standard error; None where there are no labels."""
+    """`exact_match`, the fraction of right answers, and its standard error; None without labels."""
     return metrics_of(right_answers(samples))
 
 
 def right_answers(samples: Sequence[AnswerSample]) -> dict[str, list[bool | None]]:
-    """The same as `right_choices` for answers."""
+    """By metric, which answers are right; see `judge.right_choices`."""
     return {"exact_match": [s.correct for s in samples]}

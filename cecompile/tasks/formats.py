@@ -1,13 +1,14 @@
 """Row formats: how a row of a dataset becomes a question.
 
-Wording, delimiters and preprocessing are those of lm-evaluation-harness 0.4.13's tasks `hellaswag`, `arc_easy`,
-`openbookqa` and `piqa`, so that scores can be compared with published ones.
+Wording, delimiters and preprocessing follow the tasks `hellaswag`, `arc_easy`, `openbookqa` and `piqa` of
+lm-evaluation-harness 0.4.13, so that scores can be compared with published scores.
 """
 
 import ast
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,12 @@ from cecompile.tasks.chat import ChatQuestion
 from cecompile.tasks.question import Question
 
 Row = Mapping[str, Any]
+_NOTHING = object()  # the value of a field that is missing
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A known row format: the fields that identify it, the one that holds the label, and the conversion."""
+    """A known row format: the fields that identify the format, the field of the label, and the conversion."""
 
     name: str
     task: str
@@ -36,54 +38,46 @@ def preprocess(text: str) -> str:
 
 
 def _hellaswag(row: Row, where: str, id: str) -> Question:
-    context = _text(row, "ctx_a", where) + " " + _text(row, "ctx_b", where).capitalize()
-    context = preprocess(_text(row, "activity_label", where) + ": " + context)
+    before, after = _text(row["ctx_a"], "ctx_a", where), _text(row["ctx_b"], "ctx_b", where)
+    activity = _text(row["activity_label"], "activity_label", where)
+    context = preprocess(f"{activity}: {before} {after.capitalize()}")
     endings = _choices([preprocess(e) for e in _texts(row["endings"], "endings", where)], "endings", where)
     return Question(id, context, endings, _index(row.get("label"), "label", len(endings), where))
 
 
 def _query(row: Row, where: str, id: str) -> Question:
     choices = _choices(_texts(row["choices"], "choices", where), "choices", where)
-    return Question(id, _text(row, "query", where), choices, _index(row.get("gold"), "gold", len(choices), where))
+    label = _index(row.get("gold"), "gold", len(choices), where)
+    return Question(id, _text(row["query"], "query", where), choices, label)
 
 
 def _arc(row: Row, where: str, id: str) -> Question:
     choices, label = _lettered(row, where)
-    return Question(id, f"Question: {_text(row, 'question', where)}\nAnswer:", choices, label)
+    return Question(id, f"Question: {_text(row['question'], 'question', where)}\nAnswer:", choices, label)
 
 
 def _openbookqa(row: Row, where: str, id: str) -> Question:
     choices, label = _lettered(row, where)
-    return Question(id, _text(row, "question_stem", where), choices, label)
+    return Question(id, _text(row["question_stem"], "question_stem", where), choices, label)
 
 
 def _piqa(row: Row, where: str, id: str) -> Question:
-    choices = _choices([_text(row, "sol1", where), _text(row, "sol2", where)], "sol1/sol2", where)
-    label = row.get("label")
-    unlabelled = label in (-1, "-1")  # what the published test split carries
-    return Question(
-        id,
-        f"Question: {_text(row, 'goal', where)}\nAnswer:",
-        choices,
-        None if unlabelled else _index(label, "label", 2, where),
-    )
+    choices = _choices([_text(row[field], field, where) for field in ("sol1", "sol2")], "sol1/sol2", where)
+    label = None if row.get("label") in (-1, "-1") else row.get("label")  # -1 throughout the published test split
+    context = f"Question: {_text(row['goal'], 'goal', where)}\nAnswer:"
+    return Question(id, context, choices, _index(label, "label", 2, where))
 
 
 def _chat(row: Row, where: str, id: str) -> ChatQuestion:
     listed = row["message"]
-    if not isinstance(listed, list) or not listed:
-        raise UserError(f"{where}: field 'message': expected a list of messages, found {_kind(listed)}")
+    _check(isinstance(listed, list) and listed, listed, "a list of messages", "message", where)
     messages = []
     for i, message in enumerate(listed):
-        if not isinstance(message, Mapping):
-            raise UserError(f"{where}: field 'message[{i}]': expected an object, found {_kind(message)}")
-        for part in ("role", "content"):
-            if not isinstance(message.get(part), str):
-                found = _kind(message[part]) if part in message else "nothing"
-                raise UserError(f"{where}: field 'message[{i}].{part}': expected a text, found {found}")
-        role, content = (_clean(message[part], f"message[{i}].{part}", where) for part in ("role", "content"))
+        _check(isinstance(message, Mapping), message, "an object", f"message[{i}]", where)
+        parts = {part: message.get(part, _NOTHING) for part in ("role", "content")}
+        role, content = (_text(value, f"message[{i}].{part}", where) for part, value in parts.items())
         messages.append((role, content))
-    answer = None if row.get("answer") is None else _text(row, "answer", where)
+    answer = None if row.get("answer") is None else _text(row["answer"], "answer", where)
     return ChatQuestion(id, tuple(messages), answer)
 
 
@@ -99,16 +93,7 @@ TASKS = ("hellaswag", "choices", "chat")
 
 
 def detect(row: Row, task: str, where: str) -> Format:
-    """The one format whose fields `row` has.
-
-    Args:
-        row: the dataset's first row.
-        task: "auto", or a task that narrows the formats down.
-        where: the row's place, for the message.
-
-    Raises:
-        UserError: no format fits, or several do.
-    """
+    """The one format of a task (of any with "auto") whose fields `row` has. Raises UserError: none fits, or several."""
     known = [f for f in FORMATS if task in ("auto", f.task)]
     matches = [f for f in known if f.fields <= row.keys()]
     seen = ", ".join(sorted(map(str, row))) or "none"
@@ -122,54 +107,50 @@ def detect(row: Row, task: str, where: str) -> Format:
 
 
 def to_question(row: Row, fmt: Format, where: str, position: int) -> Question | ChatQuestion:
-    """`row` as a question; `position` (from 0) is its id where it has none of its own.
+    """Converts a row to a question. `position` (from 0) is the id of a row without one.
 
-    Raises:
-        UserError: a field is missing, of the wrong type, empty or out of range.
+    Raises UserError: a field is missing, of the wrong type, empty or out of range.
     """
     missing = sorted(fmt.fields - row.keys())
     if missing:
         raise UserError(f"{where}: field '{missing[0]}': missing ({fmt.name} rows have it)")
     id = row.get("id", row.get("ind", position))
-    if isinstance(id, bool) or not isinstance(id, (int, str)):
-        raise UserError(f"{where}: field 'id': expected a text or a number, found {_kind(id)}")
-    return fmt.convert(row, where, _clean(str(id), "id", where))
+    _check(isinstance(id, (int, str)) and not isinstance(id, bool), id, "a text or a number", "id", where)
+    return fmt.convert(row, where, _text(str(id), "id", where))
 
 
-def _text(row: Row, field: str, where: str) -> str:
-    value = row[field]
-    if not isinstance(value, str):
-        raise UserError(f"{where}: field '{field}': expected a text, found {_kind(value)}")
-    return _clean(value, field, where)
+def _check(fits: object, value: Any, expected: str, field: str, where: str) -> None:
+    """Raises UserError about `value` unless it `fits`."""
+    if fits:
+        return
+    names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "a text"}
+    names |= {list: "a list", dict: "an object", object: "nothing"}
+    found = "an empty list" if value == [] else names.get(type(value), type(value).__name__)
+    shown = f" ({value!r:.40})" if isinstance(value, (bool, int, float, str)) else ""
+    raise UserError(f"{where}: field '{field}': expected {expected}, found {found}{shown}")
 
 
-def _clean(text: str, field: str, where: str) -> str:
+def _text(value: Any, field: str, where: str) -> str:
+    _check(isinstance(value, str), value, "a text", field, where)
     try:
-        text.encode("utf-8")
+        value.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(f"{where}: field '{field}': not valid Unicode (a lone surrogate)") from None
-    return text
+    return str(value)
 
 
 def _texts(value: Any, field: str, where: str) -> list[str]:
-    if isinstance(value, str):  # CSV keeps lists as text
-        value = _parse_list(value)
-    if not isinstance(value, list):
-        raise UserError(f"{where}: field '{field}': expected a list of texts, found {_kind(value)}")
-    for i, item in enumerate(value):
-        if not isinstance(item, str):
-            raise UserError(f"{where}: field '{field}[{i}]': expected a text, found {_kind(item)}")
-        _clean(item, f"{field}[{i}]", where)
+    value = _parsed(value)
+    _check(isinstance(value, list), value, "a list of texts", field, where)
+    return [_text(item, f"{field}[{i}]", where) for i, item in enumerate(value)]
+
+
+def _parsed(value: Any) -> Any:
+    """The value that a text writes in JSON or Python's syntax, as CSV keeps lists; else the value as given."""
+    for parse in (json.loads, ast.literal_eval) if isinstance(value, str) else ():
+        with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            return parse(value)
     return value
-
-
-def _parse_list(text: str) -> Any:
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(text)
-        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return text
 
 
 def _choices(texts: list[str], field: str, where: str) -> tuple[str, ...]:
@@ -182,12 +163,12 @@ def _choices(texts: list[str], field: str, where: str) -> tuple[str, ...]:
 
 
 def _index(value: Any, field: str, count: int, where: str) -> int | None:
-    if value is None or value == "":
+    if value in (None, ""):
         return None
     if isinstance(value, str) and re.fullmatch(r"-?\d{1,9}", value):
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{where}: field '{field}': expected the index of a choice, found {_kind(value)}")
+    fits = isinstance(value, int) and not isinstance(value, bool)
+    _check(fits, value, "the index of a choice", field, where)
     if not 0 <= value < count:
         raise UserError(f"{where}: field '{field}': {value} is out of range, there are {count} choices")
     return value
@@ -195,11 +176,8 @@ def _index(value: Any, field: str, count: int, where: str) -> int | None:
 
 def _lettered(row: Row, where: str) -> tuple[tuple[str, ...], int | None]:
     """Choices of the form {"text": [...], "label": [...]}, and the index that `answerKey` names."""
-    choices = row["choices"]
-    if isinstance(choices, str):
-        choices = _parse_list(choices)
-    if not isinstance(choices, Mapping):
-        raise UserError(f"{where}: field 'choices': expected an object with text and label, found {_kind(choices)}")
+    choices = _parsed(row["choices"])
+    _check(isinstance(choices, Mapping), choices, "an object with text and label", "choices", where)
     for part in ("text", "label"):
         if part not in choices:
             raise UserError(f"{where}: field 'choices.{part}': missing")
@@ -208,17 +186,9 @@ def _lettered(row: Row, where: str) -> tuple[tuple[str, ...], int | None]:
     if len(labels) != len(texts):
         raise UserError(f"{where}: field 'choices.label': {len(labels)} labels for {len(texts)} choices")
     key = row.get("answerKey")
-    if key is None or key == "":
+    if key in (None, ""):
         return texts, None
-    if not isinstance(key, str):
-        raise UserError(f"{where}: field 'answerKey': expected a text, found {_kind(key)}")
+    _check(isinstance(key, str), key, "a text", "answerKey", where)
     if key.strip() not in labels:
         raise UserError(f"{where}: field 'answerKey': {key!r} is not among the labels {', '.join(labels)}")
     return texts, labels.index(key.strip())
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "a text"}
-    names |= {list: "a list", dict: "an object"}
-    name = "an empty list" if value == [] else names.get(type(value), type(value).__name__)
-    return f"{name} ({value!r:.40})" if isinstance(value, (bool, int, float, str)) else name

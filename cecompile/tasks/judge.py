@@ -1,4 +1,4 @@
-"""Judging: from loglikelihoods to predictions and metrics, as lm-evaluation-harness does it."""
+"""Judging: from loglikelihoods to predictions and metrics, as in lm-evaluation-harness."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,41 +9,27 @@ import numpy as np
 from cecompile.tasks.question import Question
 
 METRICS = ("exact_match", "acc_norm", "acc")  # a result is known by the first that it has
-
 MAX_DROP = 0.5  # points of accuracy that a faster run may lose, as the 2024 contest allowed
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A judged question.
-
-    Attributes:
-        loglikelihoods: per choice, the sum of its tokens' log-probabilities (natural logarithm).
-        greedy: per choice, whether greedy decoding from the context would produce it.
-        prediction: the choice of the highest loglikelihood, the first of equals.
-        prediction_norm: the same with each loglikelihood divided by the choice's length in characters.
-    """
+    """A judged question."""
 
     id: str
     label: int | None
-    prediction: int
-    prediction_norm: int
-    loglikelihoods: tuple[float, ...]
-    greedy: tuple[bool, ...]
+    prediction: int  # the choice of the highest loglikelihood, the first of equals
+    prediction_norm: int  # the choice of the highest loglikelihood per character of the choice
+    loglikelihoods: tuple[float, ...]  # per choice, the sum of its tokens' log-probabilities (natural logarithm)
+    greedy: tuple[bool, ...]  # per choice, whether greedy decoding from the context produces the choice
 
 
 def judge(question: Question, loglikelihoods: Sequence[float], greedy: Sequence[bool]) -> Sample:
     """Picks a choice; `loglikelihoods` and `greedy` are in the order of the choices."""
     values = np.asarray(loglikelihoods, dtype=np.float64)
     lengths = np.array([len(choice) for choice in question.choices], dtype=np.float64)
-    return Sample(
-        id=question.id,
-        label=question.label,
-        prediction=int(values.argmax()),
-        prediction_norm=int((values / lengths).argmax()),
-        loglikelihoods=tuple(float(v) for v in values),
-        greedy=tuple(bool(g) for g in greedy),
-    )
+    best, best_norm = int(values.argmax()), int((values / lengths).argmax())
+    return Sample(question.id, question.label, best, best_norm, tuple(values.tolist()), tuple(map(bool, greedy)))
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float | None]:
@@ -61,17 +47,17 @@ def right_choices(samples: Sequence[Sample]) -> dict[str, list[bool | None]]:
 
 
 def metrics_of(right: Mapping[str, Sequence[int | None]]) -> dict[str, float | None]:
-    """Each metric (see `fraction`), from which samples it counts as right."""
-    return {key: value for name, some in right.items() for key, value in fraction(name, some).items()}
+    """Per metric, the fraction of samples that are right, and its standard error as `NAME_stderr`.
 
-
-def fraction(name: str, right: Sequence[int | None]) -> dict[str, float | None]:
-    """The fraction of those right, as `name`, and its standard error, as `name`_stderr; None where not all are known.
-
-    The standard error is the sample standard deviation (n - 1) over the square root of n.
+    Both are None where not all samples are known. The standard error is the sample standard deviation (n - 1) over the
+    square root of n.
     """
-    if any(r is None for r in right):
-        return {name: None, f"{name}_stderr": None}
-    values = np.fromiter(right, np.float64, len(right))
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {name: float(np.mean(values)), f"{name}_stderr": error}
+    out: dict[str, float | None] = {}
+    for name, known in right.items():
+        if any(r is None for r in known):
+            out |= {name: None, f"{name}_stderr": None}
+            continue
+        values = np.fromiter(known, np.float64, len(known))
+        error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+        out |= {name: float(np.mean(values)), f"{name}_stderr": error}
+    return out

@@ -1,10 +1,10 @@
-"""A multiple-choice question, in the form every later step uses."""
+"""A multiple-choice question, in the form that every later step uses."""
 
 import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,10 +13,10 @@ class Question:
 
     Attributes:
         id: the row's own identifier, or its position in the file.
-        context: the text every choice continues. May be empty.
+        context: the text that every choice continues. May be empty.
         choices: two or more non-empty texts. `delimiter` stands between the context and a choice.
         label: index of the right choice, or None where the data has none.
-        delimiter: lm-evaluation-harness's `target_delimiter`; not counted in the length that `acc_norm` divides by.
+        delimiter: lm-evaluation-harness's `target_delimiter`; not counted in the length by which `acc_norm` divides.
     """
 
     id: str
@@ -27,7 +27,7 @@ class Question:
 
     @property
     def characters(self) -> int:
-        """Length of the text that is tokenised."""
+        """Length of the text to tokenise."""
         return len(self.context) * (1 + len(self.choices)) + sum(map(len, self.choices))
 
     def content(self) -> list[Any]:
@@ -35,21 +35,14 @@ class Question:
         return [self.id, self.context, self.choices, self.label, self.delimiter]
 
 
-class HasContent(Protocol):
-    """A question of any kind."""
-
-    def content(self) -> list[Any]:
-        """The question's parts, as plain JSON values."""
-
-
-def digest(questions: Iterable[HasContent]) -> str:
-    """SHA-256 (hex) of the questions' content, the same whatever file format they came in."""
+def digest(questions: Iterable[Any]) -> str:
+    """SHA-256 (hex) of the content of questions of any kind. File formats make no difference."""
     sha = hashlib.sha256()
-    for q in questions:
-        sha.update(line(q))
+    add_content(sha, questions)
     return sha.hexdigest()
 
 
-def line(question: HasContent) -> bytes:
-    """A question's content as a line of JSON, for a digest."""
-    return json.dumps(question.content()).encode("ascii") + b"\n"
+def add_content(sha: Any, questions: Iterable[Any]) -> None:
+    """Adds the content of questions to a hash: a line of JSON each."""
+    for question in questions:
+        sha.update(json.dumps(question.content()).encode("ascii") + b"\n")

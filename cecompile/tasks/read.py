@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from cecompile.tasks.windows import Windows, split
 
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%+-]+))?")
 SPLITS = ("validation", "test", "train")
+JSON, TABLES = (".jsonl", ".ndjson", ".json"), (".parquet", ".csv")
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Questions in the order of the file (`Question`, or `ChatQuestion` for the task "chat"), and that task."""
+    """The questions in the order of the file: `ChatQuestion` for the task "chat", else `Question`."""
 
     task: str
     questions: list[Any]
@@ -32,7 +33,7 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class LargeDataset:
-    """The same, a window at a time."""
+    """The questions in the order of the file, a window at a time."""
 
     task: str
     questions: Windows
@@ -48,11 +49,11 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
 
     Args:
         data: a .jsonl, .json, .parquet or .csv file, or a hub id `owner/name[/config][:split]`.
-        task: "auto" recognises the format from the fields; "hellaswag", "choices" or "chat" narrows it down.
-        limit: keep the first `limit` questions; below 1, that fraction of them, rounded up.
+        task: "auto" recognises the format from the fields; "hellaswag", "choices" or "chat" narrows the formats down.
+        limit: the number of questions to keep, the first ones; below 1, the fraction of questions, rounded up.
 
     Returns:
-        The questions, at least one. Either all of them have labels or none has.
+        The questions, at least one. Either all questions have labels, or none has.
 
     Raises:
         UserError: the data cannot be read, or a row is not a question; names the file, the line and the field.
@@ -63,19 +64,17 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
 
 
 def read_windows(data: str | Path, task: str, limit: float | None, window: int) -> Dataset | LargeDataset:
-    """The same, but more than `window` questions are checked without being kept, to be read again as they are needed.
+    """Like `read_dataset`, but keeps no more than `window` questions: all are checked, and read again when needed.
 
-    A .json array is parsed as a whole each time; Parquet, CSV and hub datasets are converted into files of the
-    `datasets` library's cache, which it maps into memory.
-
-    Args, raises: see `read_dataset`.
+    A .json array is parsed as a whole each time. Parquet, CSV and hub datasets are converted into files of the cache of
+    the `datasets` library, which maps these files into memory. Args, raises: see `read_dataset`.
     """
     rows = _Reading(data, task, limit)
     windows = split(rows, window)
     read = list(itertools.islice(windows, 2))
     if len(read) == 1:
         return Dataset(rows.task, read[0][: _kept(len(read[0]), limit)])
-    first = (read.pop(0) for _ in range(2))  # so that they do not stay
+    first = (read.pop(0) for _ in range(2))  # so that the windows do not stay in memory
     again = functools.partial(_Reading, data, task, limit, rows.state)
     surveyed = Windows.surveyed(str(data), window, itertools.chain(first, windows), again)
     if limit is not None and limit < 1:
@@ -84,21 +83,15 @@ def read_windows(data: str | Path, task: str, limit: float | None, window: int) 
 
 
 def _kept(count: int, limit: float | None) -> int:
-    """How many of so many questions are kept."""
+    """The number of questions to keep of `count`."""
     return math.ceil(count * limit) if limit is not None and limit < 1 else count
 
 
 class _Reading:
-    """Goes through a dataset's rows as questions, and raises UserError as `read_dataset` does.
+    """Iterates over a dataset's rows as questions, and raises UserError as `read_dataset` does.
 
-    Args:
-        data, task: see `read_dataset`.
-        limit: how many rows at most, where it is at least 1.
-        state: what the file must be like; None where it has not been read before.
-
-    Attributes:
-        task: the rows' own, once there was one.
-        state: what the file is like.
+    `limit`: the most rows to read; ignored below 1. `state`: the file's state when read before. `task`: the task of the
+    rows' format, once all rows were read.
     """
 
     def __init__(self, data: str | Path, task: str, limit: float | None, state: tuple[int, ...] | None = None) -> None:
@@ -109,16 +102,15 @@ class _Reading:
 
     def __iter__(self) -> Iterator[Any]:
         self._check_state()
-        fmt = None
-        labelled = False
+        fmt, labelled = None, None
         for position, (where, row) in enumerate(itertools.islice(_rows(self._data), self._last)):
             if not isinstance(row, dict):
                 raise UserError(f"{where}: expected an object, found a JSON {type(row).__name__}")
-            first, fmt = fmt is None, fmt or detect(row, self.task, where)
+            fmt = fmt or detect(row, self.task, where)
             question = to_question(row, fmt, where, position)
-            if not first and (question.label is not None) != labelled:
-                what = "missing, though earlier rows have one" if labelled else "given, unlike earlier rows"
-                raise UserError(f"{where}: field '{fmt.label_field}': {what}")
+            if labelled not in (None, question.label is not None):
+                fault = "missing, though earlier rows have one" if labelled else "given, unlike earlier rows"
+                raise UserError(f"{where}: field '{fmt.label_field}': {fault}")
             labelled = question.label is not None
             yield question
         self._check_state()
@@ -132,34 +124,32 @@ class _Reading:
 
 
 def _state(data: str | Path) -> tuple[int, ...] | None:
-    """The state of a file, which changes when the file does; None without a file."""
-    try:
+    """Facts of a file that change when the file does; None without a file."""
+    with suppress(OSError, ValueError):
         found = Path(data).stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return None
 
 
 def _rows(data: str | Path) -> Iterator[tuple[str, Any]]:
     """Pairs of (place for messages, row)."""
-    path = Path(data)
+    path, suffix = Path(data), Path(data).suffix.lower()
     try:
-        is_file, is_directory, is_there = path.is_file(), path.is_dir(), path.exists()
+        is_file, is_directory, exists = path.is_file(), path.is_dir(), path.exists()
     except OSError as error:
         raise UserError(f"{data}: cannot be read: {error.strerror}") from None
+    if is_file and suffix in JSON:
+        return _json_rows(path)
+    if is_file and suffix in TABLES:
+        return _table_rows(path, suffix[1:])
     if is_file:
-        suffix = path.suffix.lower()
-        if suffix in (".jsonl", ".ndjson", ".json"):
-            return _json_rows(path)
-        if suffix in (".parquet", ".csv"):
-            return _table_rows(path, suffix[1:])
         raise UserError(f"{path}: unknown file type '{path.suffix}'; .jsonl, .json, .parquet and .csv are read")
     if is_directory:
         raise UserError(f"{path}: is a directory; name one file in it")
-    if is_there:
+    if exists:
         raise UserError(f"{path}: neither a file nor a directory; save it as a file")
     match = HUB_ID.fullmatch(str(data))
-    if match is None or path.suffix.lower() in (".jsonl", ".ndjson", ".json", ".parquet", ".csv"):
+    if match is None or suffix in JSON + TABLES:
         raise UserError(f"{data}: no such file")
     return _hub_rows(str(data), match["name"], match["config"], match["split"])
 
@@ -169,19 +159,14 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
         file.seek(0)
         if start.startswith(b"["):
-            yield from _json_array(path, file.read())
+            content = file.read()
+            rows = _parse(content, str(path) if b"\n" in content else f"{path}: line 1")
+            yield from ((f"{path}: item {number}", row) for number, row in enumerate(rows, 1))
             return
         for number, line in enumerate(file, 1):
             where = f"{path}: line {number}"
             if line.strip():
                 yield where, _parse(line, where)
-
-
-def _json_array(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
-    first = content.split(b"\n", 1)[0]
-    rows = _parse(content, f"{path}: line 1" if first == content else str(path))
-    for number, row in enumerate(rows, 1):
-        yield f"{path}: item {number}", row
 
 
 def _open(path: Path) -> Any:
@@ -207,46 +192,36 @@ def _parse(content: bytes, where: str) -> Any:
 
 @contextmanager
 def _datasets(data: str) -> Iterator[tuple[Any, str | None]]:
-    """Gives the library of that name, without its progress bars, and where it may convert files.
+    """Gives the library `datasets`, without progress bars, and the directory in which to convert files.
 
-    The place is a temporary directory where the user's cache cannot be written, as without a home directory; None is
-    the library's own.
-
-    Raises:
-        UserError: the library cannot be imported, say because its pyarrow is too new for the NumPy that is installed.
+    The directory is temporary where the user's cache cannot be written, as without a home directory; else None, for the
+    library's own. Raises UserError: the library cannot be imported, say with a pyarrow too new for the installed NumPy.
     """
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"{data}: read by the library datasets, which fails: {first_line(error)}") from None
-    shown = not datasets.are_progress_bars_disabled()
-    if shown:
-        datasets.disable_progress_bars()
     cache = Path(datasets.config.HF_DATASETS_CACHE).absolute()
-    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    try:
-        if os.access(there, os.W_OK | os.X_OK):
+    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    with ExitStack() as stack:
+        if not datasets.are_progress_bars_disabled():
+            datasets.disable_progress_bars()
+            stack.callback(datasets.enable_progress_bars)
+        if os.access(existing, os.W_OK | os.X_OK):
             yield datasets, None
         else:
-            with tempfile.TemporaryDirectory(prefix="cecompile-tables-") as folder:
-                yield datasets, folder
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+            yield datasets, stack.enter_context(tempfile.TemporaryDirectory(prefix="cecompile-tables-"))
 
 
 def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
-    with _open(path):
-        pass
+    _open(path).close()
     options = {"keep_default_na": False} if kind == "csv" else {}  # an empty text is a text, and so is "None"
     with _datasets(str(path)) as (datasets, place):
         try:
             table = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=place, **options)
         except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-            cause = error.__cause__ or error
-            raise UserError(f"{path}: not readable as {kind}: {cause}") from None
-        for number, row in enumerate(table, 1):
-            yield f"{path}: row {number}", row
+            raise UserError(f"{path}: not readable as {kind}: {error.__cause__ or error}") from None
+        yield from ((f"{path}: row {number}", row) for number, row in enumerate(table, 1))
 
 
 def _hub_rows(data: str, name: str, config: str | None, split: str | None) -> Iterator[tuple[str, Any]]:
@@ -258,5 +233,4 @@ def _hub_rows(data: str, name: str, config: str | None, split: str | None) -> It
             table = datasets.load_dataset(name, config, split=split, cache_dir=place)
         except Exception as error:  # the hub client raises many kinds: offline, not found, gated, malformed
             raise UserError(f"{data}: neither a file nor a dataset that loads: {error}") from None
-        for number, row in enumerate(table, 1):
-            yield f"{data}: row {number}", row
+        yield from ((f"{data}: row {number}", row) for number, row in enumerate(table, 1))

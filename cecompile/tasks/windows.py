@@ -6,68 +6,54 @@ from dataclasses import dataclass
 from typing import Any
 
 from cecompile.errors import UserError
-from cecompile.tasks.question import line
+from cecompile.tasks.question import add_content
 
-WINDOW = (
-    50_000  # questions; a process that plans so many HellaSwag questions at a time peaks at 1.3 GB of resident memory
-)
+WINDOW = 50_000  # questions; planning as many HellaSwag questions at a time peaks at 1.3 GB of resident memory
 CHARACTERS = 400_000_000  # of text to be tokenised, after which a window ends in any case
+
+Read = Callable[[], Iterable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Questions of which one window is held at a time. Iterating reads the file again each time.
+    """Questions held in memory one window at a time. Each iteration reads the file again."""
 
-    Attributes:
-        name: for messages.
-        size: questions of a window at most; fewer where they are long.
-        count: questions of all windows.
-        number: of windows.
-        digest: see `tasks.question.digest`.
-        read: gives all questions, in order.
-    """
-
-    name: str
-    size: int
-    count: int
-    number: int
-    digest: str
-    read: Callable[[], Iterable[Any]]
+    name: str  # for messages
+    size: int  # the most questions in a window; fewer where questions are long
+    count: int  # questions in all windows
+    number: int  # windows
+    digest: str  # see `tasks.question.digest`
+    read: Read  # gives all questions, in order
 
     @classmethod
     def of(cls, questions: Sequence[Any], size: int) -> "Windows":
-        """Questions that are in memory already."""
+        """Windows of questions that are in memory already."""
         return cls.surveyed("questions", size, split(questions, size), lambda: questions)
 
     @classmethod
-    def surveyed(
-        cls, name: str, size: int, windows: Iterable[list[Any]], read: Callable[[], Iterable[Any]]
-    ) -> "Windows":
-        """Goes through the windows once, for what has to be known before; keeps none."""
-        sha, count, number = hashlib.sha256(), 0, 0
+    def surveyed(cls, name: str, size: int, windows: Iterable[list[Any]], read: Read) -> "Windows":
+        """Counts and digests the windows' questions, and keeps none."""
+        sha, sizes = hashlib.sha256(), []
         for window in windows:
-            number += 1
-            count += len(window)
-            for question in window:
-                sha.update(line(question))
-        return cls(name, size, count, number, sha.hexdigest(), read)
+            sizes.append(len(window))
+            add_content(sha, window)
+        return cls(name, size, sum(sizes), len(sizes), sha.hexdigest(), read)
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[list[Any]]:
-        """The windows, none empty. Raises UserError: the questions are no longer what they were."""
+        """The windows, none empty. Raises UserError: the questions have changed since they were surveyed."""
         sha = hashlib.sha256()
         for window in split(self.read(), self.size):
-            for question in window:
-                sha.update(line(question))
+            add_content(sha, window)
             yield window
         if sha.hexdigest() != self.digest:
             raise UserError(f"{self.name}: changed while it was read")
 
 
 def split(questions: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Windows of `size` questions, or fewer where they are long."""
+    """Cuts questions into windows of `size`, or fewer where questions are long."""
     window: list[Any] = []
     characters = 0
     for question in questions:

@@ -1,11 +1,12 @@
 """Chat questions as token trees: choices are grafted onto the prompt, and a walk down the tree reads the answer.
 
 Greedy decoding takes the most likely token again and again. A pass over the tree gives the most likely token after
-every node. So following these tokens from the prompt's last one is greedy decoding, for as long as they are nodes. The
-grafted choices decide how far the walk goes, never where it leads.
+every node. So following these tokens from the prompt's last token is greedy decoding, as long as the tokens are nodes.
+The grafted choices decide how far the walk goes, never where the walk leads.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,13 @@ from jinja2.exceptions import TemplateError
 
 from cecompile.errors import UserError, first_line
 from cecompile.tasks.chat import ChatQuestion
+from cecompile.workload.encode import tokenize
 from cecompile.workload.sequences import Ints, Sequences
 
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """The most likely `tokens` of an answer as far as the tree holds them; `complete` if the answer ends there."""
+    """The most likely `tokens` of an answer as far as the tree has nodes; `complete` if the answer ends there."""
 
     tokens: list[int]
     complete: bool
@@ -35,51 +37,47 @@ def graft(questions: Sequence[ChatQuestion], tokenizer: Any, max_length: int, ne
 
     Args:
         questions: at least one.
-        max_length: the most tokens the model can read. Longer sequences are left out.
+        max_length: the most tokens that the model reads. Longer sequences are left out.
         new_tokens: the most tokens an answer may have; longer choices are cut.
 
     Raises:
-        UserError: there is no chat template, or it refuses a question; a prompt is longer than `max_length`.
+        UserError: there is no chat template, or the template refuses a question; a prompt exceeds `max_length`.
     """
     texts = [_render(question, tokenizer) for question in questions]
-    prompts = _ids(tokenizer, texts)
+    prompts = tokenize(tokenizer, texts, add_special_tokens=False)
     for question, prompt in zip(questions, prompts, strict=True):
         if not prompt and tokenizer.bos_token_id is not None:
             prompt.append(tokenizer.bos_token_id)  # with which `generate` begins from an empty prompt
         if not prompt or len(prompt) > max_length:
             raise UserError(f"question '{question.id}': a prompt of {len(prompt)} tokens, the model reads {max_length}")
     ending = tokenizer.eos_token_id or 0  # any token would do: only the most likely one is read
-    flat: list[list[int]] = []
-    predicted, owners = [], []
-    for number, forms in enumerate(_forms(questions, texts, prompts, tokenizer)):
-        prompt = prompts[number]
+    rows: list[tuple[list[int], int, int]] = []  # (tokens, how many are predicted, question)
+    for number, (prompt, forms) in enumerate(zip(prompts, _forms(questions, texts, prompts, tokenizer), strict=True)):
         cut = {form[:new_tokens] for form in forms}
-        for form in sorted(form for form in cut if len(prompt) + len(form) <= max_length) or [()]:
-            flat.append([*prompt, *form, ending])
-            predicted.append(len(form) + 1)
-            owners.append(number)
-    return Sequences.of(flat, predicted, owners)
+        fitting = sorted(form for form in cut if len(prompt) + len(form) <= max_length) or [()]
+        rows += [([*prompt, *form, ending], len(form) + 1, number) for form in fitting]
+    return Sequences.of(*zip(*rows, strict=True))
 
 
 def prompts_of(sequences: Sequences) -> list[Ints]:
-    """Per question its prompt, from the sequences of `graft`."""
+    """Each question's prompt, from the sequences of `graft`."""
     first = np.searchsorted(sequences.questions, np.arange(sequences.questions[-1] + 1))
-    return [sequences.inputs(i)[: len(sequences.inputs(i)) - int(sequences.predicted[i]) + 1] for i in first.tolist()]
+    ends = sequences.starts[1:] - sequences.predicted
+    return [sequences.token_ids[sequences.starts[i] : ends[i]] for i in first.tolist()]
 
 
 def walk(sequences: Sequences, argmax: Ints, stop: frozenset[int], new_tokens: int) -> list[Walk]:
-    """Per question, the answer as far as its tree holds it. Tokens in `stop` end an answer.
+    """Each question's answer as far as its tree holds the answer's tokens. Tokens in `stop` end an answer.
 
     Args:
         argmax: (predictions,) the most likely token for every predicted token of every sequence, in order.
         new_tokens: the most tokens an answer may have; at least 1.
     """
-    begin = np.concatenate(([0], np.cumsum(sequences.predicted)))
+    likely_in = np.split(argmax, np.cumsum(sequences.predicted)[:-1])
     bounds = np.searchsorted(sequences.questions, np.arange(int(sequences.questions[-1]) + 2))
     out = []
-    for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        likely_in = {i: argmax[begin[i] : begin[i + 1]].tolist() for i in range(first, last)}
-        here = [(sequences.targets(i).tolist()[:-1], likely) for i, likely in likely_in.items()]
+    for first, last in itertools.pairwise(bounds.tolist()):
+        here = [(sequences.targets(i).tolist()[:-1], likely_in[i].tolist()) for i in range(first, last)]
         tokens: list[int] = []
         while here and len(tokens) < new_tokens and not (tokens and tokens[-1] in stop):
             at = len(tokens)
@@ -90,31 +88,28 @@ def walk(sequences: Sequences, argmax: Ints, stop: frozenset[int], new_tokens: i
 
 
 def _render(question: ChatQuestion, tokenizer: Any) -> str:
-    messages = question.conversation
-    continued = messages[-1]["role"] == "assistant"
+    """A question's prompt, by the tokenizer's chat template."""
+    continued = question.messages[-1][0] == "assistant"
+    options = {"tokenize": False, "add_generation_prompt": not continued, "continue_final_message": continued}
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
-        )
+        return str(tokenizer.apply_chat_template(question.conversation, **options))
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"question '{question.id}': chat template: {first_line(error)}") from None
-    return text
 
 
 def _forms(
     questions: Sequence[ChatQuestion], texts: Sequence[str], prompts: Sequence[list[int]], tokenizer: Any
 ) -> list[set[tuple[int, ...]]]:
-    """Per question, the token forms of its choices. Each distinct text is tokenised once."""
+    """The token forms of each question's choices. Each distinct text is tokenised once."""
     marks = sorted(tokenizer.get_added_vocab())
     tails = [text[max([0, *(text.rfind(mark) for mark in marks)]) :] for text in texts]
-    known = dict(zip(dict.fromkeys(tails), _ids(tokenizer, list(dict.fromkeys(tails))), strict=True))
+    known = _ids(tokenizer, tails)
     for number, (tail, prompt) in enumerate(zip(tails, prompts, strict=True)):
         if prompt[len(prompt) - len(known[tail]) :] != known[tail]:  # the tail alone is tokenised differently
             tails[number] = texts[number]
             known[texts[number]] = prompt
     pairs = list(zip(questions, tails, strict=True))
-    wanted = dict.fromkeys(t for q, tail in pairs for c in q.choices for t in (tail + c, f"{tail} {c}", c))
-    ids = dict(zip(wanted, _ids(tokenizer, list(wanted)), strict=True))
+    ids = _ids(tokenizer, (t for q, tail in pairs for c in q.choices for t in (tail + c, f"{tail} {c}", c)))
     out = []
     for question, tail in pairs:
         head = known[tail]
@@ -124,9 +119,7 @@ def _forms(
     return out
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    ids: list[list[int]] = batch["input_ids"]
-    return ids
+def _ids(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
+    """The token ids of each distinct text."""
+    distinct = list(dict.fromkeys(texts))
+    return dict(zip(distinct, tokenize(tokenizer, distinct, add_special_tokens=False), strict=True))

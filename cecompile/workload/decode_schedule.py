@@ -1,7 +1,7 @@
 """Decoding many rows over one cache: the tokens that each step reads, and the slots for their keys and values.
 
 Each row in flight has a segment of the cache's slots, as long as its prompt and its longest answer together. A row
-takes a segment when one is free, reads its prompt in as few steps as fit, writes a token a step, and frees its segment.
+takes a free segment, reads its prompt in as few steps as fit, writes a token a step, and frees the segment.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,11 @@ from cecompile.workload.sequences import Ints
 
 @dataclass(frozen=True, slots=True)
 class DecodeShape:
-    """The fixed sizes of a decoder.
+    """The fixed sizes of a decoder. Attention knows a step by having fewer tokens than `slots`, unlike a tree pass."""
 
-    Attributes:
-        slots: of the cache. More than any step has tokens, so that attention can tell a step from a pass over trees.
-            The last slot is for padding.
-        lanes: rows in flight at most.
-        step_tokens: tokens that a step reads, for each size of step, largest first; the last is `lanes`.
-    """
-
-    slots: int
-    lanes: int
-    step_tokens: tuple[int, ...]
+    slots: int  # the cache's slots; the last slot is for padding
+    lanes: int  # the most rows in flight
+    step_tokens: tuple[int, ...]  # the sizes of a step in tokens, largest first; the last is `lanes`
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -34,19 +27,13 @@ class DecodeShape:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Tokens to read at once.
+    """Tokens to read at once."""
 
-    Attributes:
-        token_ids, slot, first: (tokens,) each token, its slot in the cache, and the first slot of its segment.
-        read: (n,) indices of the step's tokens after which the next token is asked for.
-        target: (n,) tokens whose log-probabilities are computed there.
-    """
-
-    token_ids: Ints
-    slot: Ints
-    first: Ints
-    read: Ints
-    target: Ints
+    token_ids: Ints  # (tokens,)
+    slot: Ints  # (tokens,) each token's slot in the cache
+    first: Ints  # (tokens,) the first slot of each token's segment
+    read: Ints  # (n,) indices of the step's tokens after which the next token is read out
+    target: Ints  # (n,) tokens whose log-probabilities are computed after them
 
 
 @dataclass(slots=True)
@@ -63,11 +50,11 @@ class DecodeSchedule:
     """The host's part of greedy decoding. Tokens in `stop` end an answer.
 
     Args:
-        prompts: per row, at least one token to read first.
-        room: per row, the most tokens to write; at least 1.
+        prompts: each row's prompt, of at least one token.
+        room: for each row, the most tokens to write; at least 1.
 
     Attributes:
-        written: per row, the finished answer's tokens.
+        written: each row's answer, once finished.
 
     Raises:
         ValueError: a row does not fit into the cache.
@@ -75,9 +62,11 @@ class DecodeSchedule:
 
     def __init__(self, prompts: Sequence[Ints], room: Sequence[int], stop: frozenset[int], shape: DecodeShape) -> None:
         self._prompts, self._room, self._stop, self._shape = prompts, room, stop, shape
-        self._waiting = sorted(range(len(prompts)), key=lambda row: -self._needed(row))
-        if self._waiting and self._needed(self._waiting[0]) > shape.slots - 1:
-            raise ValueError(f"a row of {self._needed(self._waiting[0])} slots in a cache of {shape.slots - 1}")
+        # the last token written is not read
+        self._needed = [len(prompt) + most - 1 for prompt, most in zip(prompts, room, strict=True)]  # slots per row
+        if max(self._needed, default=0) > shape.slots - 1:
+            raise ValueError(f"a row of {max(self._needed)} slots in a cache of {shape.slots - 1}")
+        self._waiting = sorted(range(len(prompts)), key=lambda row: -self._needed[row])
         self._lanes: list[_Lane] = []
         self._asked: list[_Lane] = []
         self.written: list[list[int]] = [[] for _ in prompts]
@@ -104,7 +93,7 @@ class DecodeSchedule:
         return Step(*(np.array(values, dtype=np.int32) for values in parts))
 
     def take(self, argmax: Ints) -> list[int]:
-        """Adds the most likely tokens at the last step's readouts. Returns the rows that are now done."""
+        """Adds the most likely tokens after the last step's readouts. Returns the rows that are now done."""
         done = []
         for lane, token in zip(self._asked, argmax.tolist(), strict=True):
             lane.written.append(token)
@@ -116,28 +105,19 @@ class DecodeSchedule:
                 lane.pending = [token]
         return done
 
-    def _needed(self, row: int) -> int:
-        return len(self._prompts[row]) + self._room[row] - 1  # the last token written is not read
-
     def _admit(self) -> None:
-        """Gives lanes and segments to waiting rows, longest first, each in the first gap that holds it."""
+        """Gives lanes and segments to waiting rows, longest first, each in the first gap that is long enough."""
         if len(self._lanes) == self._shape.lanes:
             return
-        gaps, waiting = self._gaps(), []
+        taken = sorted((lane.first, lane.first + lane.size) for lane in self._lanes)
+        begins, ends = [0, *(end for _, end in taken)], [*(first for first, _ in taken), self._shape.slots - 1]
+        waiting = []
         for row in self._waiting:
-            size = self._needed(row)
-            gap = next((i for i, (_, free) in enumerate(gaps) if free >= size), None)
+            size = self._needed[row]
+            gap = next((i for i, begin in enumerate(begins) if ends[i] - begin >= size), None)
             if gap is None or len(self._lanes) == self._shape.lanes:
                 waiting.append(row)
                 continue
-            first, free = gaps[gap]
-            gaps[gap] = first + size, free - size
-            self._lanes.append(_Lane(row, first, size, self._prompts[row].tolist()))
+            self._lanes.append(_Lane(row, begins[gap], size, self._prompts[row].tolist()))
+            begins[gap] += size
         self._waiting = waiting
-
-    def _gaps(self) -> list[tuple[int, int]]:
-        """Between the segments in use, in order: (first slot, slots)."""
-        taken = sorted((lane.first, lane.size) for lane in self._lanes)
-        begins = [0, *(first + size for first, size in taken)]
-        ends = [*(first for first, _ in taken), self._shape.slots - 1]
-        return [(begin, end - begin) for begin, end in zip(begins, ends, strict=True)]

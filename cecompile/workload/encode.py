@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +12,7 @@ from cecompile.errors import UserError
 from cecompile.tasks.question import Question
 from cecompile.workload.sequences import Ints, Longs, Sequences, stretched
 
-AT_ONCE = 2048  # questions that are encoded together, which bounds the memory taken besides the result
+AT_ONCE = 2048  # questions that are encoded together; bounds the memory taken besides the result
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +36,16 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_length: int) -> En
             EOS where an empty context needs one.
     """
     encoder = _Encoder(tokenizer)
-    parts = [
-        _encode_part(questions[at : at + AT_ONCE], at, encoder, max_length) for at in range(0, len(questions), AT_ONCE)
-    ]
-    return Encoded(Sequences.joined([part for part, _ in parts]), sum(truncated for _, truncated in parts))
+    begins = range(0, len(questions), AT_ONCE)
+    parts = [_encode_part(questions[at : at + AT_ONCE], at, encoder, max_length) for at in begins]
+    return Encoded(Sequences.joined([one.sequences for one in parts]), sum(one.truncated_questions for one in parts))
 
 
-def _encode_part(
-    questions: Sequence[Question], first: int, encoder: "_Encoder", max_length: int
-) -> tuple[Sequences, int]:
-    """Encodes some questions, numbered from `first`. Returns their sequences and how many questions were cut."""
-    contexts, choices = zip(*(_split(q) for q in questions), strict=True)
+def _encode_part(questions: Sequence[Question], first: int, encoder: "_Encoder", max_length: int) -> Encoded:
+    """Encodes questions that are numbered from `first`."""
+    contexts = [q.context.rstrip() for q in questions]
+    before = [q.context[len(c) :] + q.delimiter for q, c in zip(questions, contexts, strict=True)]
+    choices = [[moved + choice for choice in q.choices] for q, moved in zip(questions, before, strict=True)]
     context = encoder.texts(contexts)
     whole = encoder.texts([c + choice for c, many in zip(contexts, choices, strict=True) if c for choice in many])
     bare_choices = [choice for c, many in zip(contexts, choices, strict=True) if not c for choice in many]
@@ -58,10 +57,10 @@ def _encode_part(
     # Heads and tails as stretches of one array: contexts, then contexts with choices, choices alone, the prefix token.
     pool = np.concatenate((context.ids, whole.ids, alone.ids, [encoder.prefix or 0])).astype(np.int32)
     at_whole, at_alone, at_prefix = np.cumsum([len(context.ids), len(whole.ids), len(alone.ids)])
-    head, head_size = context.starts[:-1][owners], context.sizes[owners]
+    head, head_size = context.starts[owners], context.sizes[owners]
     tail, tail_size = np.empty_like(head), np.empty_like(head)
-    tail[written], tail_size[written] = at_whole + whole.starts[:-1], whole.sizes
-    tail[~written], tail_size[~written] = at_alone + alone.starts[:-1], alone.sizes
+    tail[written], tail_size[written] = at_whole + whole.starts, whole.sizes
+    tail[~written], tail_size[~written] = at_alone + alone.starts, alone.sizes
     given = np.where(written, head_size, (tail_size > 0) & (pool[tail] == pool[-1]))  # tokens that are the head's
     tail, tail_size = tail + given, tail_size - given
     bare = ~written | (head_size == 0)
@@ -79,83 +78,62 @@ def _encode_part(
     excess = np.maximum(0, head_size + tail_size - (max_length + 1))
     stretches = np.stack((head + excess, tail), axis=1).ravel()
     sizes = np.stack((head_size - excess, tail_size), axis=1).ravel()
-    sequences = Sequences(
-        token_ids=pool[stretched(stretches, sizes)],
-        starts=np.concatenate(([0], np.cumsum(sizes)[1::2])).astype(np.int64),
-        predicted=tail_size.astype(np.int32),
-        questions=(first + owners).astype(np.int32),
-    )
-    return sequences, len(np.unique(owners[excess > 0]))
+    starts = np.concatenate(([0], np.cumsum(sizes)[1::2])).astype(np.int64)
+    predicted, numbers = tail_size.astype(np.int32), (first + owners).astype(np.int32)
+    sequences = Sequences(pool[stretched(stretches, sizes)], starts, predicted, numbers)
+    return Encoded(sequences, len(np.unique(owners[excess > 0])))
 
 
 def max_input_length(config: Any, tokenizer: Any) -> int:
     """The most tokens a model reads, from its configuration, else from its tokenizer, else 2,048 (lm-eval's order)."""
     config = getattr(config, "text_config", None) or config
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return int(value)
+        if getattr(config, name, None) is not None:
+            return int(getattr(config, name))
     value = getattr(tokenizer, "model_max_length", None)
     return int(value) if value is not None and value < 10**18 else 2048
 
 
-def _split(question: Question) -> tuple[str, list[str]]:
-    """Context and continuations, with white space at the context's end moved to the continuations."""
-    context = question.context.rstrip()
-    moved = question.context[len(context) :] + question.delimiter
-    return context, [moved + choice for choice in question.choices]
-
-
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    """Texts' token ids one after another, the start of each (and the end), and the number of tokens of each."""
+class _Tokens(NamedTuple):
+    """The token ids of texts, one text after another, and each text's first index and number of tokens."""
 
     ids: Ints
     starts: Longs
-
-    @property
-    def sizes(self) -> Longs:
-        return np.diff(self.starts)
+    sizes: Longs
 
 
 class _Encoder:
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, kind, fast = tokenizer, type(tokenizer), PreTrainedTokenizerFast
+        # whether the tokenizer is only transformers' own code around a compiled tokenizer of `tokenizers`
+        self._is_shell = isinstance(tokenizer, fast) and kind.__call__ is fast.__call__
+        self._is_shell &= getattr(kind, "_encode_plus", None) is getattr(fast, "_encode_plus", kind)
         prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        self.prefix: int | None = prefix  # what stands for an empty context
+        self.prefix: int | None = prefix  # stands for an empty context
         self._bos_text: str | None = tokenizer.decode(prefix) if prefix is not None else None
 
     def texts(self, texts: Sequence[str], special: bool = True) -> _Tokens:
-        """Token ids of each text, with the tokenizer's default special tokens if `special` and BOS is not written."""
+        """Token ids of each text. `special` adds the default special tokens to texts that do not begin with BOS."""
         out: list[list[int]] = [[] for _ in texts]
         plain = [not special or (self._bos_text is not None and t.startswith(self._bos_text)) for t in texts]
         for is_plain, extra in ((False, {}), (True, {"add_special_tokens": False})):
             chosen = [i for i in range(len(texts)) if plain[i] == is_plain]
-            if chosen:
-                for i, ids in zip(chosen, self._ids([texts[i] for i in chosen], extra), strict=True):
-                    out[i] = ids
-        starts = np.cumsum([0, *map(len, out)]).astype(np.int64)
-        return _Tokens(np.fromiter(itertools.chain.from_iterable(out), np.int32, int(starts[-1])), starts)
+            for i, ids in zip(chosen, self._ids([texts[i] for i in chosen], extra), strict=True):
+                out[i] = ids
+        sizes = np.array([len(ids) for ids in out], dtype=np.int64)
+        flat = np.fromiter(itertools.chain.from_iterable(out), np.int32, int(sizes.sum()))
+        return _Tokens(flat, np.cumsum(sizes) - sizes, sizes)
 
     def _ids(self, texts: list[str], extra: dict[str, bool]) -> list[list[int]]:
         """The tokenizer's ids. Skips a thin shell around a compiled tokenizer, for speed."""
-        if not _is_shell(self._tokenizer):
-            return self._called(texts, extra)
-        self._called(texts[:1], extra)  # which turns truncation and padding off in the compiled one
+        if not texts or not self._is_shell:
+            return tokenize(self._tokenizer, texts, **extra)
+        tokenize(self._tokenizer, texts[:1], **extra)  # turns truncation and padding off in the compiled tokenizer
         compiled = self._tokenizer.backend_tokenizer
         return [one.ids for one in compiled.encode_batch_fast(texts, **({"add_special_tokens": True} | extra))]
 
-    def _called(self, texts: list[str], extra: dict[str, bool]) -> list[list[int]]:
-        batch = self._tokenizer(texts, return_attention_mask=False, verbose=False, **extra)
-        ids: list[list[int]] = batch["input_ids"]
-        return ids
 
-
-def _is_shell(tokenizer: Any) -> bool:
-    """Whether calling a tokenizer only passes through `transformers`' own code to a compiled one of `tokenizers`."""
-    kind = type(tokenizer)
-    return (
-        isinstance(tokenizer, PreTrainedTokenizerFast)
-        and kind.__call__ is PreTrainedTokenizerFast.__call__
-        and getattr(kind, "_encode_plus", None) is getattr(PreTrainedTokenizerFast, "_encode_plus", kind)
-    )
+def tokenize(tokenizer: Any, texts: list[str], **options: bool) -> list[list[int]]:
+    """The token ids of each text."""
+    batch = tokenizer(texts, return_attention_mask=False, verbose=False, **options) if texts else {"input_ids": []}
+    return list(batch["input_ids"])

@@ -10,33 +10,27 @@ from cecompile.workload.pack import MIN_SHARED, fill_rows, split_items
 from cecompile.workload.sequences import Longs, Sequences, shared_prefixes, stretched
 from cecompile.workload.tree import TreeLayout, lay_out
 
-BLOCK = 128  # row lengths are multiples of it
+BLOCK = 128  # row lengths are multiples of this
 DENSE_ROW = (512, 1024)  # shortest and longest row of dense attention, where the sequences leave the choice
 MAX_BUCKETS = 4
-ROWS_AT_ONCE = 512  # that are laid out together, which bounds the memory taken besides the result
+ROWS_AT_ONCE = 512  # rows that are laid out together; bounds the memory taken besides the result
 ROOM = 1.25  # readouts of buckets for later windows, relative to the first window's
 ENOUGH_FILL = 1.03  # slots per useful token below which a further bucket shape is not worth its compilation
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The shape to plan for.
-
-    Attributes:
-        rows, length: the largest bucket's shape, in rows and tokens a row.
-        readout_chunk: readouts are padded to a multiple of this.
-        blocks: whether passes carry the tile index of a block-sparse mask.
-    """
+    """The shape to plan for: the largest bucket has `rows` rows of `length` tokens."""
 
     rows: int
     length: int
-    readout_chunk: int
-    blocks: bool
+    readout_chunk: int  # readouts are padded to a multiple of this
+    blocks: bool  # whether passes carry the tile index of a block-sparse mask
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A fixed shape: `rows` x `length` tokens with `readouts` readouts. One compiled, captured pass each."""
+    """A fixed shape: `rows` x `length` tokens with `readouts` readouts, compiled and captured once."""
 
     rows: int
     length: int
@@ -47,13 +41,13 @@ class Bucket:
         return self.rows * self.length
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, int]:
         return self.rows, self.length
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One run of a bucket, the first rows of which are in use."""
+    """One run of a bucket, of which the first rows are in use."""
 
     bucket: int
     rows: tuple[TreeLayout, ...]
@@ -61,43 +55,33 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All passes, and the counts that say how good they are.
-
-    Attributes:
-        buckets: the shapes used, largest first.
-        passes: in the order they run, largest bucket first.
-        useful_tokens: nodes in all rows.
-        unshared_tokens: of one padding-free sequence per choice.
-        question_tree_tokens: nodes of a prefix tree per question.
-        prefix_tree_tokens: nodes of one prefix tree over the whole dataset, the floor.
-        decoding: the shape of the decoder for answers that leave their tree; None where nothing is answered.
-    """
+    """All passes, and the counts that measure their quality."""
 
     geometry: Geometry
-    buckets: tuple[Bucket, ...]
-    passes: tuple[Pass, ...]
-    useful_tokens: int
-    unshared_tokens: int
-    question_tree_tokens: int
-    prefix_tree_tokens: int
-    decoding: DecodeShape | None = None
+    buckets: tuple[Bucket, ...]  # the shapes used, largest first
+    passes: tuple[Pass, ...]  # in the order in which they run, largest bucket first
+    useful_tokens: int  # nodes in all rows
+    unshared_tokens: int  # input tokens of all sequences, without sharing and padding
+    question_tree_tokens: int  # nodes of a prefix tree per question
+    prefix_tree_tokens: int  # nodes of one prefix tree over the whole dataset, the floor
+    decoding: DecodeShape | None = None  # for answers that leave their tree; None where nothing is answered
 
     @property
     def compiled(self) -> tuple[Bucket | DecodeShape, ...]:
-        """Everything that is compiled for this plan."""
+        """The shapes to compile for this plan."""
         return self.buckets if self.decoding is None else (*self.buckets, self.decoding)
 
     @property
     def slots(self) -> int:
-        """Token slots of all passes, used or padded."""
+        """The number of token slots in all passes, used or padded."""
         return sum(self.buckets[p.bucket].slots for p in self.passes)
 
     def runs(self, bucket: int) -> int:
-        """How many passes use a bucket."""
+        """The number of passes that use a bucket."""
         return sum(p.bucket == bucket for p in self.passes)
 
     def useful_tokens_of(self, bucket: int) -> int:
-        """Nodes in the rows of a bucket's passes."""
+        """The number of nodes in the rows of a bucket's passes."""
         return sum(len(row.token_ids) for p in self.passes if p.bucket == bucket for row in p.rows)
 
 
@@ -107,21 +91,20 @@ def choose_geometry(
     """The largest bucket's shape.
 
     Args:
-        longest: inputs of the longest sequence; a row always holds as many.
-        tokens_per_bucket: about how many slots a bucket has.
+        longest: the longest sequence's number of inputs; a row always holds as many.
+        tokens_per_bucket: the approximate number of a bucket's slots.
         blocks: attention skips empty tiles, so one row as long as the bucket packs best. Without, attention is dense:
             longer rows cost more, shorter rows share less. Then a row is an eighth of the bucket, within DENSE_ROW, or
-            longer where that pays.
+            longer if a longer row costs less per token.
         shared: tokens that neighbouring questions typically share; every row computes them once.
-        key_cost: cost of a token looking at one more key, relative to all other cost of a token.
+        key_cost: the cost of a token's attention to one more key, relative to all other cost of a token.
     """
     least = -(-longest // BLOCK) * BLOCK
     budget = max(BLOCK, tokens_per_bucket // BLOCK * BLOCK)
-    shortest, longest_dense = DENSE_ROW
-    dense = min(max(budget // 8 // BLOCK * BLOCK, shortest), longest_dense)
-    length = max(least, budget if blocks else min(dense, budget))
+    length = max(least, budget)
     if not blocks:
-        longer = range(length, max(length, budget) + 1, BLOCK)
+        dense = min(max(budget // 8 // BLOCK * BLOCK, DENSE_ROW[0]), DENSE_ROW[1], budget)
+        longer = range(max(least, dense), length + 1, BLOCK)
         length = min(longer, key=lambda n: n / max(1, n - shared) * (1 + key_cost * n))
     return Geometry(max(1, budget // length), length, readout_chunk, blocks)
 
@@ -134,10 +117,10 @@ def make_plan(
 
     Args:
         sequences: at least one.
-        order: the sequences', where it is known already.
-        all_buckets: include all buckets of `every_bucket`, used or not, as warmed up for data not yet seen.
-        buckets: of an earlier plan of this geometry. The plan includes them, used or not, with more readouts where it
-            needs more, and adds a shape only for rows that none of them holds.
+        order: the sequences' order, where known already.
+        all_buckets: include all buckets of `every_bucket`, used or not, to warm up for data not yet seen.
+        buckets: the buckets of an earlier plan of this geometry. The plan includes all of them, with more readouts
+            where needed, and adds a shape only for rows that are longer than all buckets'.
         boundary: sequences of more inputs than this share no tokens and no pass with the others.
 
     Raises:
@@ -146,35 +129,33 @@ def make_plan(
     if sequences.input_lengths.max() > geometry.length:
         raise ValueError(f"a sequence of {sequences.input_lengths.max()} tokens in rows of {geometry.length}")
     order = order or sort_sequences(sequences)
-    shapes: Shaped = []
+    shaped: Shaped = []
     for side in [order] if boundary is None else order.sides(sequences, boundary):
         items = split_items(sequences, side, geometry.length)
         filled = fill_rows(items, geometry.length)
         parts = (filled[at : at + ROWS_AT_ONCE] for at in range(0, len(filled), ROWS_AT_ONCE))
         rows = [row for part in parts for row in _rows(sequences, side, items.start, part)]
         rows.sort(key=lambda row: -len(row.token_ids))
-        shapes += _cover_as_before(rows, geometry, buckets) if buckets else _cover(rows, geometry)
-    buckets, passes = _passes(shapes, geometry, every_bucket(geometry) if all_buckets else buckets)
-    new_question = np.diff(sequences.questions[order.sequence], prepend=-1) != 0
-    lengths = sequences.input_lengths
-    return Plan(
-        geometry,
-        buckets,
-        passes,
-        useful_tokens=sum(len(row.token_ids) for one in passes for row in one.rows),
-        unshared_tokens=int(lengths.sum()),
-        question_tree_tokens=int(lengths.sum() - order.shared[~new_question].sum()),
-        prefix_tree_tokens=order.prefix_tree_tokens,
-    )
+        shaped += _cover(rows, geometry, buckets)
+    readouts = {b.shape: b.readouts for b in (every_bucket(geometry) if all_buckets else buckets)}
+    for shape, part in shaped:
+        readouts[shape] = max(readouts.get(shape, 1), sum(len(row.position) for row in part))
+    shapes = sorted(readouts, key=lambda s: (-s[0] * s[1], s))
+    buckets = tuple(Bucket(*shape, _padded(readouts[shape], geometry)) for shape in shapes)
+    passes = tuple(sorted((Pass(shapes.index(shape), part) for shape, part in shaped), key=lambda p: p.bucket))
+    same_question = np.diff(sequences.questions[order.sequence], prepend=-1) == 0
+    useful = sum(len(row.token_ids) for one in passes for row in one.rows)
+    unshared = int(sequences.input_lengths.sum())
+    in_question_trees = unshared - int(order.shared[same_question].sum())
+    return Plan(geometry, buckets, passes, useful, unshared, in_question_trees, order.prefix_tree_tokens)
 
 
 def _rows(sequences: Sequences, order: Order, start: Longs, filled: list[list[int]]) -> list[TreeLayout]:
-    """Rows of trees over each row's items; items that share fewer than MIN_SHARED tokens stay apart."""
+    """Lays out rows of trees over each row's items. Items that share fewer than MIN_SHARED tokens stay apart."""
     items = np.concatenate([np.array(row, dtype=np.int64) for row in filled])
     sizes = start[items + 1] - start[items]
     places = stretched(start[items], sizes)
-    members = order.sequence[places]
-    shared = order.shared[places]
+    members, shared = order.sequence[places], order.shared[places]
     heads = np.cumsum(sizes) - sizes  # each item's first place
     shared[heads[1:]] = shared_prefixes(sequences, members[heads[1:] - 1], members[heads[1:]])
     shared[heads] = np.where(shared[heads] < MIN_SHARED, 0, shared[heads])
@@ -186,8 +167,16 @@ def _rows(sequences: Sequences, order: Order, start: Longs, filled: list[list[in
 Shaped = list[tuple[tuple[int, int], tuple[TreeLayout, ...]]]  # ((rows, length), the rows in use) of each pass
 
 
-def _cover(rows: list[TreeLayout], geometry: Geometry) -> Shaped:
-    """Passes over rows, fullest first, with the fewest shapes whose padding is small, else with the least padding."""
+def _cover(rows: list[TreeLayout], geometry: Geometry, buckets: tuple[Bucket, ...]) -> Shaped:
+    """Passes over rows, fullest first, in the shapes of `buckets`; for longer rows, in the geometry's shape too.
+
+    Without `buckets`, the passes have the fewest shapes whose padding is small, else the shapes of least padding.
+    """
+    if buckets:
+        shapes = [b.shape for b in buckets]
+        if len(rows[0].token_ids) > max(length for _, length in shapes):
+            shapes.insert(0, (geometry.rows, geometry.length))
+        return _cover_with(rows, shapes)
     useful = sum(len(r.token_ids) for r in rows)
     shapes = ladder(geometry)
     candidates = [_cover_with(rows, shapes[: n + 1]) for n in range(len(shapes))]
@@ -198,22 +187,13 @@ def _cover(rows: list[TreeLayout], geometry: Geometry) -> Shaped:
     return candidates[slots.index(min(slots))]
 
 
-def _cover_as_before(rows: list[TreeLayout], geometry: Geometry, buckets: tuple[Bucket, ...]) -> Shaped:
-    """Passes over all rows in the shapes of these buckets; for a row too long for them, the geometry's shape too."""
-    shapes = [(b.rows, b.length) for b in buckets]
-    if len(rows[0].token_ids) > max(length for _, length in shapes):
-        shapes.insert(0, (geometry.rows, geometry.length))
-    return _cover_with(rows, shapes)
-
-
 def with_room(plan: Plan, known: tuple[Bucket, ...]) -> Plan:
     """The plan with more readouts in buckets not `known` already, so that a later plan can use the same buckets."""
     most = {b.shape: b.readouts for b in every_bucket(plan.geometry)}
-    chunk = plan.geometry.readout_chunk
 
     def roomy(bucket: Bucket) -> Bucket:
-        wanted = -(-int(ROOM * bucket.readouts) // chunk) * chunk
-        return replace(bucket, readouts=max(bucket.readouts, min(wanted, most[bucket.shape])))
+        wanted = min(_padded(int(ROOM * bucket.readouts), plan.geometry), most[bucket.shape])
+        return replace(bucket, readouts=max(bucket.readouts, wanted))
 
     return replace(plan, buckets=tuple(b if b in known else roomy(b) for b in plan.buckets))
 
@@ -232,12 +212,15 @@ def ladder(geometry: Geometry) -> list[tuple[int, int]]:
 
 def every_bucket(geometry: Geometry) -> tuple[Bucket, ...]:
     """All buckets that a plan of this geometry may use, with a readout for every slot."""
-    chunk = geometry.readout_chunk
-    return tuple(Bucket(r, n, -(-r * n // chunk) * chunk) for r, n in ladder(geometry))
+    return tuple(Bucket(r, n, _padded(r * n, geometry)) for r, n in ladder(geometry))
+
+
+def _padded(readouts: int, geometry: Geometry) -> int:
+    return -(-readouts // geometry.readout_chunk) * geometry.readout_chunk
 
 
 def _cover_with(rows: list[TreeLayout], shapes: list[tuple[int, int]]) -> Shaped:
-    """The cover of least padding, then of fewest passes, by dynamic programming over rows sorted fullest first."""
+    """The passes of least padding, then the fewest, by dynamic programming over rows sorted fullest first."""
     best = [(0, 0, shapes[0])] * (len(rows) + 1)  # of rows[at:]: slots, passes, and the first pass's shape
     for at in reversed(range(len(rows))):
         options = []
@@ -253,17 +236,3 @@ def _cover_with(rows: list[TreeLayout], shapes: list[tuple[int, int]]) -> Shaped
         out.append((shape, tuple(rows[at : at + shape[0]])))
         at += shape[0]
     return out
-
-
-def _passes(
-    shaped: Shaped, geometry: Geometry, known: tuple[Bucket, ...]
-) -> tuple[tuple[Bucket, ...], tuple[Pass, ...]]:
-    readouts = {(b.rows, b.length): b.readouts for b in known}
-    for shape, rows in shaped:
-        readouts[shape] = max(readouts.get(shape, 1), sum(len(r.position) for r in rows))
-    shapes = sorted(readouts, key=lambda s: (-s[0] * s[1], s))
-    chunk = geometry.readout_chunk
-    buckets = tuple(Bucket(*shape, -(-readouts[shape] // chunk) * chunk) for shape in shapes)
-    index = {shape: i for i, shape in enumerate(shapes)}
-    passes = sorted((Pass(index[shape], rows) for shape, rows in shaped), key=lambda p: p.bucket)
-    return buckets, tuple(passes)

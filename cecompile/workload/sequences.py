@@ -20,7 +20,7 @@ class Sequences:
     Attributes:
         token_ids: (tokens,) all sequences one after another.
         starts: (n + 1,) where each sequence begins; the last entry is the number of tokens.
-        predicted: (n,) how many tokens at the end of each sequence are predicted; at least 1, less than its length.
+        predicted: (n,) the number of predicted tokens at each sequence's end; at least 1, less than the length.
         questions: (n,) the question each sequence belongs to, ascending.
     """
 
@@ -33,26 +33,18 @@ class Sequences:
     def of(cls, tokens: Iterable[Any], predicted: Sequence[int], questions: Sequence[int]) -> "Sequences":
         """Sequences from n >= 1 lists or arrays of tokens; for `predicted` and `questions` see above."""
         flat = [np.asarray(one, dtype=np.int32) for one in tokens]
-        return cls(
-            token_ids=np.concatenate(flat),
-            starts=np.cumsum([0] + [len(one) for one in flat]).astype(np.int64),
-            predicted=np.array(predicted, dtype=np.int32),
-            questions=np.array(questions, dtype=np.int32),
-        )
+        starts = np.cumsum([0, *map(len, flat)]).astype(np.int64)
+        return cls(np.concatenate(flat), starts, np.array(predicted, np.int32), np.array(questions, np.int32))
 
     @classmethod
     def joined(cls, parts: Sequence["Sequences"]) -> "Sequences":
         """The sequences of all parts, at least one. The questions are numbered throughout the parts."""
         if len(parts) == 1:
             return parts[0]
-        offsets = np.cumsum([0] + [len(part.token_ids) for part in parts])
-        starts = [part.starts[:-1] + at for part, at in zip(parts, offsets[:-1], strict=True)]
-        return cls(
-            token_ids=np.concatenate([part.token_ids for part in parts]),
-            starts=np.concatenate([*starts, offsets[-1:]]),
-            predicted=np.concatenate([part.predicted for part in parts]),
-            questions=np.concatenate([part.questions for part in parts]),
-        )
+        starts = np.cumsum(np.concatenate([[0], *(np.diff(part.starts) for part in parts)]))
+        flat = ((part.token_ids, part.predicted, part.questions) for part in parts)
+        token_ids, predicted, questions = map(np.concatenate, zip(*flat, strict=True))
+        return cls(token_ids, starts, predicted, questions)
 
     def __len__(self) -> int:
         return len(self.predicted)
@@ -64,7 +56,7 @@ class Sequences:
 
     @property
     def longest_prompt(self) -> int:
-        """The most tokens that a sequence has before the predicted ones."""
+        """The most tokens that a sequence has before its predicted tokens."""
         return int((self.input_lengths - self.predicted).max()) + 1
 
     def inputs(self, i: int) -> Ints:
@@ -77,29 +69,22 @@ class Sequences:
 
 
 def stretched(starts: Longs, sizes: Longs) -> Longs:
-    """The indices starts[k], starts[k] + 1, ... of `sizes[k]` elements each, one stretch after another."""
+    """The indices starts[k], ..., starts[k] + sizes[k] - 1 for every k, one stretch after another."""
     before = np.cumsum(sizes) - sizes
     return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))
 
 
 def shared_prefixes(sequences: Sequences, left: Longs, right: Longs) -> Longs:
     """(len(left),) the length of the common prefix of the inputs of `left[k]` and `right[k]`, for every k."""
+    token_ids, starts = sequences.token_ids, sequences.starts
     lengths = np.minimum(sequences.input_lengths[left], sequences.input_lengths[right])
-    out = np.empty(len(left), dtype=np.int64)
+    out = np.zeros(len(left), dtype=np.int64)
     batch = np.cumsum(lengths) // (1 << 21)  # of about two million tokens, which bounds the index arrays below
-    for part in np.split(np.arange(len(left)), np.flatnonzero(np.diff(batch)) + 1):
-        left_starts, right_starts = sequences.starts[left[part]], sequences.starts[right[part]]
-        out[part] = _common(sequences.token_ids, left_starts, right_starts, lengths[part])
-    return out
-
-
-def _common(token_ids: Ints, left: Longs, right: Longs, lengths: Longs) -> Longs:
-    """Common prefix lengths of token_ids[left[k]:][:lengths[k]] and token_ids[right[k]:][:lengths[k]]."""
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-    same = token_ids[np.repeat(left, lengths) + within] == token_ids[np.repeat(right, lengths) + within]
-    first_difference = np.where(same, np.repeat(lengths, lengths), within)
-    out = np.zeros(len(lengths), dtype=np.int64)
-    some = lengths > 0
-    out[some] = np.minimum.reduceat(first_difference, offsets[:-1][some]) if some.any() else 0
+    for part in np.split(np.flatnonzero(lengths), np.flatnonzero(np.diff(batch[lengths > 0])) + 1):
+        sizes = lengths[part]
+        ends = np.cumsum(sizes)
+        same = token_ids[stretched(starts[left[part]], sizes)] == token_ids[stretched(starts[right[part]], sizes)]
+        first_difference = np.where(same, np.repeat(ends, sizes), np.arange(len(same)))
+        begins = ends - sizes
+        out[part] = np.minimum.reduceat(first_difference, begins) - begins if len(part) else 0
     return out

@@ -1,5 +1,7 @@
 """Turns a pass into one flat array of int32, to be copied into a bucket's static buffer at once."""
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,31 +20,22 @@ Array = TypeVar("Array", bound=Any)
 
 @dataclass(frozen=True, slots=True)
 class StagedPass:
-    """A pass's input, and the meaning of its output.
+    """A pass's input, and the meaning of its output."""
 
-    Attributes:
-        bucket: index into the plan's buckets.
-        data: (n,) int32, the parts that `fields` names, one after another.
-        choice: (predictions,) the sequence that a predicted token belongs to.
-        entry: (predictions,) the predicted token's index among the readouts' targets, flattened.
-        target: (predictions,) the predicted token.
-        tokens: slots in use.
-    """
-
-    bucket: int
-    data: Ints
-    choice: Ints
-    entry: Ints
-    target: Ints
-    tokens: int
+    bucket: int  # index into the plan's buckets
+    data: Ints  # (n,) the parts that `fields` names, one after another
+    choice: Ints  # (predictions,) the sequence that a predicted token belongs to
+    entry: Ints  # (predictions,) the predicted token's index among the readouts' targets, flattened
+    target: Ints  # (predictions,) the predicted token
+    tokens: int  # slots in use
 
 
 def fields(bucket: Bucket, blocks: bool) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each part of a pass's data, in order.
+    """The name and shape of each part of a pass's data, in order.
 
-    token_ids, depth, end: (rows, length), per slot; `end` counts from the row's first slot. A padded slot is a tree of
-    its own. position: (readouts,), counting slots over all rows. target: (readouts, TARGETS). With `blocks`, for each
-    row and tile of queries, the tiles of keys to look at: `full_*` without hidden pairs, `partial_*` with some, and
+    token_ids, depth, end: (rows, length), per slot; `end` counts from the row's first slot. A padded slot is its own
+    tree. position: (readouts,), counting slots over all rows. target: (readouts, TARGETS). With `blocks`, each row and
+    tile of queries has lists of the tiles of keys to look at: `full_*` without hidden pairs, `partial_*` with some, and
     `any_*` both, for masks that hide more.
     """
     slots, tiles = (bucket.rows, bucket.length), bucket.length // TILE
@@ -56,24 +49,19 @@ def fields(bucket: Bucket, blocks: bool) -> dict[str, tuple[int, ...]]:
 
 def views(data: Array, bucket: Bucket, blocks: bool) -> dict[str, Array]:
     """`data` (a flat NumPy array or torch tensor) as its named parts, sharing memory."""
-    out: dict[str, Array] = {}
-    at = 0
-    for name, shape in fields(bucket, blocks).items():
-        size = int(np.prod(shape))
-        out[name] = data[at : at + size].reshape(shape)
-        at += size
-    return out
+    shapes = fields(bucket, blocks)
+    bounds = itertools.pairwise(itertools.accumulate(map(math.prod, shapes.values()), initial=0))
+    return {name: data[at:end].reshape(shapes[name]) for name, (at, end) in zip(shapes, bounds, strict=True)}
 
 
 def data_size(bucket: Bucket, blocks: bool) -> int:
     """The number of int32 values in a pass's data."""
-    return sum(int(np.prod(shape)) for shape in fields(bucket, blocks).values())
+    return sum(map(math.prod, fields(bucket, blocks).values()))
 
 
 def stage_all(plan: Plan) -> Iterator[StagedPass]:
-    """Every pass of the plan, in order."""
-    for one in plan.passes:
-        yield stage(one, plan.buckets[one.bucket], plan.geometry.blocks)
+    """Every pass of the plan, staged when asked for, in order."""
+    return (stage(one, plan.buckets[one.bucket], plan.geometry.blocks) for one in plan.passes)
 
 
 def stage(one: Pass, bucket: Bucket, blocks: bool) -> StagedPass:
@@ -81,10 +69,8 @@ def stage(one: Pass, bucket: Bucket, blocks: bool) -> StagedPass:
     data = empty_pass(bucket, blocks)
     part = views(data, bucket, blocks)
     for r, layout in enumerate(one.rows):
-        used = len(layout.token_ids)
-        part["token_ids"][r, :used] = layout.token_ids
-        part["depth"][r, :used] = layout.depth
-        part["end"][r, :used] = layout.end
+        for name in ("token_ids", "depth", "end"):
+            part[name][r, : len(layout.token_ids)] = getattr(layout, name)
     position = np.concatenate([row.position + r * bucket.length for r, row in enumerate(one.rows)])
     target = np.concatenate([row.target for row in one.rows])
     first_readout = np.cumsum([0] + [len(row.position) for row in one.rows[:-1]])
@@ -93,18 +79,13 @@ def stage(one: Pass, bucket: Bucket, blocks: bool) -> StagedPass:
     part["target"][: len(target)] = target
     if blocks:
         _index_tiles(part)
-    return StagedPass(
-        bucket=one.bucket,
-        data=data,
-        choice=np.concatenate([row.choice for row in one.rows]),
-        entry=entry.astype(np.int32),
-        target=target.reshape(-1)[entry],
-        tokens=sum(len(row.token_ids) for row in one.rows),
-    )
+    choice = np.concatenate([row.choice for row in one.rows])
+    tokens = sum(len(row.token_ids) for row in one.rows)
+    return StagedPass(one.bucket, data, choice, entry.astype(np.int32), target.reshape(-1)[entry], tokens)
 
 
 def empty_pass(bucket: Bucket, blocks: bool) -> Ints:
-    """The data of a pass with nothing in it: every slot is padding, every readout reads slot 0."""
+    """The data of an empty pass: every slot is padding, and every readout reads slot 0."""
     data = np.zeros(data_size(bucket, blocks), dtype=np.int32)
     part = views(data, bucket, blocks)
     part["end"][:] = np.arange(1, bucket.length + 1)
@@ -116,10 +97,10 @@ def empty_pass(bucket: Bucket, blocks: bool) -> Ints:
 def _index_tiles(part: dict[str, Ints]) -> None:
     """Fills in the tiles of keys that each tile of queries looks at.
 
-    A query tile looks at a key tile before it or the same iff the subtree of one of the keys reaches into the query
+    A query tile looks at an earlier or the same key tile iff the subtree of one of the keys reaches into the query
     tile. The key tile is wholly visible iff the subtrees of all its keys reach past the last query.
     """
-    end = part["end"].reshape(part["end"].shape[0], -1, TILE)  # (rows, tiles, TILE)
+    end = part["end"].reshape(len(part["end"]), -1, TILE)  # (rows, tiles, TILE)
     tiles = end.shape[1]
     first = np.arange(tiles) * TILE
     farthest, nearest = end.max(axis=2), end.min(axis=2)
@@ -137,7 +118,7 @@ class StagedPlan:
 
     Attributes:
         geometry, buckets, decoding: the plan's.
-        sequences, staged: the work, of which warm-up checks a few sequences; None and empty while unknown.
+        sequences, staged: the work; warm-up checks a few of the sequences. None and empty while unknown.
     """
 
     geometry: Geometry
@@ -153,10 +134,10 @@ class StagedPlan:
 
     @property
     def compiled(self) -> tuple[Bucket | DecodeShape, ...]:
-        """Everything to compile."""
+        """The shapes to compile."""
         return self.buckets if self.decoding is None else (*self.buckets, self.decoding)
 
     @property
     def steps(self) -> int:
-        """The number of fixed shapes to compile."""
+        """The number of compilations: one per bucket, and one per size of a decoding step."""
         return len(self.buckets) + (0 if self.decoding is None else len(self.decoding.step_tokens))

@@ -1,4 +1,4 @@
-"""Counts of a run in windows of the questions, each of which has a plan of its own."""
+"""Counts of a run in windows of the questions. Each window has its own plan."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ class Totals:
 
     Attributes:
         geometry, decoding: the last plan's.
-        bucket_counts: for each bucket, how often it runs, and the nodes in the rows of its passes.
-        useful_tokens, unshared_tokens, question_tree_tokens, prefix_tree_tokens: sums of the plans' own.
-        windows: how many plans.
+        bucket_counts: for each bucket, the number of its passes, and of the nodes in their rows.
+        useful_tokens, unshared_tokens, question_tree_tokens, prefix_tree_tokens: sums over the plans.
+        windows: the number of plans.
     """
 
     geometry: Geometry

@@ -18,7 +18,7 @@ TARGETS = 4  # tokens that one readout looks up, so that the model's head runs o
 class TreeLayout:
     """Trees side by side in preorder, and where their sequences are read out.
 
-    A readout is a node and up to TARGETS tokens that may follow it; a node with more has several readouts.
+    A readout is a node and up to TARGETS tokens that may follow. A node with more such tokens has several readouts.
 
     Attributes:
         token_ids, depth, end: (tokens,) per node. `end` counts from the layout's first token.
@@ -43,9 +43,9 @@ def lay_out(sequences: Sequences, members: Longs, shared: Longs, rows: Longs) ->
     Args:
         sequences: all sequences.
         members: (m,) the sequences to lay out, in order.
-        shared: (m,) leading nodes that each member takes over from the one before, at most their common prefix; 0
+        shared: (m,) leading nodes that each member takes over from the member before, at most their common prefix; 0
             begins a new tree.
-        rows: (r,) the member at which each row begins, ascending from 0; such a member takes over nothing.
+        rows: (r,) the member at which each row begins, ascending from 0; this member takes over nothing.
 
     Returns:
         Each row's nodes in preorder, with the readouts of one member after another.
@@ -75,19 +75,17 @@ def lay_out(sequences: Sequences, members: Longs, shared: Longs, rows: Longs) ->
     first_readout = np.searchsorted(position, first_in_row)
     entry -= np.repeat(TARGETS * first_readout[:-1], np.diff(first_prediction))
     position -= first_in_row[:-1][row_of_node[position]]
-    nodes = [part.astype(np.int32) for part in (token_ids, depth, end)]
-    readouts = [position.astype(np.int32), target]
-    predictions = [members[reading].astype(np.int32), entry.astype(np.int32)]
-    bounds = (first_in_row.tolist(), first_readout.tolist(), first_prediction.tolist())
-    out = []
-    for r in range(len(rows)):
-        n, o, p = (slice(bound[r], bound[r + 1]) for bound in bounds)
-        out.append(TreeLayout(*(x[n] for x in nodes), *(x[o] for x in readouts), *(x[p] for x in predictions)))
-    return out
+    parts = [
+        *((values, first_in_row) for values in (token_ids, depth, end)),
+        *((values, first_readout) for values in (position, target)),
+        *((values, first_prediction) for values in (members[reading], entry)),
+    ]
+    by_row = [np.split(values.astype(np.int32), bounds[1:-1]) for values, bounds in parts]
+    return [TreeLayout(*row) for row in zip(*by_row, strict=True)]
 
 
 def _nearest_shallower(shared: Longs) -> tuple[Longs, Longs]:
-    """For each member, the nearest one before and the nearest one after that take over fewer nodes."""
+    """For each member, the nearest member before, and after, that takes over fewer nodes."""
     values = shared.tolist()
     before, after = [0] * len(values), [len(values)] * len(values)
     rising: list[int] = []  # members whose `after` is not known yet, with rising values
@@ -102,7 +100,7 @@ def _nearest_shallower(shared: Longs) -> tuple[Longs, Longs]:
 
 
 def _follow(step: Longs, shared: Longs, member: Longs, depth: Longs) -> Longs:
-    """Moves from each member by `step` until one takes over no node as deep as `depth`."""
+    """Moves from each member by `step` until a member takes over no node as deep as `depth`."""
     member = member.copy()
     moving = np.flatnonzero(shared[member] > depth)
     while len(moving):
