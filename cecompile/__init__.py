@@ -15,17 +15,9 @@ if TYPE_CHECKING:
     from cecompile.tasks.read import read_questions
 
 __all__ = [
-    "Answer",
-    "Answerer",
-    "Answers",
-    "ChatQuestion",
-    "Evaluation",
-    "Question",
-    "Scorer",
-    "Scores",
-    "evaluate",
+    "Answer", "Answerer", "Answers", "ChatQuestion", "Evaluation", "Question", "Scorer", "Scores", "evaluate",
     "read_questions",
-]
+]  # fmt: skip
 
 _HOMES = {
     "Answer": "cecompile.run.answerer",

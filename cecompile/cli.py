@@ -140,20 +140,10 @@ def eval_command(
     model = _model(how, dataset.task, ranks)
     with progress_bars(Console(stderr=True, force_terminal=False if ranks.rank else None)) as progress:
         evaluation = evaluate(
-            model,
-            dataset.questions,
-            task=dataset.task,
-            data=name,
-            headline=headline,
-            clock=clock,
-            progress=progress,
-            repeat=repeat,
-            output=output,
-            journal=journal,
-            report=report,
-            baseline=compared,
+            model, dataset.questions, task=dataset.task, data=name, headline=headline, clock=clock, progress=progress,
+            repeat=repeat, output=output, journal=journal, report=report, baseline=compared,
             command=["cecompile", *ctx.meta["arguments"]],
-        )
+        )  # fmt: skip
     if evaluation.results.get("comparison", {}).get("verdict") == "past":
         raise CheckError(f"past --max-drop against {baseline}; results in {output}")
 
@@ -228,10 +218,9 @@ def plan_command(
 @cli.command("warm")
 @selection
 @click.option(
-    "--max-depth",
-    type=click.IntRange(1),
+    "--max-depth", type=click.IntRange(1),
     help="Longest sequence, in tokens, of data not yet seen; with --task chat the longest prompt.",
-)
+)  # fmt: skip
 @click.option("--tune", is_flag=True, help="Measure bucket sizes on the data and record the fastest.")
 @click.option("--list", "list_", is_flag=True, help="Show what the cache holds.")
 @click.option("--prune", is_flag=True, help="Remove what can no longer be used.")

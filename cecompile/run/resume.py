@@ -10,7 +10,6 @@ from cecompile.results.journal import Journal
 from cecompile.run.language_model import Workload
 from cecompile.run.runtime import Runtime
 from cecompile.workload.plan import Plan
-from cecompile.workload.sequences import Sequences
 
 
 def begin(runtime: Runtime, workload: Workload, journal: Journal | None, new_tokens: int = 0) -> None:
@@ -36,31 +35,21 @@ def _run_facts(runtime: Runtime, workload: Workload, new_tokens: int) -> dict[st
     """The facts that the readouts of a warm model depend on, beside the data and versions."""
     model, on_cpu = runtime.weights.model, runtime.device.type == "cpu"
     assert model is not None
-    return (
-        {
-            "model fingerprint": runtime.weights.fingerprint,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "engine": runtime.mode.engine,
-            "attention": None if runtime.mode.engine == "reference" else runtime.mode.attention,
-            "device": runtime.device.type if on_cpu else torch.cuda.get_device_name(runtime.device),
-            "threads (OMP_NUM_THREADS)": torch.get_num_threads() if on_cpu else None,
-            "longest answer": new_tokens,
-            "tokens": _digest_of_sequences(workload.sequences),
-        }
-        | _streamed_facts(runtime)
-        | ({} if workload.plan is None else _plan_facts(workload.plan))
-    )
-
-
-def _streamed_facts(runtime: Runtime) -> dict[str, Any]:
-    return {} if runtime.weights.feed is None else {"weights": "streamed"}
-
-
-def _digest_of_sequences(sequences: Sequences) -> str:
-    sha = hashlib.sha256()
+    sequences, tokens = workload.sequences, hashlib.sha256()
     for part in (sequences.token_ids, sequences.starts, sequences.predicted, sequences.questions):
-        sha.update(part.tobytes())
-    return sha.hexdigest()
+        tokens.update(part.tobytes())
+    facts = {
+        "model fingerprint": runtime.weights.fingerprint,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "engine": runtime.mode.engine,
+        "attention": None if runtime.mode.engine == "reference" else runtime.mode.attention,
+        "device": runtime.device.type if on_cpu else torch.cuda.get_device_name(runtime.device),
+        "threads (OMP_NUM_THREADS)": torch.get_num_threads() if on_cpu else None,
+        "longest answer": new_tokens,
+        "tokens": tokens.hexdigest(),
+    }
+    streamed = {} if runtime.weights.feed is None else {"weights": "streamed"}
+    return facts | streamed | ({} if workload.plan is None else _plan_facts(workload.plan))
 
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:
