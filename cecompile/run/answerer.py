@@ -66,7 +66,7 @@ class Answerer(LanguageModel):
         if new_tokens < 1:
             raise UserError(f"new tokens: {new_tokens} is too few, at least 1")
         if runtime.planner.sizing.options.pipeline > 1:
-            raise UserError("--pipeline: leave it out for chats, whose answers need all layers on one device")
+            raise UserError("--pipeline: chat answers need all layers on one device; leave out --pipeline")
         super().__init__(runtime, tokenizer, new_tokens)
 
     def prepare(self, questions: Sequence[ChatQuestion], *, fit: bool = False) -> Workload:
