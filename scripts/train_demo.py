@@ -421,16 +421,7 @@ def delivering(rng: random.Random) -> Scene:
     return Scene("Delivering the post", f"{listing(whereabouts)}. {post}", [*sorted(whereabouts), post], asks)
 
 
-KINDS: list[Kind] = [
-    working,
-    following_steps,
-    mishap,
-    feeding,
-    trading,
-    counting,
-    going_out,
-    delivering,
-]
+KINDS: list[Kind] = [working, following_steps, mishap, feeding, trading, counting, going_out, delivering]
 
 
 def name_of(scene: Scene) -> str:
@@ -540,10 +531,7 @@ def story(rng: random.Random, scene: Scene) -> Text:
     """The asks of a scene, one after another, the first exactly as it is scored. A recipe asks only once."""
     opening = openings(rng, scene)
     first, *rest = rng.sample(scene.asks, len(scene.asks))
-    parts = [
-        (query_of(hellaswag_row(rng, scene, first, opening)), False),
-        (f" {preprocess(first.endings[0])}", True),
-    ]
+    parts = [(query_of(hellaswag_row(rng, scene, first, opening)), False), (f" {preprocess(first.endings[0])}", True)]
     for ask in rest if scene.facts else []:
         parts += [(f" {ask.lead} {ask.subject.capitalize()}", False), (f" {ask.endings[0]}", True)]
     return Text(parts, chat=False)

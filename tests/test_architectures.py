@@ -116,8 +116,7 @@ def config_of(name: str):
 
 @pytest.mark.compiles
 @pytest.mark.parametrize(
-    ("kind", "attention"),
-    [(k, "sdpa") for k in COMPILED] + [(k, "flex") for k in COMPILED if k not in NO_FLEX],
+    ("kind", "attention"), [(k, "sdpa") for k in COMPILED] + [(k, "flex") for k in COMPILED if k not in NO_FLEX]
 )
 def test_compiled_trees_are_exact(kind, attention):
     skip_what_cannot_run(kind)

@@ -317,11 +317,7 @@ def other_forward(model):
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [
-        (exchange_a_class, "model.layers.0.mlp.up_proj"),
-        (hook, "model.layers.1"),
-        (other_forward, "model.layers.1.mlp"),
-    ],
+    [(exchange_a_class, "model.layers.0.mlp.up_proj"), (hook, "model.layers.1"), (other_forward, "model.layers.1.mlp")],
 )
 def test_modules_of_other_code_are_listed(change, name, scorer, questions, tmp_path):
     change(scorer.runtime.load())

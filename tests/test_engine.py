@@ -94,10 +94,7 @@ def random_sequences(seed: int = 0, questions: int = 12, trunk: int = 0) -> Sequ
 def prepared(model, sequences, attention, *, compiled, tokens=512):
     """A warm engine and the staged passes."""
     geometry = choose_geometry(
-        int(sequences.input_lengths.max()),
-        tokens_per_bucket=tokens,
-        blocks=attention == "flex",
-        readout_chunk=64,
+        int(sequences.input_lengths.max()), tokens_per_bucket=tokens, blocks=attention == "flex", readout_chunk=64
     )
     plan = make_plan(sequences, geometry, boundary=boundary_of(model.config))
     engine = Engine(model, plan.buckets, attention=attention, compiled=compiled, readout_chunk=64)

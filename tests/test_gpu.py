@@ -118,12 +118,7 @@ def test_nothing_is_allocated_after_warm_up(attention):
 @pytest.mark.parametrize("attention", ["flex", "sdpa"])
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [
-        ("llama", torch.bfloat16),
-        ("llama", torch.float16),
-        ("opt", torch.float16),
-        ("phi3", torch.bfloat16),
-    ],
+    [("llama", torch.bfloat16), ("llama", torch.float16), ("opt", torch.float16), ("phi3", torch.bfloat16)],
 )
 def test_half_precision_is_as_good_as_the_stock_models(kind, dtype, attention):
     """Also in small buckets, with biases in float16, and with grouped key-value heads."""

@@ -241,8 +241,7 @@ def test_what_lm_eval_caches_and_generates_stays_its_own(tasks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [({"engine": "fast"}, "engine 'fast'"), ({"memory_limit": "much"}, "memory_limit 'much'")],
+    ("options", "words"), [({"engine": "fast"}, "engine 'fast'"), ({"memory_limit": "much"}, "memory_limit 'much'")]
 )
 def test_options_are_checked(options, words, tmp_path):
     with pytest.raises(UserError, match=words):

@@ -410,10 +410,7 @@ def test_files_cut_off(tmp_path):
     assert "model.safetensors: " in refused(path)
 
 
-@pytest.mark.parametrize(
-    "offsets",
-    [[0, 10**12], [-4, 8], [8, 0], [4, 4], None, ["a", "b"]],
-)
+@pytest.mark.parametrize("offsets", [[0, 10**12], [-4, 8], [8, 0], [4, 4], None, ["a", "b"]])
 def test_offsets_that_cannot_be(offsets, tmp_path):
     path = save(tmp_path, "llama")
 
