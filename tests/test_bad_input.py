@@ -268,7 +268,7 @@ def test_encoder_decoder_models(tmp_path):
 
 
 def test_tokenizer_of_another_model(tmp_path, tiny_llama):
-    from conftest import save_tiny_llama
+    from support.checkpoints import save_tiny_llama
 
     wrong = tmp_path / "wrong"
     save_tiny_llama(wrong, 100)

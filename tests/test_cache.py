@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANG
 from support.forked import run_command
+from support.waiting import HANG
 
 import cecompile
 from cecompile.compile_cache.store import COLD, PARTLY, WARM, CompileCache, ProbeResult, remove_workspaces

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import save_tiny_llama, shared_file
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine import ARCHITECTURES, VOCABULARY, prepared, random_sequences, tiny_model
+from support.checkpoints import save_tiny_llama
+from support.models import ARCHITECTURES, VOCABULARY, tiny_model
+from support.passes import generated, prepared, random_sequences
+from support.rows import MADE_UP, ask, shared_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM, pipeline
 
 from cecompile import Answerer, ChatQuestion, demo, read_questions
@@ -31,10 +33,6 @@ TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-
-
-def ask(text: str, id: str = "0", label: str | None = None, before=()) -> ChatQuestion:
-    return ChatQuestion(id, (*before, ("user", text)), label)
 
 
 LISTS = {
@@ -146,15 +144,6 @@ def test_a_row_larger_than_the_cache_is_refused():
         DecodeSchedule([np.zeros(10, dtype=np.int32)], [3], frozenset(), DecodeShape(12, 1, (4, 1)))
 
 
-def generated(model, prompt, new_tokens, stop):
-    ids = torch.from_numpy(prompt).long()[None].to(model.device)
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, eos_token_id=stop,
-        pad_token_id=0,
-    )  # fmt: skip
-    return out[0, len(prompt) :].tolist()
-
-
 @pytest.mark.parametrize(
     ("kind", "attention", "compiled"),
     [(kind, "sdpa", False) for kind in ARCHITECTURES]
@@ -234,29 +223,6 @@ def stock_texts(model, questions, new_tokens):
     options = {"max_new_tokens": new_tokens, "return_full_text": False, "do_sample": False}
     chats = [[{"role": role, "content": content} for role, content in q.messages] for q in questions]
     return [pipe(chat, **options)[0]["generated_text"] for chat in chats]
-
-
-TWENTY = [f"answer number {i}" for i in range(20)]
-MADE_UP = [
-    ask("question: quotes?\nchoices: [\"it's\", 'a \"quoted\" word', 'plain']\n"),
-    ask("question: brackets?\nchoices: ['[a]', ']', '[', 'b, c']\n"),
-    ask("question: one?\nchoices: ['the only one']"),
-    ask(f"question: twenty?\nchoices: {TWENTY}\n"),
-    ask("question: prefixes?\nchoices: ['red', 'red bread', 'red bread table', 're', 'r']\n"),
-    ask("question: numbers?\nchoices: [1, 10, 100, 1.5, True, False]\n"),
-    ask(""),
-    ask("\n"),
-    ask("no list at all, only a text that asks for something"),
-    ask("choices: ['cut', 'off'"),
-    ask("choices: [__import__('os').system('true'), 'b']"),
-    ask("Ünïcödé — 漢字 🙂\nchoices: ['ist schön', 'は良い', '🙂🙂']\n"),
-    ask("and now?\nchoices: ['a', 'b']", before=[("user", "first"), ("assistant", "then"), ("user", "more")]),
-    ask("with a system\nchoices: ['yes', 'no']", before=[("system", "You choose.")]),
-    ChatQuestion("0", (("user", "go on\nchoices: ['well then', 'well now']"), ("assistant", "well")), None),
-    ask("<|end|> and <|assistant|> written out\nchoices: ['<|end|>', 'a<|end|>b', '<s>']"),
-    ask("the same twice\nchoices: ['a', 'b']"),
-    ask("the same twice\nchoices: ['a', 'b']"),
-]
 
 
 def test_babble_equals_the_pipelines(babbler):

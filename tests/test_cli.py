@@ -99,7 +99,7 @@ def test_unlabelled_data_gives_predictions_and_no_metrics(tiny_llama, tmp_path):
 
 
 def test_same_model_same_fingerprint_other_weights_another(tiny_llama, tmp_path):
-    from conftest import save_tiny_llama
+    from support.checkpoints import save_tiny_llama
 
     from cecompile.model.checkpoint import read_checkpoint
 
@@ -136,7 +136,7 @@ def test_plan_loads_no_weights(tiny_llama, tmp_path):
 
 @pytest.mark.process
 def test_plan_of_all_of_hellaswag(llama_tokenizer_dir):
-    from conftest import shared_file
+    from support.rows import shared_file
 
     data = shared_file("hellaswag_val.jsonl")
     command = [sys.executable, "-m", "cecompile", "plan", "--json", "--device", "cpu", "--tokens-per-bucket", "8192"]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import save_tiny_llama
 from safetensors.torch import load_file, save_file
-from test_engine import tiny_model
+from support.checkpoints import save_tiny_llama
+from support.models import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from test_engine import ARCHITECTURES, random_sequences, score, tiny_model
+from support.models import ARCHITECTURES, tiny_model
+from support.passes import random_sequences, score
 
 from cecompile.engine import forward, inductor_cuda
 from cecompile.engine.forward import inputs_are_free

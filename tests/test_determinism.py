@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_journal import CHATS, ROWS, Runs, stop_after, write_rows
+from support.rows import CHATS, ROWS, write_rows
+from support.runs import Runs, stop_after
 
 from cecompile import Scorer, read_questions
 

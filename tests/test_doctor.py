@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import HANG
 from rich.console import Console
+from support.waiting import HANG
 
 from cecompile.cli import cli
 from cecompile.doctor import machine

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import HANG, wait_until
 from packaging.version import Version
+from support.models import ARCHITECTURES, tiny_model
+from support.passes import prepared, random_sequences, score
+from support.waiting import HANG, wait_until
 from torch._dynamo import funcname_cache
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, activations, modeling_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer, activations, modeling_utils
 
 from cecompile import Question, Scorer
 from cecompile.compile_cache.store import WARM
@@ -22,90 +24,12 @@ from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import rounding, score_one_by_one
 from cecompile.errors import UserError
 from cecompile.model import safetensors_reader as streaming
-from cecompile.model.support import boundary_of
 from cecompile.model.unchanged import EQUAL
 from cecompile.results.clock import Clock
 from cecompile.run.engine_builder import EngineBuilder
 from cecompile.run.scorer import collect
 from cecompile.workload.plan import BLOCK, Bucket, Geometry, choose_geometry, make_plan
-from cecompile.workload.sequences import Sequences
-from cecompile.workload.stage import StagedPlan, stage_all
-
-VOCABULARY = 96
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-ARCHITECTURES = {
-    "llama": {"num_key_value_heads": 2},
-    "mistral": {"num_key_value_heads": 2, "sliding_window": 9},
-    "qwen2": {"num_key_value_heads": 2},
-    "phi3": {"num_key_value_heads": 2},
-    "gemma2": {
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "sliding_window": 9,
-        "attn_logit_softcapping": 5.0,
-        "final_logit_softcapping": 3.0,
-    },
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "phi": {},
-    "gpt_neox": {},
-    "granite": {"num_key_value_heads": 2, "logits_scaling": 3.0, "attention_multiplier": 0.2},
-}
-
-
-def tiny_model(kind: str, **changes):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **(COMMON | ARCHITECTURES.get(kind, {}) | changes))
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
-
-
-def random_sequences(seed: int = 0, questions: int = 12, trunk: int = 0) -> Sequences:
-    """Questions of four choices, every other one with a shared start; contexts `trunk` tokens longer."""
-    random = np.random.default_rng(seed)
-    parts, readouts, owners = [], [], []
-    shared = random.integers(3, VOCABULARY, 12)
-    for q in range(questions):
-        own = random.integers(3, VOCABULARY, trunk + random.integers(1, 40))
-        context = np.concatenate([shared[: 12 * (q % 2)], own])
-        for _ in range(4):
-            choice = random.integers(3, VOCABULARY, random.integers(1, 20))
-            parts.append(np.concatenate([context, choice]))
-            readouts.append(len(choice))
-            owners.append(q)
-    return Sequences(
-        np.concatenate(parts).astype(np.int32),
-        np.cumsum([0] + [len(p) for p in parts]).astype(np.int64),
-        np.array(readouts, dtype=np.int32),
-        np.array(owners, dtype=np.int32),
-    )
-
-
-def prepared(model, sequences, attention, *, compiled, tokens=512):
-    """A warm engine and the staged passes."""
-    geometry = choose_geometry(
-        int(sequences.input_lengths.max()), tokens_per_bucket=tokens, blocks=attention == "flex", readout_chunk=64
-    )
-    plan = make_plan(sequences, geometry, boundary=boundary_of(model.config))
-    engine = Engine(model, plan.buckets, attention=attention, compiled=compiled, readout_chunk=64)
-    engine.warm_up()
-    return engine, list(stage_all(plan))
-
-
-def score(model, sequences, attention, *, compiled=False, tokens=512):
-    """Loglikelihoods and greedy flags of the sequences."""
-    engine, staged = prepared(model, sequences, attention, compiled=compiled, tokens=tokens)
-    return collect(len(sequences), staged, engine.run(staged))
+from cecompile.workload.stage import StagedPlan
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -15,7 +15,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from test_journal import CHATS, HOW, ROWS, Runs, write_rows
+from support.rows import CHATS, ROWS, write_rows
+from support.runs import HOW, Runs
 
 from cecompile import demo
 from cecompile.cli import cli

@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_chat import MADE_UP, generated
-from test_engine import VOCABULARY, prepared, random_sequences, score, tiny_model
+from support.models import VOCABULARY, tiny_model
+from support.passes import generated, prepared, random_sequences, score
+from support.rows import MADE_UP
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from cecompile import Answerer, Question, Scorer, demo, read_questions

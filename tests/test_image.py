@@ -14,8 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import HANG
 from dockerfile_parse import DockerfileParser
+from support.waiting import HANG
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILES = ("Dockerfile", "scripts/Dockerfile.warm")

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import HANG, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.rows import ROWS, write_rows
+from support.runs import HOW, Runs, stop_after
+from support.waiting import HANG, wait_until
 
 from cecompile import Scorer, evaluate, read_questions
 from cecompile.cli import cli
@@ -21,13 +23,6 @@ from cecompile.interrupt import command_to_resume
 from cecompile.results import journal as journal_module
 from cecompile.results.journal import ANSWERS, NAME, PASSES, Journal, read
 
-ROWS = [
-    {"query": f"Question {i} is", "choices": ["short", "rather longer " * 4, "x"], "gold": i % 3} for i in range(40)
-]
-CHATS = [
-    {"message": [{"role": "user", "content": f"question: who is number {i}?\nchoices: ['it', 'they']"}], "answer": "it"}
-    for i in range(12)
-]
 RECORDS = [(PASSES, 0, b"first"), (PASSES, 1, b""), (ANSWERS, 7, bytes(range(256)))]
 FACTS = {"model": "m", "plan": [1, 2]}
 
@@ -172,51 +167,6 @@ def test_the_shell_reads_the_command_back():
 # ---- runs
 
 
-def write_rows(path: Path, rows=ROWS) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
-
-
-class Runs:
-    """`eval` of one model and file, in this process, as it is or stopped by a signal after some records."""
-
-    def __init__(self, directory: Path, model: Path, rows, *how: object) -> None:
-        self.data = write_rows(directory / "rows.jsonl", rows)
-        self.directory = directory
-        self.arguments = ["--model", str(model), "--data", str(self.data), "--device", "cpu", *map(str, how)]
-
-    def __call__(self, output: str, *more: object, **options):
-        to = str(self.directory / output)
-        return CliRunner().invoke(cli, ["eval", *self.arguments, "--output", to, *map(str, more)], **options)
-
-    def samples(self, output: str) -> bytes:
-        return (self.directory / output / "samples.jsonl").read_bytes()
-
-    def results(self, output: str) -> dict:
-        return json.loads((self.directory / output / "results.json").read_text())
-
-
-def stop_after(monkeypatch, records: int, number: int = signal.SIGINT) -> None:
-    """A real signal to this process once so many records are in the journal."""
-    add = Journal.add
-
-    def add_and_stop(self, *record):
-        add(self, *record)
-        if self._added == records:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(Journal, "add", add_and_stop)
-
-
-HOW = {
-    "trees": (ROWS, ["--engine", "eager", "--tokens-per-bucket", "256"], 3),
-    "reference": (ROWS[:6], ["--engine", "reference"], 7),
-    "chats": (CHATS, ["--engine", "eager", "--tokens-per-bucket", "256", "--max-new-tokens", "6"], 1),
-    "decoded": (CHATS, ["--engine", "eager", "--tokens-per-bucket", "256", "--max-new-tokens", "6"], 9),
-    "chats, reference": (CHATS[:4], ["--engine", "reference", "--max-new-tokens", "4"], 2),
-}
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(babbler, tmp_path_factory):
     """Per kind of run its `Runs`, with the uninterrupted one's results in "whole"."""
@@ -333,7 +283,7 @@ def test_another_run_is_not_gone_on_with(changes, difference, stopped):
 
 
 def test_another_model_or_version_is_not_gone_on_with(stopped, babbler, tmp_path, monkeypatch):
-    from conftest import save_tiny_llama
+    from support.checkpoints import save_tiny_llama
 
     for file in babbler.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import SHARED_DATA
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from test_engine import ARCHITECTURES
+from support.models import ARCHITECTURES
+from support.rows import SHARED_DATA
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedTokenizerFast
 

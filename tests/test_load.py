@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANG, wait_until
 from huggingface_hub import constants as hub
 from safetensors.torch import load_file, save_file
-from test_architectures import skip_what_cannot_run
-from test_engine import ARCHITECTURES, VOCABULARY, tiny_model
+from support.models import ARCHITECTURES, VOCABULARY, skip_what_cannot_run, tiny_model
+from support.waiting import HANG, wait_until
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cecompile.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_llama
+from support.checkpoints import save_tiny_llama
 
 from cecompile import Question, Scorer, demo
 from cecompile.device import is_out_of_memory, parse_size

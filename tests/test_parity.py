@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import shared_file
+from support.rows import shared_file
 
 import cecompile
 from cecompile import demo

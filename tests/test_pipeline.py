@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import save_tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine import prepared, random_sequences, tiny_model
-from test_journal import CHATS, write_rows
-from test_ranks import ROWS, alone, finished, lines, results, same, stop_after, torchrun
+from support.checkpoints import save_tiny_llama
+from support.models import tiny_model
+from support.passes import prepared, random_sequences
+from support.rows import CHATS, MANY_ROWS, write_rows
+from support.runs import stop_after
+from support.torchrun import alone, finished, lines, results, same, torchrun
 from torch import nn
 
 from cecompile import Scorer
@@ -40,10 +42,10 @@ LAYERS = 5
 CPU = torch.device("cpu")
 EAGER = {"engine": "eager", "tokens_per_bucket": 256}
 RUNS = {  # what runs, in how many stages of the four ranks, and whether one process begins
-    "both": ("deep", ROWS, EAGER, 2, False),
-    "tied": ("tied", ROWS[:60], EAGER, 4, False),
-    "compiled": ("babbler", ROWS[:16], EAGER | {"engine": "compiled"}, 2, False),
-    "gone on with": ("deep", ROWS[:60], EAGER, 2, True),
+    "both": ("deep", MANY_ROWS, EAGER, 2, False),
+    "tied": ("tied", MANY_ROWS[:60], EAGER, 4, False),
+    "compiled": ("babbler", MANY_ROWS[:16], EAGER | {"engine": "compiled"}, 2, False),
+    "gone on with": ("deep", MANY_ROWS[:60], EAGER, 2, True),
 }
 
 
@@ -68,7 +70,7 @@ def command(model: Path, data: Path, how: dict) -> list[str]:
 @pytest.fixture(scope="module")
 def base(models, tmp_path_factory) -> list[str]:
     """`eval` of the deep model in many small passes."""
-    return command(models["deep"], write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS), EAGER)
+    return command(models["deep"], write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", MANY_ROWS), EAGER)
 
 
 @pytest.mark.process

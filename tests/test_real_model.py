@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import save_tiny_llama
+from support.checkpoints import save_tiny_llama
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "real_model.py"
 HEADS, KEY_VALUE_HEADS, LAYERS = 4, 2, 2

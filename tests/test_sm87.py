@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANG
+from support.waiting import HANG
 from torch.torch_version import TorchVersion
 
 from cecompile.engine import attention

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_engine import random_sequences, tiny_model
+from support.models import tiny_model
+from support.passes import random_sequences
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cecompile import Answerer, Question, Scorer, demo, read_questions
@@ -166,7 +167,7 @@ def test_a_scorer_from_end_to_end(tiny_llama):
     ],
 )
 def test_models_that_cannot_be_streamed_are_refused(kind, changes, why, tmp_path):
-    from test_architectures import EXACT
+    from support.models import EXACT
 
     model = tiny_model(kind, **(changes or EXACT[kind]))
     model.config.save_pretrained(tmp_path)

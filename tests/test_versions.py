@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from test_engine import prepared, random_sequences, tiny_model
+from support.models import tiny_model
+from support.passes import prepared, random_sequences
 from torch import nn
 from transformers import PreTrainedModel
 

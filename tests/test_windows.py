@@ -7,7 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_journal import CHATS, ROWS, Runs, stop_after, write_rows
+from support.rows import CHATS, ROWS, write_rows
+from support.runs import Runs, stop_after
 
 from cecompile import Scorer, evaluate, read_questions
 from cecompile.cli import cli

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from alternate import assert_at_most, timed
-from conftest import HANG
+from support.waiting import HANG
 
 CECOMPILE = [sys.executable, "-m", "cecompile"]
 

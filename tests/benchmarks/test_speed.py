@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from alternate import assert_at_most, timed
-from conftest import shared_file
+from support.rows import shared_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cecompile import Scorer, demo, read_questions

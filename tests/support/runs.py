@@ -1,0 +1,51 @@
+"""Runs of the command line in this process, whole or stopped by a signal."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from cecompile.cli import cli
+from cecompile.results.journal import Journal
+from support.rows import CHATS, ROWS, write_rows
+
+HOW = {
+    "trees": (ROWS, ["--engine", "eager", "--tokens-per-bucket", "256"], 3),
+    "reference": (ROWS[:6], ["--engine", "reference"], 7),
+    "chats": (CHATS, ["--engine", "eager", "--tokens-per-bucket", "256", "--max-new-tokens", "6"], 1),
+    "decoded": (CHATS, ["--engine", "eager", "--tokens-per-bucket", "256", "--max-new-tokens", "6"], 9),
+    "chats, reference": (CHATS[:4], ["--engine", "reference", "--max-new-tokens", "4"], 2),
+}
+
+
+class Runs:
+    """`eval` of one model and file, in this process, as it is or stopped by a signal after some records."""
+
+    def __init__(self, directory: Path, model: Path, rows, *how: object) -> None:
+        self.data = write_rows(directory / "rows.jsonl", rows)
+        self.directory = directory
+        self.arguments = ["--model", str(model), "--data", str(self.data), "--device", "cpu", *map(str, how)]
+
+    def __call__(self, output: str, *more: object, **options):
+        to = str(self.directory / output)
+        return CliRunner().invoke(cli, ["eval", *self.arguments, "--output", to, *map(str, more)], **options)
+
+    def samples(self, output: str) -> bytes:
+        return (self.directory / output / "samples.jsonl").read_bytes()
+
+    def results(self, output: str) -> dict:
+        return json.loads((self.directory / output / "results.json").read_text())
+
+
+def stop_after(monkeypatch, records: int, number: int = signal.SIGINT) -> None:
+    """A real signal to this process once so many records are in the journal."""
+    add = Journal.add
+
+    def add_and_stop(self, *record):
+        add(self, *record)
+        if self._added == records:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Journal, "add", add_and_stop)
