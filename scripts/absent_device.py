@@ -144,14 +144,9 @@ def _patches(properties: Properties, version: str, found: Callable[[Kernel], Non
         "current_stream": None,
     }
     interface = {
-        "device_count": 1,
-        "current_device": 0,
-        "exchange_device": 0,
-        "maybe_exchange_device": 0,
-        "set_device": None,
-        "get_raw_stream": 0,
-        "get_device_properties": properties,
-    }
+        "device_count": 1, "current_device": 0, "exchange_device": 0, "maybe_exchange_device": 0, "set_device": None,
+        "get_raw_stream": 0, "get_device_properties": properties,
+    }  # fmt: skip
     for name, value in device.items():
         yield mock.patch.object(torch.cuda, name, giving(value))
     for name, value in interface.items():

@@ -61,15 +61,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-7b": LLAMA
     | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "phi3-medium": {
-        "model_type": "phi3",
-        "vocab_size": 32_064,
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 4096,
-        "hidden_size": 5120,
-        "intermediate_size": 17_920,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 10,
+        "model_type": "phi3", "vocab_size": 32_064, "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096, "hidden_size": 5120, "intermediate_size": 17_920,
+        "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 10,
     },
     "opt-1b": {
         "model_type": "opt",
@@ -81,7 +75,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 24,
         "num_attention_heads": 32,
     },
-}
+}  # fmt: skip
 BATCH_SIZES = {"cpu": (8, 32), "cuda": (16, 64, 256)}
 PROFILED = 24  # passes
 MAIN = "cecompile"

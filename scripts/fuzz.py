@@ -219,12 +219,8 @@ def raw_journal(content: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[..., None]] = {
-    "rows": fuzz_rows,
-    "bytes": fuzz_bytes,
-    "choices": fuzz_choices,
-    "journal": fuzz_journal,
-    "packing": fuzz_packing,
-}
+    "rows": fuzz_rows, "bytes": fuzz_bytes, "choices": fuzz_choices, "journal": fuzz_journal, "packing": fuzz_packing,
+}  # fmt: skip
 # What atheris mutates as it is, with what it begins from; the other targets' generators read its bytes as choices.
 RAW: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]]]] = {
     "bytes": (raw_rows, lambda: [json.dumps(shape).encode() + b"\n" for shape in SHAPES]),

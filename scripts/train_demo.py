@@ -460,14 +460,9 @@ def hellaswag_row(rng: random.Random, scene: Scene, ask: Ask, opening: str) -> d
     endings = shuffled(rng, ask.endings)
     ctx_a = context(scene, opening, ask.lead)
     return {
-        "activity_label": scene.label,
-        "ctx_a": ctx_a,
-        "ctx_b": ask.subject,
-        "ctx": f"{ctx_a} {ask.subject}".strip(),
-        "endings": endings,
-        "label": endings.index(ask.endings[0]),
-        "split": "val",
-    }
+        "activity_label": scene.label, "ctx_a": ctx_a, "ctx_b": ask.subject, "ctx": f"{ctx_a} {ask.subject}".strip(),
+        "endings": endings, "label": endings.index(ask.endings[0]), "split": "val",
+    }  # fmt: skip
 
 
 def chat_row(rng: random.Random, scene: Scene, ask: Ask) -> dict[str, Any]:
@@ -590,14 +585,9 @@ def train_tokenizer(texts: list[Text], directory: Path) -> Any:
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
     vocab = {pieces.id_to_piece(index): index for index in range(len(pieces))}
     tokenizer = LlamaTokenizer(
-        vocab=vocab,
-        merges=merges_of(vocab),
-        pad_token=PAD,
-        additional_special_tokens=MARKERS,
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=POSITIONS,
-        add_bos_token=True,
-    )
+        vocab=vocab, merges=merges_of(vocab), pad_token=PAD, additional_special_tokens=MARKERS,
+        chat_template=CHAT_TEMPLATE, model_max_length=POSITIONS, add_bos_token=True,
+    )  # fmt: skip
     tokenizer.save_pretrained(directory, save_jinja_files=False)
     return AutoTokenizer.from_pretrained(directory)
 
@@ -631,18 +621,10 @@ def encode(tokenizer: Any, texts: list[Text]) -> list[tuple[list[int], list[floa
 
 def new_model(tokenizer: Any) -> Any:
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=POSITIONS, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     return LlamaForCausalLM(config)
 
 

@@ -18,10 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the others use the other cores
 
 import pytest
 from hypothesis import HealthCheck, settings
-from support.checkpoints import save_tiny_llama
+from support.checkpoints import save_demo_llama, save_tiny_llama
 from support.rows import shared_file
-
-from cecompile import demo
 
 pytest_plugins = ["support.quick"]
 atexit.register(shutil.rmtree, os.environ["CECOMPILE_CACHE"], ignore_errors=True)
@@ -61,23 +59,13 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """A random Llama of 96 positions with the demo's tokenizer."""
-    directory = tmp_path_factory.mktemp("tiny_llama")
-    vocabulary = json.loads((demo.MODEL / "config.json").read_text())["vocab_size"]
-    save_tiny_llama(directory, vocabulary)
-    for file in demo.MODEL.glob("token*"):
-        (directory / file.name).write_bytes(file.read_bytes())
-    return directory
+    return save_demo_llama(tmp_path_factory.mktemp("tiny_llama"))
 
 
 @pytest.fixture(scope="session")
-def babbler(tiny_llama, tmp_path_factory) -> Path:
+def babbler(tmp_path_factory) -> Path:
     """The tiny Llama with the positions and the template that chats need."""
-    directory = tmp_path_factory.mktemp("babbler")
-    vocabulary = json.loads((tiny_llama / "config.json").read_text())["vocab_size"]
-    save_tiny_llama(directory, vocabulary, max_position_embeddings=512)
-    for file in tiny_llama.glob("token*"):
-        (directory / file.name).write_bytes(file.read_bytes())
-    return directory
+    return save_demo_llama(tmp_path_factory.mktemp("babbler"), max_position_embeddings=512)
 
 
 @pytest.fixture(scope="session")

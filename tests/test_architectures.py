@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import transformers
 from packaging.version import Version
+from support.checkpoints import add_tokenizer
 from support.models import ARCHITECTURES, COMMON, EXACT, SIZED, skip_what_cannot_run, tiny_model
 from support.passes import generated, prepared, random_sequences
 from transformers import AutoConfig
@@ -98,10 +99,7 @@ def test_what_cannot_be_exact_is_refused_before_loading(name, tmp_path):
     config = config_of(name)
     assert re.search(REFUSED[name][1], refusal(on_meta(config)))
     config.save_pretrained(tmp_path)  # there are no weights at all
-    from cecompile import demo
-
-    for file in demo.MODEL.glob("token*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    add_tokenizer(tmp_path)
     for kind in (Scorer, Answerer):
         with pytest.raises(UserError, match=f"({REFUSED[name][1]}).*--engine reference runs them"):
             kind.from_pretrained(tmp_path, device="cpu")

@@ -1,9 +1,11 @@
 """What a user can get wrong: exit status 2, one line that names file, line and field, nothing written."""
 
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
+from support.checkpoints import add_tokenizer, save_tiny_llama
 
 from cecompile.cli import cli
 
@@ -219,8 +221,7 @@ def test_models_that_are_not(tmp_path, tiny_llama):
     (config_only / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
     assert "tokenizer" in refuse(tmp_path, "--model", config_only)
 
-    for file in tiny_llama.glob("token*"):
-        (config_only / file.name).write_bytes(file.read_bytes())
+    add_tokenizer(config_only)
     assert "weights" in refuse(tmp_path, "--model", config_only)
     weights = (tiny_llama / "model.safetensors").read_bytes()
     (config_only / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -231,8 +232,7 @@ def test_models_that_are_not(tmp_path, tiny_llama):
 
 
 def test_weights_of_another_shape(tmp_path, tiny_llama):
-    for file in tiny_llama.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
     assert "weights" in refuse(tmp_path, "--model", tmp_path)
@@ -250,12 +250,9 @@ def test_weights_of_another_shape(tmp_path, tiny_llama):
 def test_longrope_where_inputs_grow_beyond_its_boundary(tmp_path, tiny_llama, row, how):
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 10000.0}
     config = json.loads((tiny_llama / "config.json").read_text())
-    config |= {
-        "rope_parameters": rope | {"original_max_position_embeddings": 16},
-        "original_max_position_embeddings": 16,
-    }
-    for file in tiny_llama.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    boundary = {"original_max_position_embeddings": 16}
+    config |= boundary | {"rope_parameters": rope | boundary}
+    shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text(json.dumps(config))
     path = tmp_path / "rows.jsonl"
     path.write_bytes(row)
@@ -267,13 +264,8 @@ def test_encoder_decoder_models(tmp_path):
     assert "encoder-decoder" in refuse(tmp_path, "--model", tmp_path)
 
 
-def test_tokenizer_of_another_model(tmp_path, tiny_llama):
-    from support.checkpoints import save_tiny_llama
-
-    wrong = tmp_path / "wrong"
-    save_tiny_llama(wrong, 100)
-    for file in tiny_llama.glob("token*"):
-        (wrong / file.name).write_bytes(file.read_bytes())
+def test_tokenizer_of_another_model(tmp_path):
+    wrong = add_tokenizer(save_tiny_llama(tmp_path / "wrong", 100))
     assert "not this model's tokenizer" in refuse(tmp_path, "--model", wrong)
 
 

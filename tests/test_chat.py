@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from support.checkpoints import save_tiny_llama
+from support.checkpoints import add_tokenizer, save_tiny_llama
 from support.models import ARCHITECTURES, VOCABULARY, tiny_model
 from support.passes import generated, prepared, random_sequences
 from support.rows import MADE_UP, ask, shared_file
@@ -193,18 +193,13 @@ def babbler(request, tmp_path_factory):
         (directory / "tokenizer_config.json").write_text(
             json.dumps(
                 {
-                    "tokenizer_class": "LlamaTokenizer",
-                    "bos_token": "<s>",
-                    "eos_token": "</s>",
-                    "unk_token": "<unk>",
-                    "chat_template": TEMPLATE,
-                    "extra_special_tokens": special,
+                    "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+                    "chat_template": TEMPLATE, "extra_special_tokens": special,
                 }
             )
-        )
+        )  # fmt: skip
         return save_tiny_llama(directory, 32_008, max_position_embeddings=4096)
-    for file in demo.MODEL.glob("token*"):
-        shutil.copy(file, directory)
+    add_tokenizer(directory)
     if request.param == "llama":
         return save_tiny_llama(directory, 1024, max_position_embeddings=4096)
     torch.manual_seed(0)

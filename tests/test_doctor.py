@@ -78,15 +78,9 @@ def orin_facts(root: Path, **environment: str) -> Facts:
     """That Jetson's facts, with the GPU and the packages that a container for it has."""
     ptxas = str(root / "usr/local/cuda/bin/ptxas")
     facts = gather(root, {"PATH": str(root / "bin"), "TRITON_PTXAS_PATH": ptxas} | environment)
-    versions = facts.versions | {"triton": "3.3.0"}
-    return replace(
-        facts,
-        devices=(ORIN_GPU,),
-        host=replace(facts.host, swap_bytes=0),
-        torch_cuda="12.9",
-        torch_architectures=("sm_87",),
-        versions=versions,
-    )
+    host, versions = replace(facts.host, swap_bytes=0), facts.versions | {"triton": "3.3.0"}
+    container = {"devices": (ORIN_GPU,), "torch_cuda": "12.9", "torch_architectures": ("sm_87",)}
+    return replace(facts, host=host, versions=versions, **container)
 
 
 def problems(facts: Facts) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from support.checkpoints import tensors_of
 from support.rows import CHATS, ROWS, write_rows
 from support.runs import HOW, Runs
 
@@ -162,9 +163,8 @@ def test_damaged_checkpoints(name, model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("engine", ["eager", "reference"])
 def test_weights_that_are_not_numbers(value, engine, model, tmp_path):
-    tensors = load_file(model / WEIGHTS)
-    tensors["model.norm.weight"][:] = value
-    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    with tensors_of(model) as tensors:
+        tensors["model.norm.weight"][:] = value
     message = evaluate(tmp_path, "--model", model, "--limit", 3, "--engine", engine, status=1)
     words = {"eager": "the stock model's logits are not numbers", "reference": "question '0': the model's log-prob"}
     assert words[engine] in message
@@ -177,9 +177,8 @@ def test_the_question_that_gives_no_number_is_named(babbler, tmp_path):
     model = shutil.copytree(babbler, tmp_path / "model")
     token = AutoTokenizer.from_pretrained(model)("Question Z is", add_special_tokens=False)["input_ids"]
     usual = set(AutoTokenizer.from_pretrained(model)("".join(map(str, ROWS)))["input_ids"])
-    tensors = load_file(model / WEIGHTS)
-    tensors["model.embed_tokens.weight"][next(t for t in token if t not in usual)] = float("nan")
-    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    with tensors_of(model) as tensors:
+        tensors["model.embed_tokens.weight"][next(t for t in token if t not in usual)] = float("nan")
     rows = [*ROWS[:3], ROWS[0] | {"id": "the odd one", "query": "Question Z is"}, ROWS[4]]
     run = Runs(tmp_path, model, rows, "--engine", "reference")
     for more in ([], ["--resume"]):

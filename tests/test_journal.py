@@ -1,6 +1,5 @@
 """The journal: what is read back after any damage, and runs that go on where they were interrupted."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checkpoints import save_demo_llama
 from support.rows import ROWS, write_rows
 from support.runs import HOW, Runs, stop_after
 from support.waiting import HANG, wait_until
@@ -282,13 +282,8 @@ def test_another_run_is_not_gone_on_with(changes, difference, stopped):
     assert (stopped.directory / "stopped" / NAME).read_bytes() == before
 
 
-def test_another_model_or_version_is_not_gone_on_with(stopped, babbler, tmp_path, monkeypatch):
-    from support.checkpoints import save_tiny_llama
-
-    for file in babbler.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    vocabulary = json.loads((babbler / "config.json").read_text())["vocab_size"]
-    save_tiny_llama(tmp_path, vocabulary, max_position_embeddings=512, initializer_range=0.31)
+def test_another_model_or_version_is_not_gone_on_with(stopped, tmp_path, monkeypatch):
+    save_demo_llama(tmp_path, max_position_embeddings=512, initializer_range=0.31)
     assert "model fingerprint is" in stopped("stopped", "--resume", "--model", tmp_path).output
     monkeypatch.setattr("cecompile.results.write.platform.python_version", lambda: "3.99")
     assert "python is 3.99, was" in stopped("stopped", "--resume").output

@@ -1,7 +1,6 @@
 """The lm-evaluation-harness backend against lm_eval's own `hf` backend: every metric and every sample."""
 
 import json
-import shutil
 import sys
 
 import numpy as np
@@ -11,8 +10,9 @@ from click.testing import CliRunner
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from support.checkpoints import add_tokenizer
 from support.models import ARCHITECTURES
-from support.rows import SHARED_DATA
+from support.rows import SHARED_DATA, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
@@ -66,8 +66,7 @@ def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
 
     def data(name, content):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-        return {"test": str(folder / f"{name}.jsonl")}
+        return {"test": str(write_rows(folder / f"{name}.jsonl", content))}
 
     common = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 1}}
     examples = {"fewshot_split": "test", "fewshot_config": {"sampler": "first_n"}}
@@ -92,12 +91,8 @@ def tasks(tmp_path_factory):
         "lines": data("lines", [{"text": text} for text in SENTENCES]),
         "book": data("book", [{"text": " ".join(SENTENCES * n)} for n in (1, 3, 9)] + [{"text": "short"}]),
     }
-    kinds = {
-        "hs": choice | hellaswag | {"doc_to_choice": "endings"},
-        "qa": choice | query,
-        "lines": words,
-        "book": rolling,
-    }
+    kinds = {"hs": choice | hellaswag | {"doc_to_choice": "endings"}, "qa": choice | query}
+    kinds |= {"lines": words, "book": rolling}
     out = []
     for name, kind in kinds.items():
         base = common | kind | {"dataset_kwargs": {"data_files": files[name]}}
@@ -129,24 +124,16 @@ def save_model(directory, kind):
     """A tiny random model of the real class, with a tokenizer."""
     torch.manual_seed(0)
     sizes = {
-        "vocab_size": 1024,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.3,
-        "pad_token_id": 3,
-    }
+        "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.3, "pad_token_id": 3,
+    }  # fmt: skip
     changes = ARCHITECTURES.get(kind, {}) | ({"original_max_position_embeddings": 512} if kind == "phi3" else {})
     config = AutoConfig.for_model(kind, **(sizes | changes))
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     if kind in ("opt", "qwen2", "gpt_neox"):
         byte_tokenizer(begin=kind == "opt").save_pretrained(directory)
         return directory
-    for file in demo.MODEL.glob("token*"):
-        shutil.copy(file, directory)
-    return directory
+    return add_tokenizer(directory)
 
 
 def run(lm, tasks, **options):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from huggingface_hub import constants as hub
 from safetensors.torch import load_file, save_file
+from support.checkpoints import tensors_of
 from support.models import ARCHITECTURES, VOCABULARY, skip_what_cannot_run, tiny_model
 from support.waiting import HANG, wait_until
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -139,10 +140,9 @@ def test_prefix_of_the_base_model_missing(kind, tmp_path):
 def test_tied_weights_stored_twice(equal, tmp_path):
     """They are tied if they are the same; else the config is wrong, and they are not."""
     path = save(tmp_path, "llama", tie_word_embeddings=True)
-    tensors = load_file(path / "model.safetensors")
-    embedding = tensors["model.embed_tokens.weight"]
-    tensors["lm_head.weight"] = embedding.clone() if equal else embedding + 1
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with tensors_of(path) as tensors:
+        embedding = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = embedding.clone() if equal else embedding + 1
     loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
     assert (loaded.fallback is None) == equal
     assert (loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight) == equal
@@ -152,9 +152,8 @@ def test_tied_weights_stored_twice(equal, tmp_path):
 
 def test_what_was_made_beside_reading_is_dropped_with_the_model_it_was_made_for(tmp_path):
     path = save(tmp_path, "llama", tie_word_embeddings=True)
-    tensors = load_file(path / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with tensors_of(path) as tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     models: list[weakref.ref[torch.nn.Module]] = []
 
     def compile_a_part(model):
@@ -314,9 +313,8 @@ def test_what_is_no_checkpoint_is_not_read_ahead(tmp_path, monkeypatch):
 
 def test_tied_weights_stored_by_the_other_name(tmp_path):
     path = save(tmp_path, "llama", tie_word_embeddings=True)
-    tensors = load_file(path / "model.safetensors")
-    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with tensors_of(path) as tensors:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
     assert loaded.fallback is None
     assert_same(loaded.model, stock(path))
@@ -325,10 +323,9 @@ def test_tied_weights_stored_by_the_other_name(tmp_path):
 def test_tensors_the_model_has_not_are_ignored_but_fingerprinted(tmp_path):
     path = save(tmp_path, "llama")
     plain = read_checkpoint(str(path)).fingerprint
-    tensors = load_file(path / "model.safetensors")
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    tensors["model.layers.0.self_attn.bias"] = torch.ones(3, 3, dtype=torch.bool)
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with tensors_of(path) as tensors:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["model.layers.0.self_attn.bias"] = torch.ones(3, 3, dtype=torch.bool)
     loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
     assert loaded.fallback is None
     assert_same(loaded.model, stock(path))
@@ -362,9 +359,8 @@ def test_merged_experts_are_left_to_transformers(tmp_path):
 def test_old_names_are_left_to_transformers(tmp_path):
     """A name that a rule of transformers fits is not taken by its letters, nor passed over."""
     path = save(tmp_path, "llama")
-    tensors = load_file(path / "model.safetensors")
-    tensors["model.LayerNorm.gamma"] = torch.ones(32)
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with tensors_of(path) as tensors:
+        tensors["model.LayerNorm.gamma"] = torch.ones(32)
     loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
     assert loaded.fallback == "transformers converts model.LayerNorm.gamma"
     assert_same(loaded.model, stock(path))
@@ -372,9 +368,8 @@ def test_old_names_are_left_to_transformers(tmp_path):
 
 def test_weights_of_other_types_are_left_to_transformers(tmp_path):
     path = save(tmp_path, "llama")
-    tensors = load_file(path / "model.safetensors")
-    tensors["model.norm.weight"] = torch.arange(32)
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with tensors_of(path) as tensors:
+        tensors["model.norm.weight"] = torch.arange(32)
     loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
     assert loaded.fallback == "model.norm.weight is stored as torch.int64"
     assert_same(loaded.model, stock(path))
@@ -445,9 +440,8 @@ def test_headers_that_are_none(header, tmp_path):
 
 def test_weights_missing_or_of_another_shape(tmp_path):
     path = save(tmp_path, "llama")
-    tensors = load_file(path / "model.safetensors")
-    norm = tensors.pop("model.norm.weight")
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with tensors_of(path) as tensors:
+        norm = tensors.pop("model.norm.weight")
     assert refused(path).endswith("1 missing keys, such as model.norm.weight")
     save_file(tensors | {"model.norm.weights": norm}, path / "model.safetensors", {"format": "pt"})
     assert refused(path).endswith("1 missing keys, such as model.norm.weight")

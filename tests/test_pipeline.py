@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,12 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from support.checkpoints import save_tiny_llama
+from support.checkpoints import save_demo_llama, save_tiny_llama, tensors_of
 from support.models import tiny_model
 from support.passes import prepared, random_sequences
 from support.rows import CHATS, MANY_ROWS, write_rows
-from support.runs import stop_after
-from support.torchrun import alone, finished, lines, results, same, torchrun
+from support.runs import results, stop_after
+from support.torchrun import alone, finished, lines, same, torchrun
 from torch import nn
 
 from cecompile import Scorer
@@ -52,14 +53,10 @@ RUNS = {  # what runs, in how many stages of the four ranks, and whether one pro
 @pytest.fixture(scope="module")
 def models(babbler, tmp_path_factory) -> dict[str, Path]:
     """Random Llamas of five layers: "deep", and "tied", whose embedding is its head; and the babbler, which has two."""
-    made = {"babbler": babbler}
-    vocabulary = json.loads((babbler / "config.json").read_text())["vocab_size"]
-    for name, changes in {"deep": {}, "tied": {"tie_word_embeddings": True, "initializer_range": 0.1}}.items():
-        made[name] = tmp_path_factory.mktemp(name)
-        save_tiny_llama(made[name], vocabulary, num_hidden_layers=LAYERS, max_position_embeddings=512, **changes)
-        for file in babbler.glob("token*"):
-            (made[name] / file.name).write_bytes(file.read_bytes())
-    return made
+    sizes = {"num_hidden_layers": LAYERS, "max_position_embeddings": 512}
+    tied = {"tie_word_embeddings": True, "initializer_range": 0.1}
+    deep = save_demo_llama(tmp_path_factory.mktemp("deep"), **sizes)
+    return {"babbler": babbler, "deep": deep, "tied": save_demo_llama(tmp_path_factory.mktemp("tied"), **sizes, **tied)}
 
 
 def command(model: Path, data: Path, how: dict) -> list[str]:
@@ -337,12 +334,9 @@ def test_what_is_changed_in_a_part_is_noticed(name, models):
 
 
 def test_a_tensor_that_is_no_parameters_is_read_by_the_first_stage(models, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    for file in models["deep"].iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file(tensors | {"of.nobody": torch.ones(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(models["deep"], tmp_path, dirs_exist_ok=True)
+    with tensors_of(tmp_path) as tensors:
+        tensors["of.nobody"] = torch.ones(3)
     config = load_config(str(tmp_path))
     loaded = [load_checkpoint(str(tmp_path), config, "auto", CPU, s, read_all=False) for s in shares([2, LAYERS])]
     names = [{one.checkpoint.tensors[i].name for i in one.checkpoint.read()} for one in loaded]

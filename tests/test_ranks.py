@@ -13,8 +13,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support.rows import CHATS, MANY_ROWS, write_rows
-from support.runs import stop_after
-from support.torchrun import RANK, alone, environment, finished, lines, results, same, torchrun
+from support.runs import results, stop_after
+from support.torchrun import RANK, alone, environment, finished, lines, same, torchrun
 from support.waiting import HANG, wait_until
 
 from cecompile import Scorer, read_questions

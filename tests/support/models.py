@@ -6,27 +6,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCABULARY = 96
 COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.3, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 ARCHITECTURES = {
     "llama": {"num_key_value_heads": 2},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 9},
     "qwen2": {"num_key_value_heads": 2},
     "phi3": {"num_key_value_heads": 2},
     "gemma2": {
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "sliding_window": 9,
-        "attn_logit_softcapping": 5.0,
+        "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 9, "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 3.0,
     },
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
@@ -34,7 +24,7 @@ ARCHITECTURES = {
     "phi": {},
     "gpt_neox": {},
     "granite": {"num_key_value_heads": 2, "logits_scaling": 3.0, "attention_multiplier": 0.2},
-}
+}  # fmt: skip
 GROUPED = {"num_key_value_heads": 2}
 SIZED = GROUPED | {"head_dim": 8}
 WINDOWED = {"sliding_window": 9}
@@ -48,16 +38,8 @@ EXACT = ARCHITECTURES | {
     "cohere2": GROUPED | WINDOWED,
     "deepseek_v3": EXPERTS
     | {
-        "num_key_value_heads": 4,
-        "n_routed_experts": 4,
-        "n_group": 2,
-        "topk_group": 1,
-        "moe_intermediate_size": 32,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
+        "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32,
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
         "first_k_dense_replace": 1,
     },
     "exaone4": GROUPED | MIXED,
@@ -78,7 +60,7 @@ EXACT = ARCHITECTURES | {
     "stablelm": GROUPED,
     "starcoder2": GROUPED | WINDOWED,
     "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64},
-}
+}  # fmt: skip
 
 
 def tiny_model(kind: str, **changes):

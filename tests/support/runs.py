@@ -1,8 +1,10 @@
-"""Runs of the command line in this process, whole or stopped by a signal."""
+"""Runs of the command line, in this process or another, whole or stopped by a signal; results that they wrote."""
 
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from click.testing import CliRunner
@@ -18,6 +20,29 @@ HOW = {
     "decoded": (CHATS, ["--engine", "eager", "--tokens-per-bucket", "256", "--max-new-tokens", "6"], 9),
     "chats, reference": (CHATS[:4], ["--engine", "reference", "--max-new-tokens", "4"], 2),
 }
+
+
+def run_command(*arguments: object, exit_code: int = 0) -> str:
+    """Runs the command line in this process; checks the exit status and returns the output."""
+    result = CliRunner().invoke(cli, [str(a) for a in arguments])
+    assert result.exit_code == exit_code, result.output
+    return result.output
+
+
+def run_process(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process that must end well."""
+    command = [sys.executable, "-m", "cecompile", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def results(directory: Path) -> dict:
+    return json.loads((directory / "results.json").read_text())
+
+
+def samples(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
 
 
 class Runs:
@@ -36,7 +61,7 @@ class Runs:
         return (self.directory / output / "samples.jsonl").read_bytes()
 
     def results(self, output: str) -> dict:
-        return json.loads((self.directory / output / "results.json").read_text())
+        return results(self.directory / output)
 
 
 def stop_after(monkeypatch, records: int, number: int = signal.SIGINT) -> None:

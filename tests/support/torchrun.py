@@ -1,6 +1,5 @@
 """An evaluation by several ranks, or by one process alone, and whether both give the same."""
 
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -41,10 +40,6 @@ def same(one: Path, other: Path) -> None:
     for name in files:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     assert problems(other) == []
-
-
-def results(output: Path) -> dict:
-    return json.loads((output / "results.json").read_text())
 
 
 def finished(output: Path) -> set[int]:
