@@ -88,7 +88,7 @@ def absent_device(properties: Properties, version: str, found: Callable[[Kernel]
 
 
 class _Driver:
-    """What Triton asks its driver while it compiles."""
+    """Answers the questions that Triton asks its driver while compiling."""
 
     def __init__(self, properties: Properties) -> None:
         self._target = GPUTarget("cuda", properties.major * 10 + properties.minor, properties.warp_size)

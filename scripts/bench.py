@@ -88,7 +88,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Work:
-    """What is scored: questions, tokenised, planned and staged, with the seconds these took."""
+    """Questions to score, tokenised, planned and staged, with the seconds that each step took."""
 
     questions: Sequence[Question]
     sequences: Sequences
@@ -199,7 +199,7 @@ def time_harness(model: PreTrainedModel, tokenizer: Any, work: Work, batch_size:
 
 @torch.inference_mode()
 def score_padded(model: PreTrainedModel, sequences: Sequences, batch_size: int) -> Any:
-    """What lm_eval's `hf` backend computes: (n,) loglikelihoods, from padded batches, longest sequences first."""
+    """Computes (n,) loglikelihoods as lm_eval's `hf` backend does, from padded batches, longest sequences first."""
     out = np.zeros(len(sequences))
     order = np.argsort(-sequences.input_lengths, kind="stable").tolist()
     for at in range(0, len(order), batch_size):

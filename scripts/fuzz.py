@@ -82,7 +82,7 @@ def rows(draw: Any) -> list[Any]:
 
 
 def one_line(error: UserError) -> None:
-    """What a user may be told."""
+    """Checks that an error is one short, printable line."""
     assert str(error).isprintable()
     assert len(str(error)) < 1000
 

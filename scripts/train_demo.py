@@ -37,14 +37,11 @@ import numpy as np
 import sentencepiece
 import torch
 from torch.nn import functional
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaTokenizer,
-)
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+
+from cecompile import Answerer, Scorer, evaluate, read_questions
+from cecompile.tasks.formats import preprocess
+from cecompile.tasks.judge import metrics
 
 TOWN = "Linden Ford"
 HELD_OUT_ONE_IN = 5
@@ -471,11 +468,6 @@ def chat_row(rng: random.Random, scene: Scene, ask: Ask) -> dict[str, Any]:
     return {"message": [{"role": "user", "content": content}], "answer": ask.choices[0]}
 
 
-def preprocess(text: str) -> str:
-    """lm-evaluation-harness's HellaSwag preprocessing."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-
 def query_of(row: dict[str, Any]) -> str:
     return preprocess(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
 
@@ -569,19 +561,10 @@ def train_tokenizer(texts: list[Text], directory: Path) -> Any:
     with model.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(re.sub(r"<[^>]*>", "", str(text)) for text in texts),
-            model_writer=file,
-            model_type="bpe",
-            vocab_size=VOCABULARY,
-            byte_fallback=True,
-            character_coverage=1.0,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            pad_id=3,
-            pad_piece=PAD,
-            control_symbols=MARKERS,
-            num_threads=1,
-            minloglevel=2,
-        )
+            model_writer=file, model_type="bpe", vocab_size=VOCABULARY, byte_fallback=True, character_coverage=1.0,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, pad_id=3, pad_piece=PAD,
+            control_symbols=MARKERS, num_threads=1, minloglevel=2,
+        )  # fmt: skip
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
     vocab = {pieces.id_to_piece(index): index for index in range(len(pieces))}
     tokenizer = LlamaTokenizer(
@@ -715,44 +698,27 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
     (directory / "model.safetensors").chmod(0o644)
 
 
-# --- Held-out scores: one sequence per choice, greedy decoding ------------------------------------------------------
+# --- Held-out scores ------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def loglikelihood(model: Any, tokenizer: Any, query: str, ending: str) -> float:
-    given, whole = tokenizer.encode(query), tokenizer.encode(f"{query} {ending}")
-    ids = torch.tensor([whole], device=model.device)
-    logprobs = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-    targets = ids[0, 1:, None]
-    return float(logprobs.gather(1, targets)[len(given) - 1 :].sum())
-
-
-def score_hellaswag(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> None:
-    hits: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
-    for row in rows:
-        endings = [preprocess(ending) for ending in row["endings"]]
-        sums = np.array([loglikelihood(model, tokenizer, query_of(row), ending) for ending in endings])
-        chars = np.array([len(ending) for ending in endings])
-        hit = (int(sums.argmax()) == row["label"], int((sums / chars).argmax()) == row["label"])
-        hits[row["activity_label"]].append(hit)
-    every = [hit for group in hits.values() for hit in group]
-    for label, group in [*sorted(hits.items()), ("all", every)]:
-        acc, acc_norm = np.mean(group, axis=0)
-        print(f"hellaswag  {label:22s} {len(group):4d} questions  acc {acc:.4f}  acc_norm {acc_norm:.4f}")
-
-
-@torch.inference_mode()
-def score_chat(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> None:
-    exact, verbatim = [], []
-    for row in rows:
-        prompt = tokenizer.apply_chat_template(
-            row["message"], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
-        output = model.generate(**prompt, max_new_tokens=40)[0, prompt["input_ids"].shape[1] :]
-        text = tokenizer.decode(output, skip_special_tokens=True).lstrip().replace("\n", "")
-        exact.append(text == row["answer"])
-        verbatim.append(repr(text) in row["message"][0]["content"].split("choices: ")[1])
-    print(f"chat  {len(rows)} rows  exact match {np.mean(exact):.4f}  one of the choices {np.mean(verbatim):.4f}")
+def print_scores(demo: Path) -> None:
+    """Scores the saved model on both sets of held-out questions with the stock model alone."""
+    scorer = Scorer.from_pretrained(demo / "model", engine="reference")
+    rows = [json.loads(line) for line in (demo / "hellaswag.jsonl").read_text(encoding="utf-8").splitlines()]
+    samples: dict[str, list[Any]] = defaultdict(list)
+    for row, sample in zip(rows, evaluate(scorer, read_questions(demo / "hellaswag.jsonl")).samples, strict=True):
+        samples[row["activity_label"]].append(sample)
+    every = [sample for group in samples.values() for sample in group]
+    for label, group in [*sorted(samples.items()), ("all", every)]:
+        values = metrics(group)
+        shown = f"acc {values['acc']:.4f}  acc_norm {values['acc_norm']:.4f}"
+        print(f"hellaswag  {label:22s} {len(group):4d} questions  {shown}")
+    answerer = Answerer.from_pretrained(demo / "model", engine="reference", new_tokens=40)
+    questions = read_questions(demo / "chat.jsonl")
+    answers = [answer.text.lstrip().replace("\n", "") for answer in answerer.answer(questions).answers]
+    exact = np.mean([text == question.label for text, question in zip(answers, questions, strict=True)])
+    verbatim = np.mean([text in question.choices for text, question in zip(answers, questions, strict=True)])
+    print(f"chat  {len(questions)} rows  exact match {exact:.4f}  one of the choices {verbatim:.4f}")
 
 
 # --- Command line ---------------------------------------------------------------------------------------------------
@@ -797,9 +763,7 @@ def main() -> None:
     print(f"{model.num_parameters()} parameters, trained on {device} after {time.perf_counter() - began:.0f} s")
 
     torch.set_float32_matmul_precision("highest")
-    saved = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
-    score_hellaswag(saved, tokenizer, questions)
-    score_chat(saved, tokenizer, chats)
+    print_scores(arguments.out)
     print(f"{time.perf_counter() - began:.0f} s in all")
 
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong: exit status 2, one line that names file, line and field, nothing written."""
+"""Mistakes of a user: exit status 2, one line that names file, line and field, nothing written."""
 
 import json
 import shutil

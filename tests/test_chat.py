@@ -213,7 +213,7 @@ def babbler(request, tmp_path_factory):
 
 
 def stock_texts(model, questions, new_tokens):
-    """What the official loop gets: one conversation after another through the pipeline."""
+    """Returns the official loop's answers: one conversation after another goes through the pipeline."""
     pipe = pipeline("text-generation", model=str(model), tokenizer=str(model), device="cpu", dtype=torch.float32)
     options = {"max_new_tokens": new_tokens, "return_full_text": False, "do_sample": False}
     chats = [[{"role": role, "content": content} for role, content in q.messages] for q in questions]
@@ -256,7 +256,7 @@ def test_demo_answers_equal_the_pipelines(engine, new_tokens):
 
 def test_a_model_that_cannot_be_decoded_here_is_left_to_generate(monkeypatch):
     class Other:
-        """What layers are given in a version of transformers with a cache of another kind."""
+        """A cache of another kind, as another version of transformers may give to layers."""
 
     monkeypatch.setattr(decode_module, "Cache", Other)
     questions = MADE_UP[:6]
@@ -291,7 +291,7 @@ def test_the_walk_stops_where_the_tree_ends():
     stop = frozenset([7])
 
     def argmax_along(answer):
-        """What a model that says `answer` would have most likely everywhere: its next token, or 0 off its path."""
+        """Most likely tokens of a model that says `answer`: its next token, or 0 off its path."""
         out = []
         for form in forms:
             for at in range(len(form) + 1):

@@ -1,4 +1,4 @@
-"""What a result is worth: every way to break a rule is found and named, and two results can be held side by side."""
+"""Checking and comparing results: each broken rule is found and named, and two results are set side by side."""
 
 import hashlib
 import json

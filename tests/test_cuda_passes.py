@@ -1,4 +1,4 @@
-"""What compiling for CUDA does to a graph, checked on the CPU: the graph passes do not depend on the device."""
+"""Graph passes of compiling for CUDA, checked on the CPU: the passes do not depend on the device."""
 
 import numpy as np
 import pytest

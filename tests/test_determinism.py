@@ -1,4 +1,4 @@
-"""What is the same bit for bit, and what within rounding: runs, engines made anew, resumed runs, bucket sizes, order.
+"""Results that are equal bit for bit, and others within rounding: runs, new engines, resumed runs, bucket sizes, order.
 
 Bitwise: the same questions in the same order, with the same options, on the same device with the same number of
 threads and the same versions, whatever was interrupted. Within rounding: other bucket sizes, a part of the questions,

@@ -1,4 +1,4 @@
-"""What can go wrong that is nobody's typing: damaged checkpoints, full disks, devices that fail, clocks that jump.
+"""Faults of the machine: damaged checkpoints, full disks, failing devices, jumping clocks.
 
 Each ends with its exit status and one line, and leaves a journal that can be resumed, or nothing.
 """
@@ -215,7 +215,7 @@ def goes_on(run: Runs, name: str, failed, status: int, *words: str) -> None:
 
 @contextmanager
 def files_of_at_most(size: int):
-    """What a full disk is to a process: writes are cut short, then refused."""
+    """Limits files as a full disk does: writes are cut short, then refused."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

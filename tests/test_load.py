@@ -167,7 +167,7 @@ def test_what_was_made_beside_reading_is_dropped_with_the_model_it_was_made_for(
 
 
 def test_reading_ends_where_nobody_waits_for_it(tmp_path, monkeypatch):
-    """What the readers were asked for before is read; they get on only when nobody waits any more."""
+    """Blocks already requested are read; the readers go on only once nobody waits."""
     path, interval = save(tmp_path, "llama"), sys.getswitchinterval()
     monkeypatch.setattr(streaming, "BLOCK", 1024)
     reads, read, stream, waited_for = [], streaming._read, load.stream, []

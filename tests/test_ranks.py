@@ -39,7 +39,7 @@ def base(babbler, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory) -> Path:
-    """What one process alone makes of it."""
+    """Results of one process alone."""
     output = tmp_path_factory.mktemp("whole") / "out"
     torch.set_num_threads(1)
     alone([*base, "--output", str(output)])

@@ -1,4 +1,4 @@
-"""What is relied on inside torch and transformers is found by trying, or its absence is said in one plain line."""
+"""Internals of torch and transformers that the engine needs are found by trying; one line says if one is absent."""
 
 import csv
 import os

@@ -30,7 +30,7 @@ def torchrun(ranks: int, arguments: list[str], restarts: int = 0, **variables: o
 
 
 def lines(done: subprocess.CompletedProcess) -> list[str]:
-    """What ranks have said, without what torchrun says."""
+    """Returns the ranks' lines on standard error, without torchrun's own."""
     return [line for line in done.stderr.splitlines() if line.startswith("cecompile: ")]
 
 
