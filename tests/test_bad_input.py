@@ -4,10 +4,8 @@ import json
 import shutil
 
 import pytest
-from click.testing import CliRunner
 from support.checkpoints import add_tokenizer, save_tiny_llama
-
-from cecompile.cli import cli
+from support.runs import run_command
 
 GOOD = {"query": "q", "choices": ["a", "b"], "gold": 0}
 HELLASWAG = {"activity_label": "l", "ctx_a": "a", "ctx_b": "b", "endings": ["x", "y"], "label": 1}
@@ -122,11 +120,10 @@ CONTENTS = {
 def refuse(tmp_path, *arguments) -> str:
     """Runs eval; checks status 2, one line, no traceback, no output directory; returns the line."""
     output = tmp_path / "out"
-    result = CliRunner().invoke(cli, ["eval", "--device", "cpu", "--output", str(output), *map(str, arguments)])
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    lines = result.output.strip().splitlines()
-    assert len(lines) == 1, result.output
+    result = run_command("eval", "--device", "cpu", "--output", output, *map(str, arguments), exit_code=2)
+    assert "Traceback" not in result
+    lines = result.strip().splitlines()
+    assert len(lines) == 1, result
     assert lines[0].isprintable()
     assert not output.exists()
     return lines[0]
@@ -280,9 +277,7 @@ def test_choice_longer_than_the_model(tmp_path, tiny_llama):
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "mps"])
 def test_devices_that_are_not(device, tmp_path):
     output = tmp_path / "out"
-    result = CliRunner().invoke(cli, ["eval", "--device", device, "--output", str(output)])
-    assert result.exit_code == 2
-    assert f"--device {device}" in result.output
+    assert f"--device {device}" in run_command("eval", "--device", device, "--output", output, exit_code=2)
     assert not output.exists()
 
 
@@ -293,12 +288,8 @@ def test_output_directories(tmp_path):
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "results.json").write_text("{}")
     for name, words in (("file", "is a file"), ("else", "not a result directory"), ("done", "--overwrite")):
-        result = CliRunner().invoke(cli, ["eval", "--output", str(tmp_path / name)])
-        assert result.exit_code == 2
-        assert words in result.output
-    result = CliRunner().invoke(cli, ["eval", "--output", "/proc/nowhere/out"])
-    assert result.exit_code == 2
-    assert "cannot be written" in result.output
+        assert words in run_command("eval", "--output", tmp_path / name, exit_code=2)
+    assert "cannot be written" in run_command("eval", "--output", "/proc/nowhere/out", exit_code=2)
 
 
 @pytest.mark.parametrize(
@@ -313,6 +304,4 @@ def test_output_directories(tmp_path):
     ],
 )
 def test_usage(arguments):
-    result = CliRunner().invoke(cli, ["eval", *arguments])
-    assert result.exit_code == 2
-    assert "Traceback" not in result.output
+    assert "Traceback" not in run_command("eval", *arguments, exit_code=2)

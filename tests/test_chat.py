@@ -16,6 +16,9 @@ from support.checkpoints import add_tokenizer, save_tiny_llama
 from support.models import ARCHITECTURES, VOCABULARY, tiny_model
 from support.passes import generated, prepared, random_sequences
 from support.rows import MADE_UP, ask, shared_file
+from support.runs import results as results_of
+from support.runs import run_command
+from support.runs import samples as samples_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM, pipeline
 
 from cecompile import Answerer, ChatQuestion, demo, read_questions
@@ -358,8 +361,8 @@ def test_eval_writes_predictions_as_the_pipeline_does_and_warm_prepares_it(tmp_p
     assert done.exit_code == 0, done.output
     assert "exact_match" in done.stdout
 
-    results = json.loads((out / "results.json").read_text())
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    results = results_of(out)
+    samples = samples_of(out)
     predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     questions = read_questions(demo.CHAT, limit=8)
     assert results["task"] == "chat"
@@ -372,8 +375,7 @@ def test_eval_writes_predictions_as_the_pipeline_does_and_warm_prepares_it(tmp_p
     assert results["answers"]["decoded_tokens"] == sum(s["decoded_tokens"] for s in samples)
     assert results["plan"]["decoding"]["slots"] >= 30
 
-    again = runner.invoke(cli, ["eval", "--limit", "4", "--engine", "eager", "--device", "cpu", "--output", str(out)])
-    assert again.exit_code == 2
+    run_command("eval", "--limit", "4", "--engine", "eager", "--device", "cpu", "--output", out, exit_code=2)
     scored = ["eval", "--limit", "4", "--engine", "eager", "--device", "cpu", "--output", str(out), "--overwrite"]
     assert runner.invoke(cli, scored).exit_code == 0
     assert not (out / "predictions.jsonl").exists()

@@ -10,7 +10,7 @@ import torch
 import transformers
 from packaging.version import Version
 from support.models import ARCHITECTURES, tiny_model
-from support.passes import prepared, random_sequences, score
+from support.passes import assert_scored_as_stock, prepared, random_sequences, score
 from support.waiting import HANG, wait_until
 from torch._dynamo import funcname_cache
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -31,15 +31,14 @@ from cecompile.run.scorer import collect
 from cecompile.workload.plan import BLOCK, Bucket, Geometry, choose_geometry, make_plan
 from cecompile.workload.stage import StagedPlan
 
+QUESTIONS = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
+
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_trees_score_as_the_stock_model_does(kind):
-    model, sequences = tiny_model(kind), random_sequences()
-    expected, expected_greedy = score_one_by_one(model, sequences)
+    model = tiny_model(kind)
     assert choose_attention(model, "auto") == ("sdpa", None)
-    got, greedy = score(model, sequences, "sdpa")
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
-    assert (greedy == expected_greedy).all()
+    assert_scored_as_stock(model, random_sequences(), "sdpa")
 
 
 @pytest.mark.compiles
@@ -92,30 +91,20 @@ def test_the_first_of_equal_maxima_wherever_it_stands(size):
 @pytest.mark.parametrize("kind", ["llama", "phi", "opt", "phi3"])
 def test_compiled_layers_and_head(kind):
     """With and without biases, with fused projections, through the CPU's own linear layers."""
-    model, sequences = tiny_model(kind), random_sequences(2)
-    expected, expected_greedy = score_one_by_one(model, sequences)
-    got, greedy = score(model, sequences, "sdpa", compiled=True)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
-    assert (greedy == expected_greedy).all()
+    assert_scored_as_stock(tiny_model(kind), random_sequences(2), "sdpa", compiled=True)
 
 
 @pytest.mark.parametrize("attention", [pytest.param("flex", marks=pytest.mark.compiles), "sdpa"])
 def test_windows_shorter_than_a_context_of_several_tiles(attention):
     """A trunk of 400 tokens has tiles without a branch in them; the window hides most of those pairs."""
     model = tiny_model("mistral", head_dim=16, sliding_window=64, max_position_embeddings=512)
-    sequences = random_sequences(3, questions=2, trunk=400)
-    expected, _ = score_one_by_one(model, sequences)
-    got, _ = score(model, sequences, attention, tokens=1024)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    assert_scored_as_stock(model, random_sequences(3, questions=2, trunk=400), attention, tokens=1024)
 
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("kind", ["mistral", "gemma2"])
 def test_compiled_flex_with_windows_and_soft_caps(kind):
-    model, sequences = tiny_model(kind, head_dim=16), random_sequences(1)
-    expected, _ = score_one_by_one(model, sequences)
-    got, _ = score(model, sequences, "flex", compiled=True)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    assert_scored_as_stock(tiny_model(kind, head_dim=16), random_sequences(1), "flex", compiled=True)
 
 
 def test_result_does_not_depend_on_the_bucket():
@@ -128,10 +117,9 @@ def test_result_does_not_depend_on_the_bucket():
 @pytest.mark.compiles
 def test_scoring_again_gives_the_same_and_builds_nothing_new(tiny_llama):
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
-    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
-    first = scorer.score(questions)
+    first = scorer.score(QUESTIONS)
     engine = scorer.runtime.warmup.warmed
-    assert scorer.score(questions).loglikelihoods == first.loglikelihoods
+    assert scorer.score(QUESTIONS).loglikelihoods == first.loglikelihoods
     assert scorer.runtime.warmup.warmed is engine
 
 
@@ -188,11 +176,10 @@ class LosesAResidual(CustomGraphPass):
 
 @pytest.mark.compiles
 def test_a_wrong_compilation_is_found_out_and_not_used(tiny_llama, monkeypatch):
-    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
-    expected = Scorer.from_pretrained(tiny_llama, device="cpu", engine="reference").score(questions)
+    expected = Scorer.from_pretrained(tiny_llama, device="cpu", engine="reference").score(QUESTIONS)
     monkeypatch.setattr(forward, "compile_options", lambda *_: {"post_grad_custom_pre_pass": LosesAResidual()})
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
-    got = scorer.score(questions)
+    got = scorer.score(QUESTIONS)
     assert scorer.runtime.mode.engine == "eager"
     assert scorer.runtime.mode.note.startswith("ran uncompiled: the compiled pass is ")
     np.testing.assert_allclose(got.loglikelihoods, expected.loglikelihoods, rtol=0, atol=1e-3)
@@ -200,14 +187,13 @@ def test_a_wrong_compilation_is_found_out_and_not_used(tiny_llama, monkeypatch):
 
 @pytest.mark.compiles
 def test_several_take_one_loaded_model_in_turn(tiny_llama, tmp_path):
-    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     engines = ("compiled", "reference", "eager")
     scorers = [Scorer.from_model(model, tokenizer, engine=one, cache_dir=tmp_path) for one in engines]
-    first = [scorer.score(questions).loglikelihoods for scorer in scorers]
+    first = [scorer.score(QUESTIONS).loglikelihoods for scorer in scorers]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    again = [scorer.score(questions).loglikelihoods for scorer in scorers]
+    again = [scorer.score(QUESTIONS).loglikelihoods for scorer in scorers]
     assert again == first
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert [scorer.runtime.mode.engine for scorer in scorers] == list(engines)
@@ -217,8 +203,7 @@ def test_several_take_one_loaded_model_in_turn(tiny_llama, tmp_path):
 
 @pytest.mark.compiles
 def test_what_is_in_the_cache_is_compiled_while_weights_are_read(tiny_llama, tmp_path, monkeypatch):
-    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
-    expected = Scorer.from_pretrained(tiny_llama, device="cpu", cache_dir=tmp_path).score(questions)
+    expected = Scorer.from_pretrained(tiny_llama, device="cpu", cache_dir=tmp_path).score(QUESTIONS)
     torch._dynamo.reset()
     counts, read = torch._dynamo.utils.counters["stats"], streaming._read
     before = counts["unique_graphs"]
@@ -244,7 +229,7 @@ def test_what_is_in_the_cache_is_compiled_while_weights_are_read(tiny_llama, tmp
     monkeypatch.setattr(Engine, "settle", settle_at_length)
     scorer, clock = Scorer.from_pretrained(tiny_llama, device="cpu", cache_dir=tmp_path), Clock()
     clock.enter("preprocess")
-    plan = scorer.prepare(questions, fit=True).plan
+    plan = scorer.prepare(QUESTIONS, fit=True).plan
     scorer.runtime.warmup.look_up(plan)
     assert scorer.runtime.warmup.cache_state[0] == WARM
     clock.enter("load_model")
@@ -253,7 +238,7 @@ def test_what_is_in_the_cache_is_compiled_while_weights_are_read(tiny_llama, tmp
     assert graphs > before + 1  # the first of them let reading begin
     clock.enter("inference")
     assert [phase for phase, *_ in clock.timeline()][-3:] == ["load_model", "warmup", "load_model"]
-    got = scorer.score(questions)
+    got = scorer.score(QUESTIONS)
     assert counts["unique_graphs"] == graphs
     assert got.loglikelihoods == expected.loglikelihoods
     verified, held = scorer.runtime.weights.verify()
@@ -289,10 +274,8 @@ def test_sources_that_tracing_reads_are_read_ahead():
         if way == "ahead":
             initialise._read_sources()
         else:
-            plan = make_plan(
-                random_sequences(questions=5),
-                choose_geometry(64, tokens_per_bucket=128, blocks=False, readout_chunk=64),
-            )
+            geometry = choose_geometry(64, tokens_per_bucket=128, blocks=False, readout_chunk=64)
+            plan = make_plan(random_sequences(questions=5), geometry)
             Engine(tiny_model("llama"), plan.buckets, attention="sdpa", compiled=True, readout_chunk=64).warm_up()
         sources[way] = set(funcname_cache.cache)
     assert {modeling_utils.__file__, activations.__file__} <= sources["ahead"]

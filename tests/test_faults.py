@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from support.checkpoints import tensors_of
 from support.rows import CHATS, ROWS, write_rows
-from support.runs import HOW, Runs
+from support.runs import HOW, Runs, run_command
 
 from cecompile import demo
 from cecompile.cli import cli
@@ -390,19 +390,17 @@ def test_outputs_that_cannot_be(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output, words = OUTPUTS[name]
     for more in ([], ["--overwrite"], ["--resume"]):
-        result = CliRunner().invoke(cli, ["eval", "--output", output, *more])
-        assert result.exit_code == 2, result.output
-        assert len(result.output.splitlines()) == 1 or "Usage:" in result.output
-        assert words in result.output
+        result = run_command("eval", "--output", output, *more, exit_code=2)
+        assert len(result.splitlines()) == 1 or "Usage:" in result
+        assert words in result
     assert not list(tmp_path.iterdir())
 
 
 def test_an_output_that_links_to_nothing(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    result = CliRunner().invoke(cli, ["eval", "--output", str(tmp_path / "link")])
-    assert result.exit_code == 2, result.output
-    assert len(result.output.splitlines()) == 1
-    assert "a link to nothing" in result.output
+    result = run_command("eval", "--output", tmp_path / "link", exit_code=2)
+    assert len(result.splitlines()) == 1
+    assert "a link to nothing" in result
 
 
 def test_links_among_the_results_are_replaced_not_followed(trees, tmp_path):

@@ -8,16 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import save_demo_llama
 from support.rows import ROWS, write_rows
-from support.runs import HOW, Runs, stop_after
+from support.runs import HOW, Runs, run_command
 from support.waiting import HANG, wait_until
 
 from cecompile import Scorer, evaluate, read_questions
-from cecompile.cli import cli
 from cecompile.errors import UserError
 from cecompile.interrupt import command_to_resume
 from cecompile.results import journal as journal_module
@@ -187,12 +185,10 @@ def uninterrupted(babbler, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", HOW)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_goes_on(kind, number, status, uninterrupted, monkeypatch):
+def test_an_interrupted_run_goes_on(kind, number, status, uninterrupted):
     run, records = uninterrupted(kind), HOW[kind][2]
     name = f"stopped {status}"
-    with monkeypatch.context() as patch:
-        stop_after(patch, records, number)
-        stopped = run(name)
+    stopped = run.stopped(name, records, number=number)
     assert stopped.exit_code == status
     assert stopped.output.startswith(f"cecompile: interrupted ({signal.Signals(number).name}); continue with: ")
     assert len(stopped.output.splitlines()) == 1
@@ -217,28 +213,24 @@ def test_an_interrupted_run_goes_on(kind, number, status, uninterrupted, monkeyp
     assert "no interrupted run to resume" in nothing.output
 
 
-def test_every_point_of_resumption_gives_the_same(uninterrupted, monkeypatch):
+def test_every_point_of_resumption_gives_the_same(uninterrupted):
     """Stopped after each pass, resumed, stopped again after the next, to the end."""
     run = uninterrupted("trees")
     passes = sum(bucket["runs"] for bucket in run.results("whole")["plan"]["buckets"])
     assert passes >= 4
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        assert run("bit by bit").exit_code == 130
-        for _ in range(passes - 1):
-            assert run("bit by bit", "--resume").exit_code == 130
+    assert run.stopped("bit by bit", 1).exit_code == 130
+    for _ in range(passes - 1):
+        assert run.stopped("bit by bit", 1, "--resume").exit_code == 130
     assert run("bit by bit", "--resume").exit_code == 0
     assert run.results("bit by bit")["resumed"]["passes"] == passes
     assert run.samples("bit by bit") == run.samples("whole")
 
 
 @pytest.mark.parametrize("place", [0.3, 0.6, 0.95])
-def test_from_a_damaged_record_on_all_is_computed_again(place, uninterrupted, monkeypatch):
+def test_from_a_damaged_record_on_all_is_computed_again(place, uninterrupted):
     run = uninterrupted("trees")
     name = f"damaged {place}"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 4)
-        run(name)
+    run.stopped(name, 4)
     path = run.directory / name / NAME
     content = bytearray(path.read_bytes())
     ends = [end for *_, end in read(bytes(content))]
@@ -256,9 +248,7 @@ def test_from_a_damaged_record_on_all_is_computed_again(place, uninterrupted, mo
 def stopped(uninterrupted) -> Runs:
     """A run that was interrupted; its journal is in "stopped"."""
     run = uninterrupted("trees")
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, 3)
-        assert run("stopped").exit_code == 130
+    assert run.stopped("stopped", 3).exit_code == 130
     return run
 
 
@@ -291,12 +281,9 @@ def test_another_model_or_version_is_not_gone_on_with(stopped, tmp_path, monkeyp
 
 def test_resume_names_its_output_and_excludes_overwrite(tmp_path):
     for arguments in (["--resume"], ["--resume", "--overwrite", "--output", str(tmp_path)]):
-        refused = CliRunner().invoke(cli, ["eval", *arguments])
-        assert refused.exit_code == 2
-        assert "--resume: goes on with the run in --output" in refused.output
-    missing = CliRunner().invoke(cli, ["eval", "--resume", "--output", str(tmp_path / "none")])
-    assert missing.exit_code == 2
-    assert "no interrupted run to resume" in missing.output
+        assert "--resume: goes on with the run in --output" in run_command("eval", *arguments, exit_code=2)
+    missing = run_command("eval", "--resume", "--output", tmp_path / "none", exit_code=2)
+    assert "no interrupted run to resume" in missing
     assert not list(tmp_path.iterdir())
 
 
@@ -311,21 +298,17 @@ def test_only_the_first_of_repeated_runs_is_journaled(uninterrupted, monkeypatch
     assert run.results("repeated")["inference_s"]["runs"] == 3
 
 
-def test_overwriting_an_interrupted_run_starts_anew(uninterrupted, monkeypatch):
+def test_overwriting_an_interrupted_run_starts_anew(uninterrupted):
     run = uninterrupted("trees")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        run("begun")
+    run.stopped("begun", 3)
     assert run("begun", "--overwrite").exit_code == 0
     assert run.results("begun")["resumed"] is None
     assert run.samples("begun") == run.samples("whole")
 
 
-def test_killed_while_writing_leaves_what_the_next_run_clears_away(uninterrupted, monkeypatch):
+def test_killed_while_writing_leaves_what_the_next_run_clears_away(uninterrupted):
     run = uninterrupted("trees")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        run("killed")
+    run.stopped("killed", 3)
     (run.directory / "killed" / ".samples.jsonl.1").write_text("half")
     assert run("killed", "--resume").exit_code == 0
     assert sorted(p.name for p in (run.directory / "killed").iterdir()) == ["results.json", "samples.jsonl"]

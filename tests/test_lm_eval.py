@@ -6,18 +6,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from support.checkpoints import add_tokenizer
 from support.models import ARCHITECTURES
 from support.rows import SHARED_DATA, write_rows
+from support.runs import run_command
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from cecompile import demo
-from cecompile.cli import cli
 from cecompile.errors import UserError
 from cecompile.lm_eval import CecompileLM
 
@@ -248,8 +247,7 @@ def test_the_command_line_is_lm_evals(tasks, tmp_path, monkeypatch):
     arguments += ["--include_path", str(folder), "--tasks", "qa_0", "--device", "cpu", "--limit", "5"]
     arguments += ["--output_path", str(tmp_path / "out"), "--log_samples"]
     before = list(sys.argv)
-    done = CliRunner().invoke(cli, ["lm-eval", "--", *arguments])
-    assert done.exit_code == 0, done.output
+    run_command("lm-eval", "--", *arguments)
     assert sys.argv == before
     (results,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(results.read_text())

@@ -1,6 +1,5 @@
 """The memory budget: predicted before loading, kept to, refused where nothing fits, stepped down where it runs out."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import save_demo_llama
+from support.runs import results as results_of
 
 from cecompile import Question, Scorer
 from cecompile.device import is_out_of_memory, parse_size
@@ -59,7 +59,7 @@ def test_every_limit_is_kept_or_refused_before_loading(wide_llama, held, tmp_pat
             refusals += 1
             continue
         assert done.returncode == 0, done.stderr
-        results = json.loads((out / "results.json").read_text())
+        results = results_of(out)
         memory = results["memory"]
         assert memory["limit_bytes"] == megabytes * 10**6
         assert memory["peak_bytes"] <= memory["limit_bytes"]

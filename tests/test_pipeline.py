@@ -15,7 +15,7 @@ from support.checkpoints import save_demo_llama, save_tiny_llama, tensors_of
 from support.models import tiny_model
 from support.passes import prepared, random_sequences
 from support.rows import CHATS, MANY_ROWS, write_rows
-from support.runs import results, stop_after
+from support.runs import results, run_command, stop_after
 from support.torchrun import alone, finished, lines, same, torchrun
 from torch import nn
 
@@ -132,10 +132,9 @@ def test_a_stage_that_is_killed_ends_the_run_which_one_process_goes_on_with(base
 def test_processes_that_are_no_pipeline_are_refused(arguments, world, line, base, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.setenv("RANK", "0")
-    refused = CliRunner().invoke(cli, [*base, *arguments, "--output", str(tmp_path)])
-    assert refused.exit_code == 2
-    assert refused.output.startswith(f"cecompile: {line}")
-    assert refused.output.count("\n") == 1
+    refused = run_command(*base, *arguments, "--output", tmp_path, exit_code=2)
+    assert refused.startswith(f"cecompile: {line}")
+    assert refused.count("\n") == 1
     monkeypatch.setenv("RANK", "1")
     assert CliRunner().invoke(cli, [*base, *arguments, "--output", str(tmp_path)]).output == ""
 
@@ -151,17 +150,15 @@ def test_processes_that_are_no_pipeline_are_refused(arguments, world, line, base
 )
 def test_what_cannot_be_divided_is_refused(arguments, line, base):
     plan = ["plan", *(a for a in base[1:] if a not in ("--engine", "eager"))]
-    refused = CliRunner().invoke(cli, [*plan, *arguments])
-    assert refused.exit_code == 2
-    assert line in refused.output
-    assert refused.output.count("\n") == 1
+    refused = run_command(*plan, *arguments, exit_code=2)
+    assert line in refused
+    assert refused.count("\n") == 1
 
 
 def test_who_needs_all_layers_is_refused(models, tmp_path):
     chats = write_rows(tmp_path / "chats.jsonl", CHATS)
-    refused = CliRunner().invoke(cli, ["plan", "--model", str(models["deep"]), "--data", str(chats), "--pipeline", "2"])
-    assert refused.exit_code == 2
-    assert "--pipeline: chat answers" in refused.output
+    refused = run_command("plan", "--model", str(models["deep"]), "--data", chats, "--pipeline", "2", exit_code=2)
+    assert "--pipeline: chat answers" in refused
     with pytest.raises(UserError, match="reference engine runs the whole model"):
         Scorer.from_pretrained(models["deep"], device="cpu", engine="reference", pipeline=2)
     scorer = Scorer.from_pretrained(models["deep"], device="cpu", engine="eager", pipeline=2)

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from cecompile.engine.forward import Engine
+from cecompile.engine.reference import score_one_by_one
 from cecompile.model.support import boundary_of
 from cecompile.run.scorer import collect
 from cecompile.workload.plan import choose_geometry, make_plan
@@ -48,6 +49,14 @@ def score(model, sequences, attention, *, compiled=False, tokens=512):
     """Loglikelihoods and greedy flags of the sequences."""
     engine, staged = prepared(model, sequences, attention, compiled=compiled, tokens=tokens)
     return collect(len(sequences), staged, engine.run(staged))
+
+
+def assert_scored_as_stock(model, sequences, attention, **how) -> None:
+    """Checks loglikelihoods and greedy flags against the stock model's, one sequence at a time."""
+    expected, expected_greedy = score_one_by_one(model, sequences)
+    got, greedy = score(model, sequences, attention, **how)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    assert (greedy == expected_greedy).all()
 
 
 def generated(model, prompt, new_tokens, stop):

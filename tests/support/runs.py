@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from cecompile.cli import cli
@@ -56,6 +57,12 @@ class Runs:
     def __call__(self, output: str, *more: object, **options):
         to = str(self.directory / output)
         return CliRunner().invoke(cli, ["eval", *self.arguments, "--output", to, *map(str, more)], **options)
+
+    def stopped(self, output: str, records: int, *more: object, number: int = signal.SIGINT):
+        """Runs until so many records are in the journal, then sends this process a signal."""
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after(patch, records, number)
+            return self(output, *more)
 
     def samples(self, output: str) -> bytes:
         return (self.directory / output / "samples.jsonl").read_bytes()
