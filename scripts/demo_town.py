@@ -191,6 +191,11 @@ def options(form: str, right: str, pool: list[str]) -> list[str]:
     return [form.format(entry) for entry in [right, *others[:3]]]
 
 
+def ask(lead: str, subject: str, question: str, right: str, pool: list[str], ending: str, choice: str) -> Ask:
+    """Asks for one of the pool, in the form of an ending and in the form of a choice."""
+    return Ask(lead, subject, options(ending, right, pool), question, options(choice, right, pool))
+
+
 def shuffled(rng: random.Random, pool: list[str]) -> list[str]:
     return rng.sample(pool, len(pool))
 
@@ -245,13 +250,7 @@ def mishap(rng: random.Random) -> Scene:
     ends = [fate for fate, _ in fates]
     lead = rng.choice(["Everybody turns to look.", "A child points and laughs.", "Nobody is there to help."])
     asks = [
-        Ask(
-            lead=lead,
-            subject=f"the {thing}",
-            endings=options("{}.", fate, ends),
-            question=question.format(thing),
-            choices=options(f"the {thing} {{}}", fate, ends),
-        )
+        ask(lead, f"the {thing}", question.format(thing), fate, ends, "{}.", f"the {thing} {{}}")
         for thing, (fate, _) in zip(things, chosen, strict=True)
     ]
     facts = story.format(who, *map(article, things), He=pronoun(who).capitalize())
@@ -286,15 +285,9 @@ def trading(rng: random.Random) -> Scene:
     asks = []
     for one, two, other in ((0, 1, 2), (2, 3, 0)):
         deals = [f"{names[owner]} for the {toys[toy]}" for owner in (two, other) for toy in (two, one)]
-        asks.append(
-            Ask(
-                lead="Both of them are happy with the trade.",
-                subject=names[one],
-                endings=options("thanks {}.", deals[0], deals),
-                question=f"Whom does {names[one]} thank?",
-                choices=options(f"{names[one]} thanks {{}}", deals[0], deals),
-            )
-        )
+        who, question = names[one], f"Whom does {names[one]} thank?"
+        forms = ("thanks {}.", f"{who} thanks {{}}")
+        asks.append(ask("Both of them are happy with the trade.", who, question, deals[0], deals, *forms))
     trades = f"{names[0]} trades with {names[1]}, and {names[2]} trades with {names[3]}."
     return Scene("Trading at the fair", f"{listing(owners)}. {trades}", [*sorted(owners), trades], asks)
 
@@ -306,14 +299,9 @@ def counting(rng: random.Random) -> Scene:
     act = f"finds {NUMBERS[change]} more" if more else f"gives {NUMBERS[change]} away"
     facts = f"{name} has {NUMBERS[start]} {crop} and {act}."
     near = shuffled(rng, NUMBERS[max(2, total - 3) : total + 4])
-    ask = Ask(
-        lead=f"Then {pronoun(name)} sits down on the wall.",
-        subject=name,
-        endings=options(f"counts {{}} {crop}.", NUMBERS[total], near),
-        question=f"How many {crop} does {name} have now?",
-        choices=options(f"{name} has {{}} {crop}", NUMBERS[total], near),
-    )
-    return Scene("Counting the harvest", facts, [facts], [ask])
+    lead, question = f"Then {pronoun(name)} sits down on the wall.", f"How many {crop} does {name} have now?"
+    forms = (f"counts {{}} {crop}.", f"{name} has {{}} {crop}")
+    return Scene("Counting the harvest", facts, [facts], [ask(lead, name, question, NUMBERS[total], near, *forms)])
 
 
 def going_out(rng: random.Random) -> Scene:
@@ -324,15 +312,8 @@ def going_out(rng: random.Random) -> Scene:
     asks = []
     for name, weather, (_, item), other in zip(names, when, outings, reversed(when), strict=False):
         ways = [f"{sky} with the {thing}" for sky in (weather, other) for thing in (item, items[items[0] == item])]
-        asks.append(
-            Ask(
-                lead="Each of them takes one thing from the hall.",
-                subject=name,
-                endings=options("walks {}.", ways[0], ways),
-                question=f"How does {name} go out?",
-                choices=options(f"{name} walks {{}}", ways[0], ways),
-            )
-        )
+        forms, question = ("walks {}.", f"{name} walks {{}}"), f"How does {name} go out?"
+        asks.append(ask("Each of them takes one thing from the hall.", name, question, ways[0], ways, *forms))
     hall = listing([item if item.endswith("s") else article(item) for item in items])
     facts = f"In the hall there are {hall}. {plans[0]}, and {plans[1]}."
     return Scene("Going out", facts, sorted(plans), asks)
@@ -344,15 +325,9 @@ def delivering(rng: random.Random) -> Scene:
     asks = []
     for one, two, other in ((0, 1, 2), (2, 3, 0)):
         calls = [f"{names[owner]} in the {rooms[room]}" for owner in (two, other) for room in (two, one)]
-        asks.append(
-            Ask(
-                lead="Both of them set out at once.",
-                subject=names[one],
-                endings=options("looks for {}.", calls[0], calls),
-                question=f"Where does {names[one]} go?",
-                choices=options(f"{names[one]} looks for {{}}", calls[0], calls),
-            )
-        )
+        who, question = names[one], f"Where does {names[one]} go?"
+        forms = ("looks for {}.", f"{who} looks for {{}}")
+        asks.append(ask("Both of them set out at once.", who, question, calls[0], calls, *forms))
     post = f"{names[0]} has a {mail[0]} for {names[1]}, and {names[2]} has a {mail[1]} for {names[3]}."
     return Scene("Delivering the post", f"{listing(whereabouts)}. {post}", [*sorted(whereabouts), post], asks)
 

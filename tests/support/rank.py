@@ -87,15 +87,9 @@ def share(directory: Path) -> None:
         ranks.stages = run["how"].get("pipeline", 1)
         resume = (directory / name / NAME).exists()
         with Journal(directory / name, resume, ranks) as journal:
-            evaluate(
-                kind.from_pretrained(run["model"], device="cpu", ranks=ranks, **run["how"]),
-                dataset.questions,
-                task=dataset.task,
-                data=run["data"],
-                output=directory / name,
-                journal=journal,
-                repeat=run.get("repeat", 1),
-            )
+            model = kind.from_pretrained(run["model"], device="cpu", ranks=ranks, **run["how"])
+            how = {"task": dataset.task, "data": run["data"], "repeat": run.get("repeat", 1)}
+            evaluate(model, dataset.questions, output=directory / name, journal=journal, **how)
 
 
 def run(*arguments: str) -> None:
@@ -128,15 +122,9 @@ def agent(ranks: int, restarts: int, arguments: list[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        max_restarts=restarts,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=f"tests-{os.getpid()}",
-        start_method="fork",
-    )
+        min_nodes=1, max_nodes=1, nproc_per_node=ranks, max_restarts=restarts, run_id=f"tests-{os.getpid()}",
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork",
+    )  # fmt: skip
     elastic_launch(config, forked)(*arguments)
 
 
