@@ -61,14 +61,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 10,
     },
     "opt-1b": {
-        "model_type": "opt",
-        "vocab_size": 50_272,
-        "max_position_embeddings": 2048,
-        "hidden_size": 2048,
-        "word_embed_proj_dim": 2048,
-        "ffn_dim": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
+        "model_type": "opt", "vocab_size": 50_272, "max_position_embeddings": 2048, "hidden_size": 2048,
+        "word_embed_proj_dim": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
     },
 }  # fmt: skip
 BATCH_SIZES = {"cpu": (8, 32), "cuda": (16, 64, 256)}

@@ -294,14 +294,7 @@ def test_output_directories(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        ["--limit", "0"],
-        ["--limit", "1.5"],
-        ["--limit", "inf"],
-        ["--limit", "nan"],
-        ["--tokens-per-bucket", "12"],
-        ["--what"],
-    ],
+    [*(["--limit", number] for number in ("0", "1.5", "inf", "nan")), ["--tokens-per-bucket", "12"], ["--what"]],
 )
 def test_usage(arguments):
     assert "Traceback" not in run_command("eval", *arguments, exit_code=2)

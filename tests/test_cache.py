@@ -213,18 +213,9 @@ def test_paths_with_spaces_and_letters_compile(built, tiny_llama, questions, tmp
     place = tmp_path / "공 백 'x'"
     place.mkdir()
     (place / "installed").symlink_to(Path(torch.__file__).parents[1])
-    arguments = (
-        "--model",
-        str(tiny_llama),
-        "--data",
-        str(questions),
-        "--device",
-        "cpu",
-        "--output",
-        str(place / "out"),
-    )
     path = os.pathsep.join([str(Path(cecompile.__file__).parents[1]), str(place / "installed")])
-    done = run("eval", *arguments, cache=place / "cache", PYTHONPATH=path)
+    model = ("--model", str(tiny_llama), "--data", str(questions), "--device", "cpu")
+    done = run("eval", *model, "--output", str(place / "out"), cache=place / "cache", PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     engine = results(place / "out")["engine"]
     assert (engine["name"], engine["note"]) == ("compiled", None)

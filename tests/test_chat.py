@@ -192,15 +192,9 @@ def babbler(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("babbler")
     if request.param.endswith("tokenizer"):
         (directory / "tokenizer.model").write_bytes(shared_file("llama_tokenizer.model").read_bytes())
-        special = ["<|user|>", "<|assistant|>", "<|end|>", "<|system|>"]
-        (directory / "tokenizer_config.json").write_text(
-            json.dumps(
-                {
-                    "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-                    "chat_template": TEMPLATE, "extra_special_tokens": special,
-                }
-            )
-        )  # fmt: skip
+        marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": TEMPLATE}
+        marks |= {"extra_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>", "<|system|>"]}
+        (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"} | marks))
         return save_tiny_llama(directory, 32_008, max_position_embeddings=4096)
     add_tokenizer(directory)
     if request.param == "llama":

@@ -202,19 +202,12 @@ def test_several_tasks_are_one_plan_and_examples_are_shared(tasks, tmp_path, mon
 
 def test_what_lm_eval_caches_and_generates_stays_its_own(tasks, tmp_path):
     model = save_model(tmp_path / "model", "llama")
-    generate = {
-        "task": "say",
-        "dataset_path": "json",
-        "dataset_kwargs": next(t for t in tasks if t["task"] == "qa_0")["dataset_kwargs"],
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "query",
-        "doc_to_target": "{{choices[gold]}}",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
-        "metric_list": [{"metric": "exact_match"}],
-        "num_fewshot": 0,
-    }
-    chosen = [next(t for t in tasks if t["task"] == "qa_0"), generate]
+    questions = next(t for t in tasks if t["task"] == "qa_0")
+    generate = {name: questions[name] for name in ("dataset_path", "dataset_kwargs", "test_split", "num_fewshot")}
+    generate |= {"task": "say", "output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]}
+    generate |= {"doc_to_text": "query", "doc_to_target": "{{choices[gold]}}"}
+    generate |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}}
+    chosen = [questions, generate]
     ours = CecompileLM(pretrained=str(model), device="cpu", dtype="float32", engine="eager")
     theirs = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=1)
     (_, samples), (_, expected) = run(ours, chosen), run(theirs, chosen)

@@ -47,13 +47,12 @@ def harness(model_dir, data, hellaswag: bool):
         "dataset_kwargs": {"data_files": {"validation": str(data)}},
         "validation_split": "validation",
         "output_type": "multiple_choice",
-        "doc_to_text": "{{query}}",
-        "doc_to_target": "{{label}}" if hellaswag else "{{gold}}",
-        "doc_to_choice": "choices",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
-    if hellaswag:
-        config["process_docs"] = process_docs
+    config |= {"doc_to_text": "{{query}}", "doc_to_choice": "choices"}
+    config |= (
+        {"doc_to_target": "{{label}}", "process_docs": process_docs} if hellaswag else {"doc_to_target": "{{gold}}"}
+    )
     model = HFLM(pretrained=str(model_dir), dtype="float32", device="cpu", batch_size=4)
     out = lm_eval.simple_evaluate(
         model=model, tasks=[ConfigurableTask(config=config)], log_samples=True, bootstrap_iters=0

@@ -257,9 +257,8 @@ def test_an_interrupted_run_goes_on(tiny_llama, tmp_path, monkeypatch):
     from cecompile.results.journal import Journal
 
     def scorer():
-        return Scorer.from_pretrained(
-            tiny_llama, device="cpu", engine="eager", stream_weights=True, tokens_per_bucket=128
-        )
+        how = {"device": "cpu", "engine": "eager", "stream_weights": True, "tokens_per_bucket": 128}
+        return Scorer.from_pretrained(tiny_llama, **how)
 
     whole = evaluated(scorer(), QUESTIONS)
     monkeypatch.setattr("cecompile.planning.bucket_size.Sizing.passes_at_once", lambda *_: 2)

@@ -41,12 +41,7 @@ def sequences() -> Sequences:
             n = int(random.integers(8, 36))
             parts.append(np.concatenate([trunk, random.integers(3, 8000, n)]))
             predicted.append(n)
-    return Sequences(
-        np.concatenate(parts).astype(np.int32),
-        np.cumsum([0] + [len(p) for p in parts]).astype(np.int64),
-        np.array(predicted, dtype=np.int32),
-        np.repeat(np.arange(120), 4).astype(np.int32),
-    )
+    return Sequences.of(parts, predicted, np.repeat(np.arange(120), 4))
 
 
 @pytest.fixture(scope="module")

@@ -26,12 +26,7 @@ def random_sequences(seed: int = 0, questions: int = 12, trunk: int = 0) -> Sequ
             parts.append(np.concatenate([context, choice]))
             readouts.append(len(choice))
             owners.append(q)
-    return Sequences(
-        np.concatenate(parts).astype(np.int32),
-        np.cumsum([0] + [len(p) for p in parts]).astype(np.int64),
-        np.array(readouts, dtype=np.int32),
-        np.array(owners, dtype=np.int32),
-    )
+    return Sequences.of(parts, readouts, owners)
 
 
 def prepared(model, sequences, attention, *, compiled, tokens=512):
