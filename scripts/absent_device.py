@@ -88,7 +88,7 @@ def absent_device(properties: Properties, version: str, found: Callable[[Kernel]
 
 
 class _Driver:
-    """What Triton asks its driver while it compiles."""
+    """Answers the questions that Triton asks its driver while compiling."""
 
     def __init__(self, properties: Properties) -> None:
         self._target = GPUTarget("cuda", properties.major * 10 + properties.minor, properties.warp_size)
@@ -128,30 +128,16 @@ def _patches(properties: Properties, version: str, found: Callable[[Kernel], Non
         return lambda *_, **__: value
 
     device = {
-        "is_available": True,
-        "is_initialized": True,
-        "_lazy_init": None,
-        "device_count": 1,
-        "current_device": 0,
-        "_exchange_device": 0,
-        "_maybe_exchange_device": 0,
-        "get_device_properties": properties,
-        "get_device_capability": (properties.major, properties.minor),
-        "get_device_name": properties.name,
-        "get_rng_state": torch.empty(0, dtype=torch.uint8),
-        "set_rng_state": None,
-        "synchronize": None,
+        "is_available": True, "is_initialized": True, "_lazy_init": None, "device_count": 1, "current_device": 0,
+        "_exchange_device": 0, "_maybe_exchange_device": 0, "get_device_properties": properties,
+        "get_device_capability": (properties.major, properties.minor), "get_device_name": properties.name,
+        "get_rng_state": torch.empty(0, dtype=torch.uint8), "set_rng_state": None, "synchronize": None,
         "current_stream": None,
-    }
+    }  # fmt: skip
     interface = {
-        "device_count": 1,
-        "current_device": 0,
-        "exchange_device": 0,
-        "maybe_exchange_device": 0,
-        "set_device": None,
-        "get_raw_stream": 0,
-        "get_device_properties": properties,
-    }
+        "device_count": 1, "current_device": 0, "exchange_device": 0, "maybe_exchange_device": 0, "set_device": None,
+        "get_raw_stream": 0, "get_device_properties": properties,
+    }  # fmt: skip
     for name, value in device.items():
         yield mock.patch.object(torch.cuda, name, giving(value))
     for name, value in interface.items():

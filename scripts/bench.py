@@ -51,37 +51,20 @@ LLAMA = {"model_type": "llama", "vocab_size": 32_000, "max_position_embeddings":
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": LLAMA | {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
     "llama-1b": LLAMA
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
+    | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+    | {"num_key_value_heads": 4},
     "llama-7b": LLAMA
     | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "phi3-medium": {
-        "model_type": "phi3",
-        "vocab_size": 32_064,
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 4096,
-        "hidden_size": 5120,
-        "intermediate_size": 17_920,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 10,
+        "model_type": "phi3", "vocab_size": 32_064, "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096, "hidden_size": 5120, "intermediate_size": 17_920,
+        "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 10,
     },
     "opt-1b": {
-        "model_type": "opt",
-        "vocab_size": 50_272,
-        "max_position_embeddings": 2048,
-        "hidden_size": 2048,
-        "word_embed_proj_dim": 2048,
-        "ffn_dim": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
+        "model_type": "opt", "vocab_size": 50_272, "max_position_embeddings": 2048, "hidden_size": 2048,
+        "word_embed_proj_dim": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
     },
-}
+}  # fmt: skip
 BATCH_SIZES = {"cpu": (8, 32), "cuda": (16, 64, 256)}
 PROFILED = 24  # passes
 MAIN = "cecompile"
@@ -94,7 +77,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Work:
-    """What is scored: questions, tokenised, planned and staged, with the seconds these took."""
+    """Questions to score, tokenised, planned and staged, with the seconds that each step took."""
 
     questions: Sequence[Question]
     sequences: Sequences
@@ -121,9 +104,8 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
 
     def measure(name: str, work: Work, run: Callable[[], dict[str, Any]]) -> None:
-        rows[name] = {"questions": len(work.questions), "useful_tokens": work.plan.useful_tokens} | or_out_of_memory(
-            run
-        )
+        size = {"questions": len(work.questions), "useful_tokens": work.plan.useful_tokens}
+        rows[name] = size | or_out_of_memory(run)
         print(name, rows[name].get("seconds"), flush=True)
 
     def harness(work: Work, size: int) -> None:
@@ -141,22 +123,12 @@ def main() -> None:
             work = full if name == MAIN else sample
             measure(name, work, functools.partial(time_engine, model, work, options, how))
     measure("GEMM floor", full, lambda: time_gemms(model, full.plan, options.repeats))
-    report = {
-        "shape": options.shape,
-        "dtype": options.dtype,
-        "attention": options.attention,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads",
-        "torch": torch.__version__,
-        "questions": len(questions),
-        "phases_s": full.phases,
-        "useful_tokens": full.plan.useful_tokens,
-        "slots": full.plan.slots,
-        "unshared_tokens": full.plan.unshared_tokens,
-        "rows": rows,
-        "memory_limit": options.memory_limit,
-    }
+    on_cuda = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if on_cuda else f"{torch.get_num_threads()} CPU threads"
+    report = {name: getattr(options, name) for name in ("shape", "dtype", "attention")}
+    report |= {"device": where, "torch": torch.__version__, "questions": len(questions), "phases_s": full.phases}
+    report |= {name: getattr(full.plan, name) for name in ("useful_tokens", "slots", "unshared_tokens")}
+    report |= {"rows": rows, "memory_limit": options.memory_limit}
     print_report(report)
     if options.output:
         options.output.write_text(json.dumps(report, indent=2) + "\n")
@@ -205,7 +177,7 @@ def time_harness(model: PreTrainedModel, tokenizer: Any, work: Work, batch_size:
 
 @torch.inference_mode()
 def score_padded(model: PreTrainedModel, sequences: Sequences, batch_size: int) -> Any:
-    """What lm_eval's `hf` backend computes: (n,) loglikelihoods, from padded batches, longest sequences first."""
+    """Computes (n,) loglikelihoods as lm_eval's `hf` backend does, from padded batches, longest sequences first."""
     out = np.zeros(len(sequences))
     order = np.argsort(-sequences.input_lengths, kind="stable").tolist()
     for at in range(0, len(order), batch_size):
@@ -360,16 +332,10 @@ def print_report(report: dict[str, Any]) -> None:
         if seconds is None:
             table.add_row(name, row["failed"])
             continue
-        table.add_row(
-            name + (" (own loop)" if row.get("own_loop") else ""),
-            f"{seconds:.2f}",
-            f"{rate(row):.1f}",
-            f"{row['useful_tokens'] / seconds:,.0f}",
-            f"{scores['acc']:.4f}" if scores else "",
-            f"{scores['acc_norm']:.4f}" if scores else "",
-            f"{rate(row) / harness:.2f}" if harness else "",
-            f"{floor / rate(row):.3f}" if floor else "",
-        )
+        speeds = (f"{seconds:.2f}", f"{rate(row):.1f}", f"{row['useful_tokens'] / seconds:,.0f}")
+        right = [f"{scores[metric]:.4f}" if scores else "" for metric in ("acc", "acc_norm")]
+        times = (f"{rate(row) / harness:.2f}" if harness else "", f"{floor / rate(row):.3f}" if floor else "")
+        table.add_row(name + (" (own loop)" if row.get("own_loop") else ""), *speeds, *right, *times)
     Console(width=120).print(table)
     ours = rows[MAIN]
     print(

@@ -205,7 +205,7 @@ def time_ours(model: PreTrainedModel, tokenizer: Any, data: Path, options: argpa
 
 
 def force(sequences: Sequences, golds: Sequence[list[int]], argmax: Ints) -> Ints:
-    """What the readouts would say with the bias: on each row's answer its next token, elsewhere what they say."""
+    """Applies the bias to the readouts: on each row's answer its next token, elsewhere the model's own."""
     out, at = argmax.copy(), 0
     for i in range(len(sequences)):
         form = sequences.targets(i)[:-1].tolist()

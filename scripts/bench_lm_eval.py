@@ -33,18 +33,11 @@ from cecompile.model.checkpoint import DTYPES, load_tokenizer
 from cecompile.run.language_model import resolve_device
 
 TASK = {
-    "task": "hellaswag_rows",
-    "dataset_path": "json",
-    "output_type": "multiple_choice",
-    "test_split": "test",
-    "fewshot_split": "examples",
-    "fewshot_config": {"sampler": "first_n"},
-    "process_docs": process_docs,
-    "doc_to_text": "{{query}}",
-    "doc_to_target": "{{label}}",
-    "doc_to_choice": "choices",
+    "task": "hellaswag_rows", "dataset_path": "json", "output_type": "multiple_choice", "process_docs": process_docs,
+    "test_split": "test", "fewshot_split": "examples", "fewshot_config": {"sampler": "first_n"},
+    "doc_to_text": "{{query}}", "doc_to_target": "{{label}}", "doc_to_choice": "choices",
     "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-}
+}  # fmt: skip
 
 
 def main() -> None:

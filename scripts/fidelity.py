@@ -54,15 +54,9 @@ def write_random_model(directory: Path) -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
     config = AutoConfig.for_model(
-        "llama",
-        vocab_size=len(tokenizer),
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=16,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        initializer_range=1024**-0.5,
-    )
+        "llama", vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=2816, num_hidden_layers=16,
+        num_attention_heads=16, num_key_value_heads=4, initializer_range=1024**-0.5,
+    )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     model.get_output_embeddings().weight.data.mul_(3)  # final hidden states have unit variance
     model.save_pretrained(directory)

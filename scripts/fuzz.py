@@ -82,7 +82,7 @@ def rows(draw: Any) -> list[Any]:
 
 
 def one_line(error: UserError) -> None:
-    """What a user may be told."""
+    """Checks that an error is one short, printable line."""
     assert str(error).isprintable()
     assert len(str(error)) < 1000
 
@@ -219,12 +219,8 @@ def raw_journal(content: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[..., None]] = {
-    "rows": fuzz_rows,
-    "bytes": fuzz_bytes,
-    "choices": fuzz_choices,
-    "journal": fuzz_journal,
-    "packing": fuzz_packing,
-}
+    "rows": fuzz_rows, "bytes": fuzz_bytes, "choices": fuzz_choices, "journal": fuzz_journal, "packing": fuzz_packing,
+}  # fmt: skip
 # What atheris mutates as it is, with what it begins from; the other targets' generators read its bytes as choices.
 RAW: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]]]] = {
     "bytes": (raw_rows, lambda: [json.dumps(shape).encode() + b"\n" for shape in SHAPES]),

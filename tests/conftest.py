@@ -7,8 +7,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,16 +18,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the others use the other cores
 
 import pytest
 from hypothesis import HealthCheck, settings
-
-from cecompile import demo
+from support.checkpoints import save_demo_llama, save_tiny_llama
+from support.rows import shared_file
 
 pytest_plugins = ["support.quick"]
-
 atexit.register(shutil.rmtree, os.environ["CECOMPILE_CACHE"], ignore_errors=True)
-HANG = 600  # seconds after which a process is taken to hang: a limit that ends a test, and is no part of any
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
@@ -52,47 +45,6 @@ def ratios(pytestconfig) -> bool:
     return pytestconfig.getoption("--ratios")
 
 
-def wait_until(happened: Callable[[], object], *processes: subprocess.Popen) -> None:
-    """Waits for an event that `processes` bring about; fails if one of them ends before."""
-    limit = time.monotonic() + HANG
-    while True:
-        ended = [process.args for process in processes if process.poll() is not None]
-        if happened():
-            return
-        assert not ended, "ended before the event"
-        assert time.monotonic() < limit, "nothing happened"
-        time.sleep(0.005)
-
-
-def shared_file(name: str) -> Path:
-    """A real input beside the project; skips the test where it is absent."""
-    path = SHARED_DATA / name
-    if not path.is_file():
-        pytest.skip(f"{name} is not beside this checkout")
-    return path
-
-
-def save_tiny_llama(directory: Path, vocabulary: int, **changes) -> Path:
-    """Writes a random two-layer Llama; its logits have natural variance so that errors show."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 96,
-        "vocab_size": vocabulary,
-        "initializer_range": 0.3,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**(sizes | changes)))
-    model.save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture
 def one_thread():
     """As torchrun has it."""
@@ -107,23 +59,13 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """A random Llama of 96 positions with the demo's tokenizer."""
-    directory = tmp_path_factory.mktemp("tiny_llama")
-    vocabulary = json.loads((demo.MODEL / "config.json").read_text())["vocab_size"]
-    save_tiny_llama(directory, vocabulary)
-    for file in demo.MODEL.glob("token*"):
-        (directory / file.name).write_bytes(file.read_bytes())
-    return directory
+    return save_demo_llama(tmp_path_factory.mktemp("tiny_llama"))
 
 
 @pytest.fixture(scope="session")
-def babbler(tiny_llama, tmp_path_factory) -> Path:
+def babbler(tmp_path_factory) -> Path:
     """The tiny Llama with the positions and the template that chats need."""
-    directory = tmp_path_factory.mktemp("babbler")
-    vocabulary = json.loads((tiny_llama / "config.json").read_text())["vocab_size"]
-    save_tiny_llama(directory, vocabulary, max_position_embeddings=512)
-    for file in tiny_llama.glob("token*"):
-        (directory / file.name).write_bytes(file.read_bytes())
-    return directory
+    return save_demo_llama(tmp_path_factory.mktemp("babbler"), max_position_embeddings=512)
 
 
 @pytest.fixture(scope="session")

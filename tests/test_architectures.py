@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import transformers
 from packaging.version import Version
-from test_chat import generated
-from test_engine import ARCHITECTURES, COMMON, prepared, random_sequences, tiny_model
+from support.checkpoints import add_tokenizer
+from support.models import ARCHITECTURES, COMMON, EXACT, SIZED, skip_what_cannot_run, tiny_model
+from support.passes import generated, prepared, random_sequences
 from transformers import AutoConfig
 
 from cecompile import Answerer, Scorer
@@ -22,51 +22,6 @@ from cecompile.run.answerer import decode
 from cecompile.run.scorer import collect
 from cecompile.workload.decode_schedule import DecodeShape
 
-GROUPED = {"num_key_value_heads": 2}
-SIZED = GROUPED | {"head_dim": 8}
-WINDOWED = {"sliding_window": 9}
-EXPERTS = {"num_experts_per_tok": 2}
-MIXTURES = ("deepseek_v3", "gpt_oss", "mixtral", "qwen3_moe")
-MIXED = WINDOWED | {"layer_types": ["sliding_attention", "full_attention"]}
-
-# model_type: what the tiny model has beside test_engine's COMMON. All of it matters to attention, head or routing.
-EXACT = ARCHITECTURES | {
-    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 8},
-    "cohere": GROUPED,
-    "cohere2": GROUPED | WINDOWED,
-    "deepseek_v3": EXPERTS
-    | {
-        "num_key_value_heads": 4,
-        "n_routed_experts": 4,
-        "n_group": 2,
-        "topk_group": 1,
-        "moe_intermediate_size": 32,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "first_k_dense_replace": 1,
-    },
-    "exaone4": GROUPED | MIXED,
-    "falcon": {"alibi": False, "new_decoder_architecture": False},
-    "gemma": SIZED | {"tie_word_embeddings": True},
-    "gemma3_text": SIZED | MIXED,
-    "glm4": SIZED,
-    "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    "gpt_oss": SIZED | WINDOWED | EXPERTS | {"num_local_experts": 4},
-    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 8},
-    "mixtral": GROUPED | EXPERTS | {"num_local_experts": 4},
-    "olmo": {},
-    "olmo2": {},
-    "olmo3": WINDOWED,
-    "qwen3": SIZED,
-    "qwen3_moe": SIZED | EXPERTS | {"num_experts": 4, "moe_intermediate_size": 32},
-    "smollm3": GROUPED,
-    "stablelm": GROUPED,
-    "starcoder2": GROUPED | WINDOWED,
-    "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64},
-}
 SINCE = {"codegen": "5.24", "gptj": "5.24"}  # with this version of transformers, these ask for attention by name
 NO_FLEX = {
     "falcon": "attention of its own",
@@ -100,24 +55,13 @@ def model_type(name: str) -> str:
     return name.split()[0]
 
 
-def skip_what_cannot_run(kind: str) -> None:
-    """transformers computes experts by grouped products, which torch has on the CPU in 2.13, and has not in 2.8."""
-    one = torch.zeros(1, 16, 16, dtype=torch.bfloat16)
-    if kind in MIXTURES:
-        try:
-            torch._grouped_mm(one[0], one, offs=torch.tensor([16], dtype=torch.int32))
-        except NotImplementedError:
-            pytest.skip("this torch has no grouped products on the CPU")
-
-
 def config_of(name: str):
     return AutoConfig.for_model(model_type(name), **(COMMON | REFUSED[name][0]))
 
 
 @pytest.mark.compiles
 @pytest.mark.parametrize(
-    ("kind", "attention"),
-    [(k, "sdpa") for k in COMPILED] + [(k, "flex") for k in COMPILED if k not in NO_FLEX],
+    ("kind", "attention"), [(k, "sdpa") for k in COMPILED] + [(k, "flex") for k in COMPILED if k not in NO_FLEX]
 )
 def test_compiled_trees_are_exact(kind, attention):
     skip_what_cannot_run(kind)
@@ -155,10 +99,7 @@ def test_what_cannot_be_exact_is_refused_before_loading(name, tmp_path):
     config = config_of(name)
     assert re.search(REFUSED[name][1], refusal(on_meta(config)))
     config.save_pretrained(tmp_path)  # there are no weights at all
-    from cecompile import demo
-
-    for file in demo.MODEL.glob("token*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    add_tokenizer(tmp_path)
     for kind in (Scorer, Answerer):
         with pytest.raises(UserError, match=f"({REFUSED[name][1]}).*--engine reference runs them"):
             kind.from_pretrained(tmp_path, device="cpu")

@@ -1,11 +1,11 @@
-"""What a user can get wrong: exit status 2, one line that names file, line and field, nothing written."""
+"""Mistakes of a user: exit status 2, one line that names file, line and field, nothing written."""
 
 import json
+import shutil
 
 import pytest
-from click.testing import CliRunner
-
-from cecompile.cli import cli
+from support.checkpoints import add_tokenizer, save_tiny_llama
+from support.runs import run_command
 
 GOOD = {"query": "q", "choices": ["a", "b"], "gold": 0}
 HELLASWAG = {"activity_label": "l", "ctx_a": "a", "ctx_b": "b", "endings": ["x", "y"], "label": 1}
@@ -120,11 +120,10 @@ CONTENTS = {
 def refuse(tmp_path, *arguments) -> str:
     """Runs eval; checks status 2, one line, no traceback, no output directory; returns the line."""
     output = tmp_path / "out"
-    result = CliRunner().invoke(cli, ["eval", "--device", "cpu", "--output", str(output), *map(str, arguments)])
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    lines = result.output.strip().splitlines()
-    assert len(lines) == 1, result.output
+    result = run_command("eval", "--device", "cpu", "--output", output, *map(str, arguments), exit_code=2)
+    assert "Traceback" not in result
+    lines = result.strip().splitlines()
+    assert len(lines) == 1, result
     assert lines[0].isprintable()
     assert not output.exists()
     return lines[0]
@@ -219,8 +218,7 @@ def test_models_that_are_not(tmp_path, tiny_llama):
     (config_only / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
     assert "tokenizer" in refuse(tmp_path, "--model", config_only)
 
-    for file in tiny_llama.glob("token*"):
-        (config_only / file.name).write_bytes(file.read_bytes())
+    add_tokenizer(config_only)
     assert "weights" in refuse(tmp_path, "--model", config_only)
     weights = (tiny_llama / "model.safetensors").read_bytes()
     (config_only / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -231,8 +229,7 @@ def test_models_that_are_not(tmp_path, tiny_llama):
 
 
 def test_weights_of_another_shape(tmp_path, tiny_llama):
-    for file in tiny_llama.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
     assert "weights" in refuse(tmp_path, "--model", tmp_path)
@@ -250,12 +247,9 @@ def test_weights_of_another_shape(tmp_path, tiny_llama):
 def test_longrope_where_inputs_grow_beyond_its_boundary(tmp_path, tiny_llama, row, how):
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 10000.0}
     config = json.loads((tiny_llama / "config.json").read_text())
-    config |= {
-        "rope_parameters": rope | {"original_max_position_embeddings": 16},
-        "original_max_position_embeddings": 16,
-    }
-    for file in tiny_llama.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    boundary = {"original_max_position_embeddings": 16}
+    config |= boundary | {"rope_parameters": rope | boundary}
+    shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text(json.dumps(config))
     path = tmp_path / "rows.jsonl"
     path.write_bytes(row)
@@ -267,13 +261,8 @@ def test_encoder_decoder_models(tmp_path):
     assert "encoder-decoder" in refuse(tmp_path, "--model", tmp_path)
 
 
-def test_tokenizer_of_another_model(tmp_path, tiny_llama):
-    from conftest import save_tiny_llama
-
-    wrong = tmp_path / "wrong"
-    save_tiny_llama(wrong, 100)
-    for file in tiny_llama.glob("token*"):
-        (wrong / file.name).write_bytes(file.read_bytes())
+def test_tokenizer_of_another_model(tmp_path):
+    wrong = add_tokenizer(save_tiny_llama(tmp_path / "wrong", 100))
     assert "not this model's tokenizer" in refuse(tmp_path, "--model", wrong)
 
 
@@ -288,9 +277,7 @@ def test_choice_longer_than_the_model(tmp_path, tiny_llama):
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "mps"])
 def test_devices_that_are_not(device, tmp_path):
     output = tmp_path / "out"
-    result = CliRunner().invoke(cli, ["eval", "--device", device, "--output", str(output)])
-    assert result.exit_code == 2
-    assert f"--device {device}" in result.output
+    assert f"--device {device}" in run_command("eval", "--device", device, "--output", output, exit_code=2)
     assert not output.exists()
 
 
@@ -301,26 +288,13 @@ def test_output_directories(tmp_path):
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "results.json").write_text("{}")
     for name, words in (("file", "is a file"), ("else", "not a result directory"), ("done", "--overwrite")):
-        result = CliRunner().invoke(cli, ["eval", "--output", str(tmp_path / name)])
-        assert result.exit_code == 2
-        assert words in result.output
-    result = CliRunner().invoke(cli, ["eval", "--output", "/proc/nowhere/out"])
-    assert result.exit_code == 2
-    assert "cannot be written" in result.output
+        assert words in run_command("eval", "--output", tmp_path / name, exit_code=2)
+    assert "cannot be written" in run_command("eval", "--output", "/proc/nowhere/out", exit_code=2)
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        ["--limit", "0"],
-        ["--limit", "1.5"],
-        ["--limit", "inf"],
-        ["--limit", "nan"],
-        ["--tokens-per-bucket", "12"],
-        ["--what"],
-    ],
+    [*(["--limit", number] for number in ("0", "1.5", "inf", "nan")), ["--tokens-per-bucket", "12"], ["--what"]],
 )
 def test_usage(arguments):
-    result = CliRunner().invoke(cli, ["eval", *arguments])
-    assert result.exit_code == 2
-    assert "Traceback" not in result.output
+    assert "Traceback" not in run_command("eval", *arguments, exit_code=2)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANG
 from support.forked import run_command
+from support.rows import write_rows
+from support.runs import results, run_process
+from support.waiting import HANG
 
 import cecompile
 from cecompile.compile_cache.store import COLD, PARTLY, WARM, CompileCache, ProbeResult, remove_workspaces
@@ -21,6 +23,7 @@ from cecompile.workload.plan import Bucket, Geometry
 FACTS = {"model": "a model", "dtype": "float32", "versions": {"torch": "1"}}
 BUCKETS = [Bucket(2, 512, 256), Bucket(1, 256, 256)]
 GEOMETRY = Geometry(2, 512, 256, False)
+ROWS = [{"query": f"The bread number {i} is", "choices": ["good", "not so good", "late"], "gold": 0} for i in range(8)]
 
 
 def run(*arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -38,12 +41,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [
-        {"query": f"The bread number {i} is", "choices": ["good", "not so good", "late"], "gold": 0} for i in range(8)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +172,10 @@ def test_a_damaged_file_is_reported_rebuilt_and_changes_nothing(built, tiny_llam
     first = evaluate(built, tiny_llama, questions, tmp_path / "a", place)
     second = evaluate(built, tiny_llama, questions, tmp_path / "b", place, "--require-warm")
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    results = [json.loads((tmp_path / d / "results.json").read_text())["cache"] for d in ("a", "b")]
-    assert results[0]["state"] == COLD
-    assert compiled.name in results[0]["reason"]
-    assert results[1]["state"] == WARM
+    before, after = (results(tmp_path / out)["cache"] for out in ("a", "b"))
+    assert before["state"] == COLD
+    assert compiled.name in before["reason"]
+    assert after["state"] == WARM
     for out in ("a", "b"):
         assert (tmp_path / out / "samples.jsonl").read_bytes() == (cold / "samples.jsonl").read_bytes()
 
@@ -204,7 +202,7 @@ def test_a_warm_cache_compiles_nothing_and_gives_the_same(built, tiny_llama, que
     assert counted["fxgraph_cache_hit"] > 0
     assert counted.get("fxgraph_cache_miss", 0) == 0
     assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == before
-    first, second = (json.loads((d / "results.json").read_text()) for d in (cold, tmp_path / "out"))
+    first, second = results(cold), results(tmp_path / "out")
     assert (first["cache"]["state"], second["cache"]["state"]) == (COLD, WARM)
     assert (tmp_path / "out" / "samples.jsonl").read_bytes() == (cold / "samples.jsonl").read_bytes()
 
@@ -215,20 +213,11 @@ def test_paths_with_spaces_and_letters_compile(built, tiny_llama, questions, tmp
     place = tmp_path / "공 백 'x'"
     place.mkdir()
     (place / "installed").symlink_to(Path(torch.__file__).parents[1])
-    arguments = (
-        "--model",
-        str(tiny_llama),
-        "--data",
-        str(questions),
-        "--device",
-        "cpu",
-        "--output",
-        str(place / "out"),
-    )
     path = os.pathsep.join([str(Path(cecompile.__file__).parents[1]), str(place / "installed")])
-    done = run("eval", *arguments, cache=place / "cache", PYTHONPATH=path)
+    model = ("--model", str(tiny_llama), "--data", str(questions), "--device", "cpu")
+    done = run("eval", *model, "--output", str(place / "out"), cache=place / "cache", PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
-    engine = json.loads((place / "out" / "results.json").read_text())["engine"]
+    engine = results(place / "out")["engine"]
     assert (engine["name"], engine["note"]) == ("compiled", None)
     assert (place / "out" / "samples.jsonl").read_bytes() == (built[1] / "samples.jsonl").read_bytes()
 
@@ -286,13 +275,9 @@ def test_without_a_place_for_a_cache_a_run_goes_on_and_says_so(tiny_llama, quest
     (tmp_path / "file").write_text("")
     arguments = ("eval", "--model", str(tiny_llama), "--data", str(questions), "--device", "cpu")
     nowhere = tmp_path / "file" / "cache"
-    command = [sys.executable, "-m", "cecompile", *arguments, "--output", str(tmp_path / "out")]
-    environment = os.environ | {"CECOMPILE_CACHE": str(nowhere)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["cache"] is None
-    assert results["engine"]["note"].startswith("compiled without a cache: ")
+    run_process(*arguments, "--output", tmp_path / "out", CECOMPILE_CACHE=str(nowhere))
+    assert results(tmp_path / "out")["cache"] is None
+    assert results(tmp_path / "out")["engine"]["note"].startswith("compiled without a cache: ")
     asked = run(*arguments, "--output", str(tmp_path / "other"), cache=nowhere)
     assert asked.returncode == 2
     assert "cache directory: Not a directory" in asked.stderr

@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import save_tiny_llama, shared_file
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine import ARCHITECTURES, VOCABULARY, prepared, random_sequences, tiny_model
+from support.checkpoints import add_tokenizer, save_tiny_llama
+from support.models import ARCHITECTURES, VOCABULARY, tiny_model
+from support.passes import generated, prepared, random_sequences
+from support.rows import MADE_UP, ask, shared_file
+from support.runs import results as results_of
+from support.runs import run_command
+from support.runs import samples as samples_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM, pipeline
 
 from cecompile import Answerer, ChatQuestion, demo, read_questions
@@ -32,10 +37,6 @@ TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-
-
-def ask(text: str, id: str = "0", label: str | None = None, before=()) -> ChatQuestion:
-    return ChatQuestion(id, (*before, ("user", text)), label)
 
 
 LISTS = {
@@ -147,15 +148,6 @@ def test_a_row_larger_than_the_cache_is_refused():
         DecodeSchedule([np.zeros(10, dtype=np.int32)], [3], frozenset(), DecodeShape(12, 1, (4, 1)))
 
 
-def generated(model, prompt, new_tokens, stop):
-    ids = torch.from_numpy(prompt).long()[None].to(model.device)
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, eos_token_id=stop,
-        pad_token_id=0,
-    )  # fmt: skip
-    return out[0, len(prompt) :].tolist()
-
-
 @pytest.mark.parametrize(
     ("kind", "attention", "compiled"),
     [(kind, "sdpa", False) for kind in ARCHITECTURES]
@@ -201,22 +193,11 @@ def babbler(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("babbler")
     if request.param.endswith("tokenizer"):
         (directory / "tokenizer.model").write_bytes(shared_file("llama_tokenizer.model").read_bytes())
-        special = ["<|user|>", "<|assistant|>", "<|end|>", "<|system|>"]
-        (directory / "tokenizer_config.json").write_text(
-            json.dumps(
-                {
-                    "tokenizer_class": "LlamaTokenizer",
-                    "bos_token": "<s>",
-                    "eos_token": "</s>",
-                    "unk_token": "<unk>",
-                    "chat_template": TEMPLATE,
-                    "extra_special_tokens": special,
-                }
-            )
-        )
+        marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": TEMPLATE}
+        marks |= {"extra_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>", "<|system|>"]}
+        (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"} | marks))
         return save_tiny_llama(directory, 32_008, max_position_embeddings=4096)
-    for file in demo.MODEL.glob("token*"):
-        shutil.copy(file, directory)
+    add_tokenizer(directory)
     if request.param == "llama":
         return save_tiny_llama(directory, 1024, max_position_embeddings=4096)
     torch.manual_seed(0)
@@ -230,34 +211,11 @@ def babbler(request, tmp_path_factory):
 
 
 def stock_texts(model, questions, new_tokens):
-    """What the official loop gets: one conversation after another through the pipeline."""
+    """Returns the official loop's answers: one conversation after another goes through the pipeline."""
     pipe = pipeline("text-generation", model=str(model), tokenizer=str(model), device="cpu", dtype=torch.float32)
     options = {"max_new_tokens": new_tokens, "return_full_text": False, "do_sample": False}
     chats = [[{"role": role, "content": content} for role, content in q.messages] for q in questions]
     return [pipe(chat, **options)[0]["generated_text"] for chat in chats]
-
-
-TWENTY = [f"answer number {i}" for i in range(20)]
-MADE_UP = [
-    ask("question: quotes?\nchoices: [\"it's\", 'a \"quoted\" word', 'plain']\n"),
-    ask("question: brackets?\nchoices: ['[a]', ']', '[', 'b, c']\n"),
-    ask("question: one?\nchoices: ['the only one']"),
-    ask(f"question: twenty?\nchoices: {TWENTY}\n"),
-    ask("question: prefixes?\nchoices: ['red', 'red bread', 'red bread table', 're', 'r']\n"),
-    ask("question: numbers?\nchoices: [1, 10, 100, 1.5, True, False]\n"),
-    ask(""),
-    ask("\n"),
-    ask("no list at all, only a text that asks for something"),
-    ask("choices: ['cut', 'off'"),
-    ask("choices: [__import__('os').system('true'), 'b']"),
-    ask("Ünïcödé — 漢字 🙂\nchoices: ['ist schön', 'は良い', '🙂🙂']\n"),
-    ask("and now?\nchoices: ['a', 'b']", before=[("user", "first"), ("assistant", "then"), ("user", "more")]),
-    ask("with a system\nchoices: ['yes', 'no']", before=[("system", "You choose.")]),
-    ChatQuestion("0", (("user", "go on\nchoices: ['well then', 'well now']"), ("assistant", "well")), None),
-    ask("<|end|> and <|assistant|> written out\nchoices: ['<|end|>', 'a<|end|>b', '<s>']"),
-    ask("the same twice\nchoices: ['a', 'b']"),
-    ask("the same twice\nchoices: ['a', 'b']"),
-]
 
 
 def test_babble_equals_the_pipelines(babbler):
@@ -296,7 +254,7 @@ def test_demo_answers_equal_the_pipelines(engine, new_tokens):
 
 def test_a_model_that_cannot_be_decoded_here_is_left_to_generate(monkeypatch):
     class Other:
-        """What layers are given in a version of transformers with a cache of another kind."""
+        """A cache of another kind, as another version of transformers may give to layers."""
 
     monkeypatch.setattr(decode_module, "Cache", Other)
     questions = MADE_UP[:6]
@@ -331,7 +289,7 @@ def test_the_walk_stops_where_the_tree_ends():
     stop = frozenset([7])
 
     def argmax_along(answer):
-        """What a model that says `answer` would have most likely everywhere: its next token, or 0 off its path."""
+        """Most likely tokens of a model that says `answer`: its next token, or 0 off its path."""
         out = []
         for form in forms:
             for at in range(len(form) + 1):
@@ -398,8 +356,8 @@ def test_eval_writes_predictions_as_the_pipeline_does_and_warm_prepares_it(tmp_p
     assert done.exit_code == 0, done.output
     assert "exact_match" in done.stdout
 
-    results = json.loads((out / "results.json").read_text())
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    results = results_of(out)
+    samples = samples_of(out)
     predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     questions = read_questions(demo.CHAT, limit=8)
     assert results["task"] == "chat"
@@ -412,8 +370,7 @@ def test_eval_writes_predictions_as_the_pipeline_does_and_warm_prepares_it(tmp_p
     assert results["answers"]["decoded_tokens"] == sum(s["decoded_tokens"] for s in samples)
     assert results["plan"]["decoding"]["slots"] >= 30
 
-    again = runner.invoke(cli, ["eval", "--limit", "4", "--engine", "eager", "--device", "cpu", "--output", str(out)])
-    assert again.exit_code == 2
+    run_command("eval", "--limit", "4", "--engine", "eager", "--device", "cpu", "--output", out, exit_code=2)
     scored = ["eval", "--limit", "4", "--engine", "eager", "--device", "cpu", "--output", str(out), "--overwrite"]
     assert runner.invoke(cli, scored).exit_code == 0
     assert not (out / "predictions.jsonl").exists()

@@ -5,41 +5,30 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from support.checkpoints import copy_without_weights, save_tiny_llama, tensors_of
+from support.rows import ROWS as ROWS_
+from support.rows import shared_file, write_rows
+from support.runs import results, run_process, samples
+from support.runs import run_command as run
 
 import cecompile
 from cecompile import demo
-from cecompile.cli import cli
 from cecompile.results.clock import CLOCKS, PHASES, Clock, latencies, process_start
 
-ROWS = [{"query": f"Question {i} is", "choices": ["short", "rather longer", "x"], "gold": i % 3} for i in range(6)]
-
-
-def write_rows(path: Path, rows=ROWS) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
-
-
-def run(*arguments) -> str:
-    result = CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def results(directory: Path) -> dict:
-    return json.loads((directory / "results.json").read_text())
+ROWS = ROWS_[:6]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_llama) -> tuple[Path, str]:
     directory = tmp_path_factory.mktemp("finished")
-    data = write_rows(directory / "rows.jsonl")
+    data = write_rows(directory / "rows.jsonl", ROWS)
     out = run("eval", "--model", tiny_llama, "--data", data, "--device", "cpu", "--engine", "eager", "--clock",
               "section3", "--output", directory / "out")  # fmt: skip
     return directory / "out", out
@@ -63,7 +52,7 @@ def test_result_file_has_what_the_schema_says(finished):
 
 
 def test_samples_are_in_input_order(finished):
-    lines = [json.loads(line) for line in (finished[0] / "samples.jsonl").read_text().splitlines()]
+    lines = samples(finished[0])
     assert [s["id"] for s in lines] == [str(i) for i in range(6)]
     assert [s["label"] for s in lines] == [r["gold"] for r in ROWS]
     for s in lines:
@@ -95,17 +84,14 @@ def test_unlabelled_data_gives_predictions_and_no_metrics(tiny_llama, tmp_path):
               tmp_path / "out")  # fmt: skip
     assert set(results(tmp_path / "out")["metrics"].values()) == {None}
     assert "no labels" in out
-    assert json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[0])["label"] is None
+    assert samples(tmp_path / "out")[0]["label"] is None
 
 
 def test_same_model_same_fingerprint_other_weights_another(tiny_llama, tmp_path):
-    from conftest import save_tiny_llama
-
     from cecompile.model.checkpoint import read_checkpoint
 
-    config = json.loads((tiny_llama / "config.json").read_text())
-    again = save_tiny_llama(tmp_path / "again", config["vocab_size"])
-    other = save_tiny_llama(tmp_path / "other", config["vocab_size"], initializer_range=0.31)
+    again = save_tiny_llama(tmp_path / "again", 1024)
+    other = save_tiny_llama(tmp_path / "other", 1024, initializer_range=0.31)
     prints = [read_checkpoint(str(directory)).fingerprint for directory in (tiny_llama, again, other)]
     assert prints[0] == prints[1] != prints[2]
 
@@ -122,12 +108,8 @@ def test_sharded_checkpoints_have_the_same_fingerprint(tiny_llama, tmp_path):
 
 @pytest.mark.process
 def test_plan_loads_no_weights(tiny_llama, tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl")
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in tiny_llama.iterdir():
-        if "safetensors" not in file.name:
-            (model / file.name).write_bytes(file.read_bytes())
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    model = copy_without_weights(tiny_llama, tmp_path / "model")
     plan = json.loads(run("plan", "--model", model, "--data", data, "--device", "cpu", "--json"))
     assert plan["prefix_tree_tokens"] <= plan["useful_tokens"] <= plan["unshared_tokens"]
     assert sum(b["rows"] * b["length"] * b["runs"] for b in plan["buckets"]) == plan["slots"]
@@ -136,43 +118,29 @@ def test_plan_loads_no_weights(tiny_llama, tmp_path):
 
 @pytest.mark.process
 def test_plan_of_all_of_hellaswag(llama_tokenizer_dir):
-    from conftest import shared_file
-
     data = shared_file("hellaswag_val.jsonl")
-    command = [sys.executable, "-m", "cecompile", "plan", "--json", "--device", "cpu", "--tokens-per-bucket", "8192"]
-    command += ["--model", str(llama_tokenizer_dir), "--data", str(data)]
-    plan = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    how = ("--device", "cpu", "--tokens-per-bucket", 8192, "--model", llama_tokenizer_dir)
+    plan = json.loads(run_process("plan", "--json", *how, "--data", data).stdout)
     assert plan["useful_tokens"] <= 1.03 * plan["prefix_tree_tokens"]
     assert plan["slots"] <= 1.03 * plan["useful_tokens"]
     assert len(plan["buckets"]) <= 4
 
 
 def test_loglikelihoods_that_are_not_numbers_fail_the_run(tiny_llama, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in tiny_llama.iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.norm.weight"][:] = float("nan")
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    data = write_rows(tmp_path / "rows.jsonl")
-    arguments = ["eval", "--model", str(model), "--data", str(data), "--device", "cpu", "--engine", "reference"]
-    result = CliRunner().invoke(cli, [*arguments, "--output", str(tmp_path / "out")])
-    assert result.exit_code == 1
-    assert "question '0'" in result.output
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    with tensors_of(model) as tensors:
+        tensors["model.norm.weight"][:] = float("nan")
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    arguments = ["eval", "--model", model, "--data", data, "--device", "cpu", "--engine", "reference"]
+    assert "question '0'" in run(*arguments, "--output", tmp_path / "out", exit_code=1)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.process
 def test_machine_without_a_compiler_runs_uncompiled_and_says_so(tiny_llama, tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl")
-    command = [sys.executable, "-m", "cecompile", "eval", "--model", str(tiny_llama), "--data", str(data)]
-    command += ["--device", "cpu", "--output", str(tmp_path / "out")]
-    environment = {**os.environ, "PATH": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    command = ("eval", "--model", tiny_llama, "--data", data, "--device", "cpu", "--output", tmp_path / "out")
+    done = run_process(*command, PATH="", CXX="", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     engine = results(tmp_path / "out")["engine"]
     assert engine["name"] == "eager"
     assert engine["note"].startswith("ran uncompiled")
@@ -224,7 +192,7 @@ def test_phases_sum_to_the_time_since_the_process_began(tiny_llama, tmp_path):
 
     The system counts a process's age in ticks, up to one too many, and while it is asked some time passes.
     """
-    data, moments = write_rows(tmp_path / "rows.jsonl"), tmp_path / "moments"
+    data, moments = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "moments"
     command = [sys.executable, "-c", CLOCKED, str(moments), "eval", "--model", str(tiny_llama), "--data", str(data)]
     command += ["--device", "cpu", "--engine", "eager", "--output", str(tmp_path / "out")]
     before = time.perf_counter()
@@ -315,11 +283,8 @@ def test_assertions_only_tell_types():
 @pytest.mark.process
 @pytest.mark.parametrize("engine", ["eager", "reference"])
 def test_without_assertions_the_same(engine, tiny_llama, tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl")
-    command = [sys.executable, "-m", "cecompile", "eval", "--model", str(tiny_llama), "--data", str(data)]
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    command = ("eval", "--model", tiny_llama, "--data", data, "--device", "cpu", "--engine", engine)
     for name in ("", "1"):
-        environment = os.environ | {"PYTHONOPTIMIZE": name}
-        more = ["--device", "cpu", "--engine", engine, "--output", str(tmp_path / f"out{name}")]
-        done = subprocess.run([*command, *more], capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, done.stderr
+        run_process(*command, "--output", tmp_path / f"out{name}", PYTHONOPTIMIZE=name)
     assert (tmp_path / "out1" / "samples.jsonl").read_bytes() == (tmp_path / "out" / "samples.jsonl").read_bytes()

@@ -1,13 +1,12 @@
-"""What compiling for CUDA does to a graph, checked on the CPU: the graph passes do not depend on the device."""
+"""Graph passes of compiling for CUDA, checked on the CPU: the passes do not depend on the device."""
 
-import numpy as np
 import pytest
 import torch
-from test_engine import ARCHITECTURES, random_sequences, score, tiny_model
+from support.models import ARCHITECTURES, tiny_model
+from support.passes import assert_scored_as_stock, random_sequences, score
 
 from cecompile.engine import forward, inductor_cuda
 from cecompile.engine.forward import inputs_are_free
-from cecompile.engine.reference import score_one_by_one
 from cecompile.model.structure import decoder_layers
 
 IN_PLACE = torch.ops.aten.addmm_.default
@@ -39,10 +38,7 @@ def counting(request, monkeypatch):
 @pytest.mark.compiles
 @pytest.mark.parametrize("kind", ["llama", "phi3", "opt"])
 def test_scores_stay(counting, kind):
-    model, sequences = tiny_model(kind), random_sequences()
-    expected, _ = score_one_by_one(model, sequences)
-    got, _ = score(model, sequences, "flex", compiled=True)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    assert_scored_as_stock(tiny_model(kind), random_sequences(), "flex", compiled=True)
 
 
 @pytest.mark.compiles

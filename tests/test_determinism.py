@@ -1,4 +1,4 @@
-"""What is the same bit for bit, and what within rounding: runs, engines made anew, resumed runs, bucket sizes, order.
+"""Results that are equal bit for bit, and others within rounding: runs, new engines, resumed runs, bucket sizes, order.
 
 Bitwise: the same questions in the same order, with the same options, on the same device with the same number of
 threads and the same versions, whatever was interrupted. Within rounding: other bucket sizes, a part of the questions,
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_journal import CHATS, ROWS, Runs, stop_after, write_rows
+from support.rows import CHATS, ROWS, write_rows
+from support.runs import Runs
 
 from cecompile import Scorer, read_questions
 
@@ -65,16 +66,14 @@ def test_in_another_process_bitwise(questions, tiny_llama, expected, tmp_path):
 
 
 @pytest.mark.parametrize("rows", [ROWS, CHATS], ids=["scored", "answered"])
-def test_from_points_of_resumption_bitwise(rows, tiny_llama, tmp_path, monkeypatch):
+def test_from_points_of_resumption_bitwise(rows, tiny_llama, tmp_path):
     run = Runs(tmp_path, tiny_llama, rows, "--engine", "eager", "--tokens-per-bucket", "128", "--max-new-tokens", 2)
     assert run("whole").exit_code == 0
     runs = sum(bucket["runs"] for bucket in run.results("whole")["plan"]["buckets"])
     assert runs >= 2
     for point in {1, runs // 2, runs - 1}:
         name = f"after {point}"
-        with monkeypatch.context() as patch:
-            stop_after(patch, point, signal.SIGTERM)
-            assert run(name).exit_code == 143
+        assert run.stopped(name, point, number=signal.SIGTERM).exit_code == 143
         assert run(name, "--resume").exit_code == 0
         assert run.results(name)["resumed"]["passes"] == point
         assert run.samples(name) == run.samples("whole")

@@ -12,11 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from click.testing import CliRunner
-from conftest import HANG
 from rich.console import Console
+from support.runs import run_command
+from support.waiting import HANG
 
-from cecompile.cli import cli
 from cecompile.doctor import machine
 from cecompile.doctor.findings import GIB, as_json_object, has_kernels, judge, print_doctor
 from cecompile.doctor.machine import Device, Facts, find_driver, find_tools, gather, read_cache, read_jetson
@@ -78,15 +77,9 @@ def orin_facts(root: Path, **environment: str) -> Facts:
     """That Jetson's facts, with the GPU and the packages that a container for it has."""
     ptxas = str(root / "usr/local/cuda/bin/ptxas")
     facts = gather(root, {"PATH": str(root / "bin"), "TRITON_PTXAS_PATH": ptxas} | environment)
-    versions = facts.versions | {"triton": "3.3.0"}
-    return replace(
-        facts,
-        devices=(ORIN_GPU,),
-        host=replace(facts.host, swap_bytes=0),
-        torch_cuda="12.9",
-        torch_architectures=("sm_87",),
-        versions=versions,
-    )
+    host, versions = replace(facts.host, swap_bytes=0), facts.versions | {"triton": "3.3.0"}
+    container = {"devices": (ORIN_GPU,), "torch_cuda": "12.9", "torch_architectures": ("sm_87",)}
+    return replace(facts, host=host, versions=versions, **container)
 
 
 def problems(facts: Facts) -> str:
@@ -288,17 +281,13 @@ def test_json_and_table_say_the_same(orin):
 
 
 def test_command_on_this_machine():
-    result = CliRunner().invoke(cli, ["doctor", "--json"], catch_exceptions=False)
-    assert result.exit_code == 0
-    found = json.loads(result.output)
+    found = json.loads(run_command("doctor", "--json"))
     assert found["versions"]["torch"] == metadata.version("torch")
     assert found["torch_cuda"] == torch.version.cuda
     assert len(found["devices"]) == torch.cuda.device_count()
     assert 0 < found["host"]["available_bytes"] <= found["host"]["total_bytes"]
     assert found["tools"]["python_header"]
-    shown = CliRunner().invoke(cli, ["doctor"], catch_exceptions=False)
-    assert shown.exit_code == 0
-    assert metadata.version("torch") in shown.output
+    assert metadata.version("torch") in run_command("doctor")
 
 
 def test_command_where_there_is_no_compiler():

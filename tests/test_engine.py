@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import HANG, wait_until
 from packaging.version import Version
+from support.models import ARCHITECTURES, tiny_model
+from support.passes import assert_scored_as_stock, prepared, random_sequences, score
+from support.waiting import HANG, wait_until
 from torch._dynamo import funcname_cache
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, activations, modeling_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer, activations, modeling_utils
 
 from cecompile import Question, Scorer
 from cecompile.compile_cache.store import WARM
@@ -25,103 +27,21 @@ from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import rounding, score_one_by_one
 from cecompile.errors import UserError
 from cecompile.model import safetensors_reader as streaming
-from cecompile.model.support import boundary_of
 from cecompile.model.unchanged import EQUAL
 from cecompile.results.clock import Clock
 from cecompile.run.engine_builder import EngineBuilder
 from cecompile.run.scorer import collect
 from cecompile.workload.plan import BLOCK, Bucket, Geometry, choose_geometry, make_plan
-from cecompile.workload.sequences import Sequences
-from cecompile.workload.stage import StagedPlan, stage_all
+from cecompile.workload.stage import StagedPlan
 
-VOCABULARY = 96
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-ARCHITECTURES = {
-    "llama": {"num_key_value_heads": 2},
-    "mistral": {"num_key_value_heads": 2, "sliding_window": 9},
-    "qwen2": {"num_key_value_heads": 2},
-    "phi3": {"num_key_value_heads": 2},
-    "gemma2": {
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "sliding_window": 9,
-        "attn_logit_softcapping": 5.0,
-        "final_logit_softcapping": 3.0,
-    },
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "phi": {},
-    "gpt_neox": {},
-    "granite": {"num_key_value_heads": 2, "logits_scaling": 3.0, "attention_multiplier": 0.2},
-}
-
-
-def tiny_model(kind: str, **changes):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **(COMMON | ARCHITECTURES.get(kind, {}) | changes))
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
-
-
-def random_sequences(seed: int = 0, questions: int = 12, trunk: int = 0) -> Sequences:
-    """Questions of four choices, every other one with a shared start; contexts `trunk` tokens longer."""
-    random = np.random.default_rng(seed)
-    parts, readouts, owners = [], [], []
-    shared = random.integers(3, VOCABULARY, 12)
-    for q in range(questions):
-        own = random.integers(3, VOCABULARY, trunk + random.integers(1, 40))
-        context = np.concatenate([shared[: 12 * (q % 2)], own])
-        for _ in range(4):
-            choice = random.integers(3, VOCABULARY, random.integers(1, 20))
-            parts.append(np.concatenate([context, choice]))
-            readouts.append(len(choice))
-            owners.append(q)
-    return Sequences(
-        np.concatenate(parts).astype(np.int32),
-        np.cumsum([0] + [len(p) for p in parts]).astype(np.int64),
-        np.array(readouts, dtype=np.int32),
-        np.array(owners, dtype=np.int32),
-    )
-
-
-def prepared(model, sequences, attention, *, compiled, tokens=512):
-    """A warm engine and the staged passes."""
-    geometry = choose_geometry(
-        int(sequences.input_lengths.max()),
-        tokens_per_bucket=tokens,
-        blocks=attention == "flex",
-        readout_chunk=64,
-    )
-    plan = make_plan(sequences, geometry, boundary=boundary_of(model.config))
-    engine = Engine(model, plan.buckets, attention=attention, compiled=compiled, readout_chunk=64)
-    engine.warm_up()
-    return engine, list(stage_all(plan))
-
-
-def score(model, sequences, attention, *, compiled=False, tokens=512):
-    """Loglikelihoods and greedy flags of the sequences."""
-    engine, staged = prepared(model, sequences, attention, compiled=compiled, tokens=tokens)
-    return collect(len(sequences), staged, engine.run(staged))
+QUESTIONS = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_trees_score_as_the_stock_model_does(kind):
-    model, sequences = tiny_model(kind), random_sequences()
-    expected, expected_greedy = score_one_by_one(model, sequences)
+    model = tiny_model(kind)
     assert choose_attention(model, "auto") == ("sdpa", None)
-    got, greedy = score(model, sequences, "sdpa")
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
-    assert (greedy == expected_greedy).all()
+    assert_scored_as_stock(model, random_sequences(), "sdpa")
 
 
 @pytest.mark.compiles
@@ -174,30 +94,20 @@ def test_the_first_of_equal_maxima_wherever_it_stands(size):
 @pytest.mark.parametrize("kind", ["llama", "phi", "opt", "phi3"])
 def test_compiled_layers_and_head(kind):
     """With and without biases, with fused projections, through the CPU's own linear layers."""
-    model, sequences = tiny_model(kind), random_sequences(2)
-    expected, expected_greedy = score_one_by_one(model, sequences)
-    got, greedy = score(model, sequences, "sdpa", compiled=True)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
-    assert (greedy == expected_greedy).all()
+    assert_scored_as_stock(tiny_model(kind), random_sequences(2), "sdpa", compiled=True)
 
 
 @pytest.mark.parametrize("attention", [pytest.param("flex", marks=pytest.mark.compiles), "sdpa"])
 def test_windows_shorter_than_a_context_of_several_tiles(attention):
     """A trunk of 400 tokens has tiles without a branch in them; the window hides most of those pairs."""
     model = tiny_model("mistral", head_dim=16, sliding_window=64, max_position_embeddings=512)
-    sequences = random_sequences(3, questions=2, trunk=400)
-    expected, _ = score_one_by_one(model, sequences)
-    got, _ = score(model, sequences, attention, tokens=1024)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    assert_scored_as_stock(model, random_sequences(3, questions=2, trunk=400), attention, tokens=1024)
 
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("kind", ["mistral", "gemma2"])
 def test_compiled_flex_with_windows_and_soft_caps(kind):
-    model, sequences = tiny_model(kind, head_dim=16), random_sequences(1)
-    expected, _ = score_one_by_one(model, sequences)
-    got, _ = score(model, sequences, "flex", compiled=True)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    assert_scored_as_stock(tiny_model(kind, head_dim=16), random_sequences(1), "flex", compiled=True)
 
 
 def test_result_does_not_depend_on_the_bucket():
@@ -210,10 +120,9 @@ def test_result_does_not_depend_on_the_bucket():
 @pytest.mark.compiles
 def test_scoring_again_gives_the_same_and_builds_nothing_new(tiny_llama):
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
-    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
-    first = scorer.score(questions)
+    first = scorer.score(QUESTIONS)
     engine = scorer.runtime.warmup.warmed
-    assert scorer.score(questions).loglikelihoods == first.loglikelihoods
+    assert scorer.score(QUESTIONS).loglikelihoods == first.loglikelihoods
     assert scorer.runtime.warmup.warmed is engine
 
 
@@ -270,11 +179,10 @@ class LosesAResidual(CustomGraphPass):
 
 @pytest.mark.compiles
 def test_a_wrong_compilation_is_found_out_and_not_used(tiny_llama, monkeypatch):
-    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
-    expected = Scorer.from_pretrained(tiny_llama, device="cpu", engine="reference").score(questions)
+    expected = Scorer.from_pretrained(tiny_llama, device="cpu", engine="reference").score(QUESTIONS)
     monkeypatch.setattr(forward, "compile_options", lambda *_: {"post_grad_custom_pre_pass": LosesAResidual()})
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
-    got = scorer.score(questions)
+    got = scorer.score(QUESTIONS)
     assert scorer.runtime.mode.engine == "eager"
     assert scorer.runtime.mode.note.startswith("ran uncompiled: the compiled pass is ")
     np.testing.assert_allclose(got.loglikelihoods, expected.loglikelihoods, rtol=0, atol=1e-3)
@@ -282,14 +190,13 @@ def test_a_wrong_compilation_is_found_out_and_not_used(tiny_llama, monkeypatch):
 
 @pytest.mark.compiles
 def test_several_take_one_loaded_model_in_turn(tiny_llama, tmp_path):
-    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     engines = ("compiled", "reference", "eager")
     scorers = [Scorer.from_model(model, tokenizer, engine=one, cache_dir=tmp_path) for one in engines]
-    first = [scorer.score(questions).loglikelihoods for scorer in scorers]
+    first = [scorer.score(QUESTIONS).loglikelihoods for scorer in scorers]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    again = [scorer.score(questions).loglikelihoods for scorer in scorers]
+    again = [scorer.score(QUESTIONS).loglikelihoods for scorer in scorers]
     assert again == first
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert [scorer.runtime.mode.engine for scorer in scorers] == list(engines)
@@ -299,8 +206,7 @@ def test_several_take_one_loaded_model_in_turn(tiny_llama, tmp_path):
 
 @pytest.mark.compiles
 def test_what_is_in_the_cache_is_compiled_while_weights_are_read(tiny_llama, tmp_path, monkeypatch):
-    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(5)]
-    expected = Scorer.from_pretrained(tiny_llama, device="cpu", cache_dir=tmp_path).score(questions)
+    expected = Scorer.from_pretrained(tiny_llama, device="cpu", cache_dir=tmp_path).score(QUESTIONS)
     torch._dynamo.reset()
     counts, read = torch._dynamo.utils.counters["stats"], streaming._read
     before = counts["unique_graphs"]
@@ -326,7 +232,7 @@ def test_what_is_in_the_cache_is_compiled_while_weights_are_read(tiny_llama, tmp
     monkeypatch.setattr(Engine, "settle", settle_at_length)
     scorer, clock = Scorer.from_pretrained(tiny_llama, device="cpu", cache_dir=tmp_path), Clock()
     clock.enter("preprocess")
-    plan = scorer.prepare(questions, fit=True).plan
+    plan = scorer.prepare(QUESTIONS, fit=True).plan
     scorer.runtime.warmup.look_up(plan)
     assert scorer.runtime.warmup.cache_state[0] == WARM
     clock.enter("load_model")
@@ -335,7 +241,7 @@ def test_what_is_in_the_cache_is_compiled_while_weights_are_read(tiny_llama, tmp
     assert graphs > before + 1  # the first of them let reading begin
     clock.enter("inference")
     assert [phase for phase, *_ in clock.timeline()][-3:] == ["load_model", "warmup", "load_model"]
-    got = scorer.score(questions)
+    got = scorer.score(QUESTIONS)
     assert counts["unique_graphs"] == graphs
     assert got.loglikelihoods == expected.loglikelihoods
     verified, held = scorer.runtime.weights.verify()
@@ -371,10 +277,8 @@ def test_sources_that_tracing_reads_are_read_ahead():
         if way == "ahead":
             initialise._read_sources()
         else:
-            plan = make_plan(
-                random_sequences(questions=5),
-                choose_geometry(64, tokens_per_bucket=128, blocks=False, readout_chunk=64),
-            )
+            geometry = choose_geometry(64, tokens_per_bucket=128, blocks=False, readout_chunk=64)
+            plan = make_plan(random_sequences(questions=5), geometry)
             Engine(tiny_model("llama"), plan.buckets, attention="sdpa", compiled=True, readout_chunk=64).warm_up()
         sources[way] = set(funcname_cache.cache)
     assert {modeling_utils.__file__, activations.__file__} <= sources["ahead"]

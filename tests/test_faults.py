@@ -1,4 +1,4 @@
-"""What can go wrong that is nobody's typing: damaged checkpoints, full disks, devices that fail, clocks that jump.
+"""Faults of the machine: damaged checkpoints, full disks, failing devices, jumping clocks.
 
 Each ends with its exit status and one line, and leaves a journal that can be resumed, or nothing.
 """
@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
-from test_journal import CHATS, HOW, ROWS, Runs, write_rows
+from safetensors.torch import load_file
+from support.checkpoints import tensors_of
+from support.rows import CHATS, ROWS, write_rows
+from support.runs import HOW, Runs, run_command
 
 from cecompile import demo
 from cecompile.cli import cli
@@ -161,9 +163,8 @@ def test_damaged_checkpoints(name, model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("engine", ["eager", "reference"])
 def test_weights_that_are_not_numbers(value, engine, model, tmp_path):
-    tensors = load_file(model / WEIGHTS)
-    tensors["model.norm.weight"][:] = value
-    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    with tensors_of(model) as tensors:
+        tensors["model.norm.weight"][:] = value
     message = evaluate(tmp_path, "--model", model, "--limit", 3, "--engine", engine, status=1)
     words = {"eager": "the stock model's logits are not numbers", "reference": "question '0': the model's log-prob"}
     assert words[engine] in message
@@ -176,9 +177,8 @@ def test_the_question_that_gives_no_number_is_named(babbler, tmp_path):
     model = shutil.copytree(babbler, tmp_path / "model")
     token = AutoTokenizer.from_pretrained(model)("Question Z is", add_special_tokens=False)["input_ids"]
     usual = set(AutoTokenizer.from_pretrained(model)("".join(map(str, ROWS)))["input_ids"])
-    tensors = load_file(model / WEIGHTS)
-    tensors["model.embed_tokens.weight"][next(t for t in token if t not in usual)] = float("nan")
-    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    with tensors_of(model) as tensors:
+        tensors["model.embed_tokens.weight"][next(t for t in token if t not in usual)] = float("nan")
     rows = [*ROWS[:3], ROWS[0] | {"id": "the odd one", "query": "Question Z is"}, ROWS[4]]
     run = Runs(tmp_path, model, rows, "--engine", "reference")
     for more in ([], ["--resume"]):
@@ -215,7 +215,7 @@ def goes_on(run: Runs, name: str, failed, status: int, *words: str) -> None:
 
 @contextmanager
 def files_of_at_most(size: int):
-    """What a full disk is to a process: writes are cut short, then refused."""
+    """Limits files as a full disk does: writes are cut short, then refused."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -390,19 +390,17 @@ def test_outputs_that_cannot_be(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output, words = OUTPUTS[name]
     for more in ([], ["--overwrite"], ["--resume"]):
-        result = CliRunner().invoke(cli, ["eval", "--output", output, *more])
-        assert result.exit_code == 2, result.output
-        assert len(result.output.splitlines()) == 1 or "Usage:" in result.output
-        assert words in result.output
+        result = run_command("eval", "--output", output, *more, exit_code=2)
+        assert len(result.splitlines()) == 1 or "Usage:" in result
+        assert words in result
     assert not list(tmp_path.iterdir())
 
 
 def test_an_output_that_links_to_nothing(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    result = CliRunner().invoke(cli, ["eval", "--output", str(tmp_path / "link")])
-    assert result.exit_code == 2, result.output
-    assert len(result.output.splitlines()) == 1
-    assert "a link to nothing" in result.output
+    result = run_command("eval", "--output", tmp_path / "link", exit_code=2)
+    assert len(result.splitlines()) == 1
+    assert "a link to nothing" in result
 
 
 def test_links_among_the_results_are_replaced_not_followed(trees, tmp_path):

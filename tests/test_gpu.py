@@ -7,8 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_chat import MADE_UP, generated
-from test_engine import VOCABULARY, prepared, random_sequences, score, tiny_model
+from support.models import VOCABULARY, tiny_model
+from support.passes import assert_scored_as_stock, generated, prepared, random_sequences, score
+from support.rows import MADE_UP
+from support.runs import results as results_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from cecompile import Answerer, Question, Scorer, demo, read_questions
@@ -32,18 +34,23 @@ from cecompile.workload.stage import stage_all
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
+QUESTIONS = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(50)]
+
+
 def on_gpu(kind, dtype=torch.float32, **changes):
     return tiny_model(kind, head_dim=16, hidden_size=64, **changes).to("cuda", dtype)
+
+
+def mode_of(model) -> tuple[str, str | None, str | None]:
+    mode = model.runtime.mode
+    return mode.engine, mode.attention, mode.note
 
 
 @pytest.mark.parametrize("attention", ["flex", "sdpa"])
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "phi3", "opt"])
 def test_trees_score_as_the_stock_model_does(kind, compiled, attention):
-    model, sequences = on_gpu(kind), random_sequences(questions=60)
-    expected, _ = score_one_by_one(model, sequences)
-    got, _ = score(model, sequences, attention, compiled=compiled)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    assert_scored_as_stock(on_gpu(kind), random_sequences(questions=60), attention, compiled=compiled)
 
 
 def test_auto_takes_flex_where_it_compiles():
@@ -54,9 +61,7 @@ def test_auto_takes_flex_where_it_compiles():
 def test_windows_shorter_than_a_context_of_several_tiles(attention):
     model = on_gpu("mistral", sliding_window=64, max_position_embeddings=512)
     sequences = random_sequences(3, questions=4, trunk=400)
-    expected, _ = score_one_by_one(model, sequences)
-    got, _ = score(model, sequences, attention, compiled=True, tokens=1024)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    assert_scored_as_stock(model, sequences, attention, compiled=True, tokens=1024)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -66,15 +71,10 @@ def test_probe_accepts_a_deep_model_in_half_precision(dtype):
 
 
 def test_scorer_from_end_to_end(tiny_llama):
-    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(50)]
-    expected = Scorer.from_pretrained(tiny_llama, device="cuda", engine="reference").score(questions)
+    expected = Scorer.from_pretrained(tiny_llama, device="cuda", engine="reference").score(QUESTIONS)
     scorer = Scorer.from_pretrained(tiny_llama, device="cuda")
-    got = scorer.score(questions)
-    assert (scorer.runtime.mode.engine, scorer.runtime.mode.attention, scorer.runtime.mode.note) == (
-        "compiled",
-        "flex",
-        None,
-    )
+    got = scorer.score(QUESTIONS)
+    assert mode_of(scorer) == ("compiled", "flex", None)
     np.testing.assert_allclose(got.loglikelihoods, expected.loglikelihoods, rtol=0, atol=1e-3)
     assert got.greedy == expected.greedy
 
@@ -82,22 +82,16 @@ def test_scorer_from_end_to_end(tiny_llama):
 def test_what_a_warm_cache_holds_is_not_tried_again_and_compiled_while_weights_are_read(
     tiny_llama, tmp_path, monkeypatch
 ):
-    questions = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0) for i in range(50)]
     cold = Scorer.from_pretrained(tiny_llama, device="cuda", cache_dir=tmp_path)
-    expected = cold.score(questions)
+    expected = cold.score(QUESTIONS)
     monkeypatch.setattr(forward, "inputs_are_free", None)
     monkeypatch.setattr(warmup, "choose_attention", None)
     warm = Scorer.from_pretrained(tiny_llama, device="cuda", cache_dir=tmp_path)
-    got = warm.score(questions)
-    assert (warm.runtime.mode.engine, warm.runtime.warmup.cache_state[0], warm.runtime.mode.note) == (
-        "compiled",
-        "warm",
-        None,
-    )
-    assert [any(s.settled for s in scorer.runtime.warmup.warmed.engine._slots) for scorer in (cold, warm)] == [
-        False,
-        True,
-    ]
+    got = warm.score(QUESTIONS)
+    assert mode_of(warm) == ("compiled", "flex", None)
+    assert warm.runtime.warmup.cache_state[0] == "warm"
+    settled = [any(s.settled for s in scorer.runtime.warmup.warmed.engine._slots) for scorer in (cold, warm)]
+    assert settled == [False, True]
     np.testing.assert_array_equal(got.loglikelihoods, expected.loglikelihoods)
 
 
@@ -118,12 +112,7 @@ def test_nothing_is_allocated_after_warm_up(attention):
 @pytest.mark.parametrize("attention", ["flex", "sdpa"])
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [
-        ("llama", torch.bfloat16),
-        ("llama", torch.float16),
-        ("opt", torch.float16),
-        ("phi3", torch.bfloat16),
-    ],
+    [("llama", torch.bfloat16), ("llama", torch.float16), ("opt", torch.float16), ("phi3", torch.bfloat16)],
 )
 def test_half_precision_is_as_good_as_the_stock_models(kind, dtype, attention):
     """Also in small buckets, with biases in float16, and with grouped key-value heads."""
@@ -161,11 +150,7 @@ def test_demo_answers_equal_the_references():
     expected = Answerer.from_pretrained(device="cuda", engine="reference", new_tokens=60).answer(questions).answers
     answerer = Answerer.from_pretrained(device="cuda", new_tokens=60)
     got = answerer.answer(questions).answers
-    assert (answerer.runtime.mode.engine, answerer.runtime.mode.attention, answerer.runtime.mode.note) == (
-        "compiled",
-        "flex",
-        None,
-    )
+    assert mode_of(answerer) == ("compiled", "flex", None)
     assert [a.text for a in got] == [a.text for a in expected]
 
 
@@ -288,7 +273,7 @@ def test_a_model_larger_than_the_limit(tmp_path):
     assert done["streamed"].returncode == 0, done["streamed"].stderr
     results, samples = {}, {}
     for name in ("whole", "streamed"):
-        results[name] = json.loads((tmp_path / name / "results.json").read_text())
+        results[name] = results_of(tmp_path / name)
         lines = (tmp_path / name / "samples.jsonl").read_text().splitlines()
         samples[name] = [(s["id"], s["prediction"], s["prediction_norm"]) for s in map(json.loads, lines)]
     assert samples["streamed"] == samples["whole"]

@@ -14,8 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import HANG
 from dockerfile_parse import DockerfileParser
+from support.waiting import HANG
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILES = ("Dockerfile", "scripts/Dockerfile.warm")
@@ -65,13 +65,9 @@ class Replay:
                 if "cecompile" not in entry.name and not (base / entry.name).is_symlink():
                     (base / entry.name).symlink_to(entry)
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", root / "venv"], check=True)
-        site = subprocess.run(
-            [self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        (Path(site.stdout.strip()) / "base.pth").write_text(str(base))
+        command = [self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+        site = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        (Path(site) / "base.pth").write_text(str(base))
 
     @property
     def python(self) -> Path:
@@ -107,15 +103,8 @@ class Replay:
 
     def _shell(self, command: str) -> None:
         noted = "".join(f'{tool}() {{ echo {tool} "$@" >>"{self.log}"; }}\n' for tool in ("useradd", "chown"))
-        done = subprocess.run(
-            ["bash", "-ec", noted + self._placed(command)],
-            env=self.variables(),
-            cwd=self.root,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=HANG,
-        )
+        how = {"capture_output": True, "text": True, "timeout": HANG, "env": self.variables(), "cwd": self.root}
+        done = subprocess.run(["bash", "-ec", noted + self._placed(command)], check=False, **how)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
     def variables(self) -> dict[str, str]:

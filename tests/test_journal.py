@@ -1,6 +1,5 @@
 """The journal: what is read back after any damage, and runs that go on where they were interrupted."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,25 +8,19 @@ import time
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-from conftest import HANG, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checkpoints import save_demo_llama
+from support.rows import ROWS, write_rows
+from support.runs import HOW, Runs, run_command
+from support.waiting import HANG, wait_until
 
 from cecompile import Scorer, evaluate, read_questions
-from cecompile.cli import cli
 from cecompile.errors import UserError
 from cecompile.interrupt import command_to_resume
 from cecompile.results import journal as journal_module
 from cecompile.results.journal import ANSWERS, NAME, PASSES, Journal, read
 
-ROWS = [
-    {"query": f"Question {i} is", "choices": ["short", "rather longer " * 4, "x"], "gold": i % 3} for i in range(40)
-]
-CHATS = [
-    {"message": [{"role": "user", "content": f"question: who is number {i}?\nchoices: ['it', 'they']"}], "answer": "it"}
-    for i in range(12)
-]
 RECORDS = [(PASSES, 0, b"first"), (PASSES, 1, b""), (ANSWERS, 7, bytes(range(256)))]
 FACTS = {"model": "m", "plan": [1, 2]}
 
@@ -172,51 +165,6 @@ def test_the_shell_reads_the_command_back():
 # ---- runs
 
 
-def write_rows(path: Path, rows=ROWS) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
-
-
-class Runs:
-    """`eval` of one model and file, in this process, as it is or stopped by a signal after some records."""
-
-    def __init__(self, directory: Path, model: Path, rows, *how: object) -> None:
-        self.data = write_rows(directory / "rows.jsonl", rows)
-        self.directory = directory
-        self.arguments = ["--model", str(model), "--data", str(self.data), "--device", "cpu", *map(str, how)]
-
-    def __call__(self, output: str, *more: object, **options):
-        to = str(self.directory / output)
-        return CliRunner().invoke(cli, ["eval", *self.arguments, "--output", to, *map(str, more)], **options)
-
-    def samples(self, output: str) -> bytes:
-        return (self.directory / output / "samples.jsonl").read_bytes()
-
-    def results(self, output: str) -> dict:
-        return json.loads((self.directory / output / "results.json").read_text())
-
-
-def stop_after(monkeypatch, records: int, number: int = signal.SIGINT) -> None:
-    """A real signal to this process once so many records are in the journal."""
-    add = Journal.add
-
-    def add_and_stop(self, *record):
-        add(self, *record)
-        if self._added == records:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(Journal, "add", add_and_stop)
-
-
-HOW = {
-    "trees": (ROWS, ["--engine", "eager", "--tokens-per-bucket", "256"], 3),
-    "reference": (ROWS[:6], ["--engine", "reference"], 7),
-    "chats": (CHATS, ["--engine", "eager", "--tokens-per-bucket", "256", "--max-new-tokens", "6"], 1),
-    "decoded": (CHATS, ["--engine", "eager", "--tokens-per-bucket", "256", "--max-new-tokens", "6"], 9),
-    "chats, reference": (CHATS[:4], ["--engine", "reference", "--max-new-tokens", "4"], 2),
-}
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(babbler, tmp_path_factory):
     """Per kind of run its `Runs`, with the uninterrupted one's results in "whole"."""
@@ -237,12 +185,10 @@ def uninterrupted(babbler, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", HOW)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_goes_on(kind, number, status, uninterrupted, monkeypatch):
+def test_an_interrupted_run_goes_on(kind, number, status, uninterrupted):
     run, records = uninterrupted(kind), HOW[kind][2]
     name = f"stopped {status}"
-    with monkeypatch.context() as patch:
-        stop_after(patch, records, number)
-        stopped = run(name)
+    stopped = run.stopped(name, records, number=number)
     assert stopped.exit_code == status
     assert stopped.output.startswith(f"cecompile: interrupted ({signal.Signals(number).name}); continue with: ")
     assert len(stopped.output.splitlines()) == 1
@@ -267,28 +213,24 @@ def test_an_interrupted_run_goes_on(kind, number, status, uninterrupted, monkeyp
     assert "no interrupted run to resume" in nothing.output
 
 
-def test_every_point_of_resumption_gives_the_same(uninterrupted, monkeypatch):
+def test_every_point_of_resumption_gives_the_same(uninterrupted):
     """Stopped after each pass, resumed, stopped again after the next, to the end."""
     run = uninterrupted("trees")
     passes = sum(bucket["runs"] for bucket in run.results("whole")["plan"]["buckets"])
     assert passes >= 4
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        assert run("bit by bit").exit_code == 130
-        for _ in range(passes - 1):
-            assert run("bit by bit", "--resume").exit_code == 130
+    assert run.stopped("bit by bit", 1).exit_code == 130
+    for _ in range(passes - 1):
+        assert run.stopped("bit by bit", 1, "--resume").exit_code == 130
     assert run("bit by bit", "--resume").exit_code == 0
     assert run.results("bit by bit")["resumed"]["passes"] == passes
     assert run.samples("bit by bit") == run.samples("whole")
 
 
 @pytest.mark.parametrize("place", [0.3, 0.6, 0.95])
-def test_from_a_damaged_record_on_all_is_computed_again(place, uninterrupted, monkeypatch):
+def test_from_a_damaged_record_on_all_is_computed_again(place, uninterrupted):
     run = uninterrupted("trees")
     name = f"damaged {place}"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 4)
-        run(name)
+    run.stopped(name, 4)
     path = run.directory / name / NAME
     content = bytearray(path.read_bytes())
     ends = [end for *_, end in read(bytes(content))]
@@ -306,9 +248,7 @@ def test_from_a_damaged_record_on_all_is_computed_again(place, uninterrupted, mo
 def stopped(uninterrupted) -> Runs:
     """A run that was interrupted; its journal is in "stopped"."""
     run = uninterrupted("trees")
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, 3)
-        assert run("stopped").exit_code == 130
+    assert run.stopped("stopped", 3).exit_code == 130
     return run
 
 
@@ -332,13 +272,8 @@ def test_another_run_is_not_gone_on_with(changes, difference, stopped):
     assert (stopped.directory / "stopped" / NAME).read_bytes() == before
 
 
-def test_another_model_or_version_is_not_gone_on_with(stopped, babbler, tmp_path, monkeypatch):
-    from conftest import save_tiny_llama
-
-    for file in babbler.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    vocabulary = json.loads((babbler / "config.json").read_text())["vocab_size"]
-    save_tiny_llama(tmp_path, vocabulary, max_position_embeddings=512, initializer_range=0.31)
+def test_another_model_or_version_is_not_gone_on_with(stopped, tmp_path, monkeypatch):
+    save_demo_llama(tmp_path, max_position_embeddings=512, initializer_range=0.31)
     assert "model fingerprint is" in stopped("stopped", "--resume", "--model", tmp_path).output
     monkeypatch.setattr("cecompile.results.write.platform.python_version", lambda: "3.99")
     assert "python is 3.99, was" in stopped("stopped", "--resume").output
@@ -346,12 +281,9 @@ def test_another_model_or_version_is_not_gone_on_with(stopped, babbler, tmp_path
 
 def test_resume_names_its_output_and_excludes_overwrite(tmp_path):
     for arguments in (["--resume"], ["--resume", "--overwrite", "--output", str(tmp_path)]):
-        refused = CliRunner().invoke(cli, ["eval", *arguments])
-        assert refused.exit_code == 2
-        assert "--resume: goes on with the run in --output" in refused.output
-    missing = CliRunner().invoke(cli, ["eval", "--resume", "--output", str(tmp_path / "none")])
-    assert missing.exit_code == 2
-    assert "no interrupted run to resume" in missing.output
+        assert "--resume: goes on with the run in --output" in run_command("eval", *arguments, exit_code=2)
+    missing = run_command("eval", "--resume", "--output", tmp_path / "none", exit_code=2)
+    assert "no interrupted run to resume" in missing
     assert not list(tmp_path.iterdir())
 
 
@@ -366,21 +298,17 @@ def test_only_the_first_of_repeated_runs_is_journaled(uninterrupted, monkeypatch
     assert run.results("repeated")["inference_s"]["runs"] == 3
 
 
-def test_overwriting_an_interrupted_run_starts_anew(uninterrupted, monkeypatch):
+def test_overwriting_an_interrupted_run_starts_anew(uninterrupted):
     run = uninterrupted("trees")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        run("begun")
+    run.stopped("begun", 3)
     assert run("begun", "--overwrite").exit_code == 0
     assert run.results("begun")["resumed"] is None
     assert run.samples("begun") == run.samples("whole")
 
 
-def test_killed_while_writing_leaves_what_the_next_run_clears_away(uninterrupted, monkeypatch):
+def test_killed_while_writing_leaves_what_the_next_run_clears_away(uninterrupted):
     run = uninterrupted("trees")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        run("killed")
+    run.stopped("killed", 3)
     (run.directory / "killed" / ".samples.jsonl.1").write_text("half")
     assert run("killed", "--resume").exit_code == 0
     assert sorted(p.name for p in (run.directory / "killed").iterdir()) == ["results.json", "samples.jsonl"]

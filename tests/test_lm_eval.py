@@ -1,23 +1,22 @@
 """The lm-evaluation-harness backend against lm_eval's own `hf` backend: every metric and every sample."""
 
 import json
-import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from conftest import SHARED_DATA
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from test_engine import ARCHITECTURES
+from support.checkpoints import add_tokenizer
+from support.models import ARCHITECTURES
+from support.rows import SHARED_DATA, write_rows
+from support.runs import run_command
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from cecompile import demo
-from cecompile.cli import cli
 from cecompile.errors import UserError
 from cecompile.lm_eval import CecompileLM
 
@@ -66,8 +65,7 @@ def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
 
     def data(name, content):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-        return {"test": str(folder / f"{name}.jsonl")}
+        return {"test": str(write_rows(folder / f"{name}.jsonl", content))}
 
     common = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 1}}
     examples = {"fewshot_split": "test", "fewshot_config": {"sampler": "first_n"}}
@@ -92,12 +90,8 @@ def tasks(tmp_path_factory):
         "lines": data("lines", [{"text": text} for text in SENTENCES]),
         "book": data("book", [{"text": " ".join(SENTENCES * n)} for n in (1, 3, 9)] + [{"text": "short"}]),
     }
-    kinds = {
-        "hs": choice | hellaswag | {"doc_to_choice": "endings"},
-        "qa": choice | query,
-        "lines": words,
-        "book": rolling,
-    }
+    kinds = {"hs": choice | hellaswag | {"doc_to_choice": "endings"}, "qa": choice | query}
+    kinds |= {"lines": words, "book": rolling}
     out = []
     for name, kind in kinds.items():
         base = common | kind | {"dataset_kwargs": {"data_files": files[name]}}
@@ -129,24 +123,16 @@ def save_model(directory, kind):
     """A tiny random model of the real class, with a tokenizer."""
     torch.manual_seed(0)
     sizes = {
-        "vocab_size": 1024,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.3,
-        "pad_token_id": 3,
-    }
+        "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.3, "pad_token_id": 3,
+    }  # fmt: skip
     changes = ARCHITECTURES.get(kind, {}) | ({"original_max_position_embeddings": 512} if kind == "phi3" else {})
     config = AutoConfig.for_model(kind, **(sizes | changes))
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     if kind in ("opt", "qwen2", "gpt_neox"):
         byte_tokenizer(begin=kind == "opt").save_pretrained(directory)
         return directory
-    for file in demo.MODEL.glob("token*"):
-        shutil.copy(file, directory)
-    return directory
+    return add_tokenizer(directory)
 
 
 def run(lm, tasks, **options):
@@ -216,19 +202,12 @@ def test_several_tasks_are_one_plan_and_examples_are_shared(tasks, tmp_path, mon
 
 def test_what_lm_eval_caches_and_generates_stays_its_own(tasks, tmp_path):
     model = save_model(tmp_path / "model", "llama")
-    generate = {
-        "task": "say",
-        "dataset_path": "json",
-        "dataset_kwargs": next(t for t in tasks if t["task"] == "qa_0")["dataset_kwargs"],
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "query",
-        "doc_to_target": "{{choices[gold]}}",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
-        "metric_list": [{"metric": "exact_match"}],
-        "num_fewshot": 0,
-    }
-    chosen = [next(t for t in tasks if t["task"] == "qa_0"), generate]
+    questions = next(t for t in tasks if t["task"] == "qa_0")
+    generate = {name: questions[name] for name in ("dataset_path", "dataset_kwargs", "test_split", "num_fewshot")}
+    generate |= {"task": "say", "output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]}
+    generate |= {"doc_to_text": "query", "doc_to_target": "{{choices[gold]}}"}
+    generate |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}}
+    chosen = [questions, generate]
     ours = CecompileLM(pretrained=str(model), device="cpu", dtype="float32", engine="eager")
     theirs = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=1)
     (_, samples), (_, expected) = run(ours, chosen), run(theirs, chosen)
@@ -241,8 +220,7 @@ def test_what_lm_eval_caches_and_generates_stays_its_own(tasks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [({"engine": "fast"}, "engine 'fast'"), ({"memory_limit": "much"}, "memory_limit 'much'")],
+    ("options", "words"), [({"engine": "fast"}, "engine 'fast'"), ({"memory_limit": "much"}, "memory_limit 'much'")]
 )
 def test_options_are_checked(options, words, tmp_path):
     with pytest.raises(UserError, match=words):
@@ -262,8 +240,7 @@ def test_the_command_line_is_lm_evals(tasks, tmp_path, monkeypatch):
     arguments += ["--include_path", str(folder), "--tasks", "qa_0", "--device", "cpu", "--limit", "5"]
     arguments += ["--output_path", str(tmp_path / "out"), "--log_samples"]
     before = list(sys.argv)
-    done = CliRunner().invoke(cli, ["lm-eval", "--", *arguments])
-    assert done.exit_code == 0, done.output
+    run_command("lm-eval", "--", *arguments)
     assert sys.argv == before
     (results,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(results.read_text())

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANG, wait_until
 from huggingface_hub import constants as hub
 from safetensors.torch import load_file, save_file
-from test_architectures import skip_what_cannot_run
-from test_engine import ARCHITECTURES, VOCABULARY, tiny_model
+from support.checkpoints import tensors_of
+from support.models import ARCHITECTURES, VOCABULARY, skip_what_cannot_run, tiny_model
+from support.waiting import HANG, wait_until
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cecompile.errors import UserError
-from cecompile.model import load, prefetch
+from cecompile.model import load as loading
+from cecompile.model import prefetch
 from cecompile.model import safetensors_reader as streaming
 from cecompile.model.checkpoint import load_checkpoint, load_config, read_checkpoint
 from cecompile.model.safetensors_reader import Checkpoint
@@ -39,6 +40,10 @@ def save(path: Path, kind: str, *, shard: str = "50GB", **changes) -> Path:
 
 def stock(path: Path, dtype="auto"):
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().requires_grad_(False)
+
+
+def load(path: Path, dtype: str = "auto", **how):
+    return load_checkpoint(str(path), load_config(str(path)), dtype, CPU, **how)
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -73,7 +78,7 @@ def assert_same(ours, theirs) -> None:
 def test_same_bits_as_from_pretrained(kind, dtype, tmp_path):
     path = save(tmp_path, kind, shard="20KB" if kind in SHARDED else "50GB")
     assert (len(list(path.glob("*.safetensors"))) > 1) == (kind in SHARDED)
-    loaded = load_checkpoint(str(path), load_config(str(path)), dtype, CPU)
+    loaded = load(path, dtype)
     assert loaded.fallback is None or kind in RENAMED
     assert_same(loaded.model, stock(path, dtype))
     assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint
@@ -84,7 +89,7 @@ def test_same_bits_as_from_pretrained(kind, dtype, tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
 def test_half_precision_files_tied_and_not(kind, tie, dtype, tmp_path):
     tiny_model(kind, tie_word_embeddings=tie).to(torch.bfloat16).save_pretrained(tmp_path)
-    loaded = load_checkpoint(str(tmp_path), load_config(str(tmp_path)), dtype, CPU)
+    loaded = load(tmp_path, dtype)
     assert loaded.fallback is None
     assert loaded.model.dtype == (torch.bfloat16 if dtype == "auto" else torch.float32)
     embeddings = (loaded.model.get_input_embeddings().weight, loaded.model.get_output_embeddings().weight)
@@ -97,7 +102,7 @@ def test_tensors_cut_by_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "BLOCK", 1000 * 8)
     path = save(tmp_path, "qwen2")
     for dtype in ("float32", "bfloat16"):
-        loaded = load_checkpoint(str(path), load_config(str(path)), dtype, CPU)
+        loaded = load(path, dtype)
         assert loaded.fallback is None
         assert_same(loaded.model, stock(path, dtype))
         assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint
@@ -131,7 +136,7 @@ def test_prefix_of_the_base_model_missing(kind, tmp_path):
     prefix = model.base_model_prefix + "."
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({k.removeprefix(prefix): v for k, v in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
-    loaded = load_checkpoint(str(tmp_path), load_config(str(tmp_path)), "auto", CPU)
+    loaded = load(tmp_path)
     assert loaded.fallback is None
     assert_same(loaded.model, stock(tmp_path))
 
@@ -140,11 +145,10 @@ def test_prefix_of_the_base_model_missing(kind, tmp_path):
 def test_tied_weights_stored_twice(equal, tmp_path):
     """They are tied if they are the same; else the config is wrong, and they are not."""
     path = save(tmp_path, "llama", tie_word_embeddings=True)
-    tensors = load_file(path / "model.safetensors")
-    embedding = tensors["model.embed_tokens.weight"]
-    tensors["lm_head.weight"] = embedding.clone() if equal else embedding + 1
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
+    with tensors_of(path) as tensors:
+        embedding = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = embedding.clone() if equal else embedding + 1
+    loaded = load(path)
     assert (loaded.fallback is None) == equal
     assert (loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight) == equal
     assert_same(loaded.model, stock(path))
@@ -153,26 +157,25 @@ def test_tied_weights_stored_twice(equal, tmp_path):
 
 def test_what_was_made_beside_reading_is_dropped_with_the_model_it_was_made_for(tmp_path):
     path = save(tmp_path, "llama", tie_word_embeddings=True)
-    tensors = load_file(path / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with tensors_of(path) as tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     models: list[weakref.ref[torch.nn.Module]] = []
 
     def compile_a_part(model):
         model.model.norm.compile()  # which a module then holds itself by
         models.append(weakref.ref(model.model.norm))
 
-    loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU, while_reading=compile_a_part)
+    loaded = load(path, while_reading=compile_a_part)
     assert loaded.fallback is not None
     assert loaded.overlap is None
     assert [model() for model in models] == [None]
 
 
 def test_reading_ends_where_nobody_waits_for_it(tmp_path, monkeypatch):
-    """What the readers were asked for before is read; they get on only when nobody waits any more."""
+    """Blocks already requested are read; the readers go on only once nobody waits."""
     path, interval = save(tmp_path, "llama"), sys.getswitchinterval()
     monkeypatch.setattr(streaming, "BLOCK", 1024)
-    reads, read, stream, waited_for = [], streaming._read, load.stream, []
+    reads, read, stream, waited_for = [], streaming._read, loading.stream, []
 
     def stream_and_tell(*arguments, given_up) -> Checkpoint:
         waited_for.append(given_up)
@@ -188,10 +191,10 @@ def test_reading_ends_where_nobody_waits_for_it(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(streaming, "_read", read_late)
-    monkeypatch.setattr(load, "stream", stream_and_tell)
+    monkeypatch.setattr(loading, "stream", stream_and_tell)
     blocks = (path / "model.safetensors").stat().st_size // 1024
     with pytest.raises(KeyboardInterrupt):
-        load_checkpoint(str(path), load_config(str(path)), "auto", CPU, while_reading=interrupted)
+        load(path, while_reading=interrupted)
     assert len(reads) == streaming.BLOCKS < blocks
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("load", "read", "hash"))]
     assert sys.getswitchinterval() == interval
@@ -211,7 +214,7 @@ def test_a_file_cut_off_while_something_is_made_beside_reading_it(tmp_path, monk
 
     monkeypatch.setattr(streaming, "_read", read_late)
     with pytest.raises(UserError, match="became shorter while it was read"):
-        load_checkpoint(str(path), load_config(str(path)), "auto", CPU, while_reading=cut)
+        load(path, while_reading=cut)
 
 
 def out_of_the_page_cache(path: Path) -> None:
@@ -315,10 +318,9 @@ def test_what_is_no_checkpoint_is_not_read_ahead(tmp_path, monkeypatch):
 
 def test_tied_weights_stored_by_the_other_name(tmp_path):
     path = save(tmp_path, "llama", tie_word_embeddings=True)
-    tensors = load_file(path / "model.safetensors")
-    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
+    with tensors_of(path) as tensors:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    loaded = load(path)
     assert loaded.fallback is None
     assert_same(loaded.model, stock(path))
 
@@ -326,11 +328,10 @@ def test_tied_weights_stored_by_the_other_name(tmp_path):
 def test_tensors_the_model_has_not_are_ignored_but_fingerprinted(tmp_path):
     path = save(tmp_path, "llama")
     plain = read_checkpoint(str(path)).fingerprint
-    tensors = load_file(path / "model.safetensors")
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    tensors["model.layers.0.self_attn.bias"] = torch.ones(3, 3, dtype=torch.bool)
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
+    with tensors_of(path) as tensors:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["model.layers.0.self_attn.bias"] = torch.ones(3, 3, dtype=torch.bool)
+    loaded = load(path)
     assert loaded.fallback is None
     assert_same(loaded.model, stock(path))
     assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint != plain
@@ -346,7 +347,7 @@ def test_tensors_out_of_step_with_their_elements_are_left_to_transformers(tmp_pa
         return {"byte": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}} | header
 
     damage(path / "model.safetensors", change, b"\0")
-    loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
+    loaded = load(path)
     assert loaded.fallback.endswith("is stored as torch.float32, unaligned")
     assert_same(loaded.model, stock(path))
 
@@ -354,30 +355,27 @@ def test_tensors_out_of_step_with_their_elements_are_left_to_transformers(tmp_pa
 def test_merged_experts_are_left_to_transformers(tmp_path):
     skip_what_cannot_run("mixtral")
     path = save(tmp_path, "mixtral", num_key_value_heads=2, num_local_experts=2)
-    loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
+    loaded = load(path)
     assert loaded.fallback.startswith("transformers converts ")
     assert_same(loaded.model, stock(path))
     assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint
 
 
-def test_old_names_are_left_to_transformers(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "tensor", "reason"),
+    [
+        ("model.LayerNorm.gamma", torch.ones(32), "transformers converts model.LayerNorm.gamma"),
+        ("model.norm.weight", torch.arange(32), "model.norm.weight is stored as torch.int64"),
+    ],
+    ids=["old names", "other types"],
+)
+def test_other_names_and_types_are_left_to_transformers(name, tensor, reason, tmp_path):
     """A name that a rule of transformers fits is not taken by its letters, nor passed over."""
     path = save(tmp_path, "llama")
-    tensors = load_file(path / "model.safetensors")
-    tensors["model.LayerNorm.gamma"] = torch.ones(32)
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
-    assert loaded.fallback == "transformers converts model.LayerNorm.gamma"
-    assert_same(loaded.model, stock(path))
-
-
-def test_weights_of_other_types_are_left_to_transformers(tmp_path):
-    path = save(tmp_path, "llama")
-    tensors = load_file(path / "model.safetensors")
-    tensors["model.norm.weight"] = torch.arange(32)
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    loaded = load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
-    assert loaded.fallback == "model.norm.weight is stored as torch.int64"
+    with tensors_of(path) as tensors:
+        tensors[name] = tensor
+    loaded = load(path)
+    assert loaded.fallback == reason
     assert_same(loaded.model, stock(path))
 
 
@@ -391,9 +389,9 @@ def damage(path: Path, change, before: bytes = b"") -> None:
 
 def refused(path: Path) -> str:
     """The one line that loading ends with."""
-    with pytest.raises(UserError) as loading:
-        load_checkpoint(str(path), load_config(str(path)), "auto", CPU)
-    message = str(loading.value)
+    with pytest.raises(UserError) as refusal:
+        load(path)
+    message = str(refusal.value)
     assert message.startswith(f"{path}: weights: ")
     assert len(message.splitlines()) == 1
     return message
@@ -410,10 +408,7 @@ def test_files_cut_off(tmp_path):
     assert "model.safetensors: " in refused(path)
 
 
-@pytest.mark.parametrize(
-    "offsets",
-    [[0, 10**12], [-4, 8], [8, 0], [4, 4], None, ["a", "b"]],
-)
+@pytest.mark.parametrize("offsets", [[0, 10**12], [-4, 8], [8, 0], [4, 4], None, ["a", "b"]])
 def test_offsets_that_cannot_be(offsets, tmp_path):
     path = save(tmp_path, "llama")
 
@@ -449,9 +444,8 @@ def test_headers_that_are_none(header, tmp_path):
 
 def test_weights_missing_or_of_another_shape(tmp_path):
     path = save(tmp_path, "llama")
-    tensors = load_file(path / "model.safetensors")
-    norm = tensors.pop("model.norm.weight")
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with tensors_of(path) as tensors:
+        norm = tensors.pop("model.norm.weight")
     assert refused(path).endswith("1 missing keys, such as model.norm.weight")
     save_file(tensors | {"model.norm.weights": norm}, path / "model.safetensors", {"format": "pt"})
     assert refused(path).endswith("1 missing keys, such as model.norm.weight")

@@ -1,6 +1,5 @@
 """The memory budget: predicted before loading, kept to, refused where nothing fits, stepped down where it runs out."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_llama
+from support.checkpoints import save_demo_llama
+from support.runs import results as results_of
 
-from cecompile import Question, Scorer, demo
+from cecompile import Question, Scorer
 from cecompile.device import is_out_of_memory, parse_size
 from cecompile.planning.memory import Budget
 from cecompile.run import engine_builder
@@ -19,20 +19,14 @@ from cecompile.run import engine_builder
 @pytest.fixture(scope="module")
 def wide_llama(tmp_path_factory) -> Path:
     """A Llama of 109 MB whose activations in buckets of 2,048 tokens take three times that."""
-    directory = tmp_path_factory.mktemp("wide_llama")
-    vocabulary = json.loads((demo.MODEL / "config.json").read_text())["vocab_size"]
     sizes = {"hidden_size": 512, "intermediate_size": 8192, "num_attention_heads": 8, "num_key_value_heads": 8}
-    save_tiny_llama(directory, vocabulary, **sizes, max_position_embeddings=512, initializer_range=0.02)
-    for file in demo.MODEL.glob("token*"):
-        (directory / file.name).write_bytes(file.read_bytes())
-    return directory
+    sizes |= {"max_position_embeddings": 512, "initializer_range": 0.02}
+    return save_demo_llama(tmp_path_factory.mktemp("wide_llama"), **sizes)
 
 
 def evaluate(model: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cecompile", "eval", "--model", str(model), "--device", "cpu", "--limit", "60"]
-    return subprocess.run(
-        [*command, "--output", str(out), *more], capture_output=True, text=True, env=dict(os.environ), check=False
-    )
+    return subprocess.run([*command, "--output", str(out), *more], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +59,7 @@ def test_every_limit_is_kept_or_refused_before_loading(wide_llama, held, tmp_pat
             refusals += 1
             continue
         assert done.returncode == 0, done.stderr
-        results = json.loads((out / "results.json").read_text())
+        results = results_of(out)
         memory = results["memory"]
         assert memory["limit_bytes"] == megabytes * 10**6
         assert memory["peak_bytes"] <= memory["limit_bytes"]

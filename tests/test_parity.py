@@ -1,10 +1,8 @@
 """Our scores against lm-evaluation-harness itself, and against the reference engine."""
 
-import json
-
 import numpy as np
 import pytest
-from conftest import shared_file
+from support.rows import shared_file, write_rows
 
 import cecompile
 from cecompile import demo
@@ -14,9 +12,7 @@ TOLERANCE = 1e-3  # natural logarithm, float32
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory, rows_with_everything):
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows_with_everything))
-    return path
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows_with_everything)
 
 
 @pytest.fixture(scope="session")
@@ -29,20 +25,13 @@ def wikihow_file(tmp_path_factory):
         ("Sailing", "A boat is on the lake.", ""),
     ]
     endings = ["[title] Wait for it.", "  walks away  from it.", "eats [substeps] the bread.", "is gone [step]."]
-    path = tmp_path_factory.mktemp("wikihow") / "rows.jsonl"
-    with path.open("w") as file:
-        for i, (activity, ctx_a, ctx_b) in enumerate(contexts * 3):
-            order = endings[i % 4 :] + endings[: i % 4]
-            row = {
-                "ind": i,
-                "activity_label": activity,
-                "ctx_a": ctx_a,
-                "ctx_b": ctx_b,
-                "endings": order,
-                "label": i % 4,
-            }
-            file.write(json.dumps(row) + "\n")
-    return path
+    names = ("activity_label", "ctx_a", "ctx_b")
+    rows = [
+        dict(zip(names, context, strict=True))
+        | {"ind": i, "endings": endings[i % 4 :] + endings[: i % 4], "label": i % 4}
+        for i, context in enumerate(contexts * 3)
+    ]
+    return write_rows(tmp_path_factory.mktemp("wikihow") / "rows.jsonl", rows)
 
 
 def harness(model_dir, data, hellaswag: bool):
@@ -58,13 +47,12 @@ def harness(model_dir, data, hellaswag: bool):
         "dataset_kwargs": {"data_files": {"validation": str(data)}},
         "validation_split": "validation",
         "output_type": "multiple_choice",
-        "doc_to_text": "{{query}}",
-        "doc_to_target": "{{label}}" if hellaswag else "{{gold}}",
-        "doc_to_choice": "choices",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
-    if hellaswag:
-        config["process_docs"] = process_docs
+    config |= {"doc_to_text": "{{query}}", "doc_to_choice": "choices"}
+    config |= (
+        {"doc_to_target": "{{label}}", "process_docs": process_docs} if hellaswag else {"doc_to_target": "{{gold}}"}
+    )
     model = HFLM(pretrained=str(model_dir), dtype="float32", device="cpu", batch_size=4)
     out = lm_eval.simple_evaluate(
         model=model, tasks=[ConfigurableTask(config=config)], log_samples=True, bootstrap_iters=0

@@ -2,18 +2,21 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import save_tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine import prepared, random_sequences, tiny_model
-from test_journal import CHATS, write_rows
-from test_ranks import ROWS, alone, finished, lines, results, same, stop_after, torchrun
+from support.checkpoints import save_demo_llama, save_tiny_llama, tensors_of
+from support.models import tiny_model
+from support.passes import prepared, random_sequences
+from support.rows import CHATS, MANY_ROWS, write_rows
+from support.runs import results, run_command, stop_after
+from support.torchrun import alone, finished, lines, same, torchrun
 from torch import nn
 
 from cecompile import Scorer
@@ -41,24 +44,20 @@ LAYERS = 5
 CPU = torch.device("cpu")
 EAGER = {"engine": "eager", "tokens_per_bucket": 256}
 RUNS = {  # what runs, in how many stages of the four ranks, and whether one process begins
-    "both": ("deep", ROWS, EAGER, 2, False),
-    "tied": ("tied", ROWS[:60], EAGER, 4, False),
-    "compiled": ("babbler", ROWS[:16], EAGER | {"engine": "compiled"}, 2, False),
-    "gone on with": ("deep", ROWS[:60], EAGER, 2, True),
+    "both": ("deep", MANY_ROWS, EAGER, 2, False),
+    "tied": ("tied", MANY_ROWS[:60], EAGER, 4, False),
+    "compiled": ("babbler", MANY_ROWS[:16], EAGER | {"engine": "compiled"}, 2, False),
+    "gone on with": ("deep", MANY_ROWS[:60], EAGER, 2, True),
 }
 
 
 @pytest.fixture(scope="module")
 def models(babbler, tmp_path_factory) -> dict[str, Path]:
     """Random Llamas of five layers: "deep", and "tied", whose embedding is its head; and the babbler, which has two."""
-    made = {"babbler": babbler}
-    vocabulary = json.loads((babbler / "config.json").read_text())["vocab_size"]
-    for name, changes in {"deep": {}, "tied": {"tie_word_embeddings": True, "initializer_range": 0.1}}.items():
-        made[name] = tmp_path_factory.mktemp(name)
-        save_tiny_llama(made[name], vocabulary, num_hidden_layers=LAYERS, max_position_embeddings=512, **changes)
-        for file in babbler.glob("token*"):
-            (made[name] / file.name).write_bytes(file.read_bytes())
-    return made
+    sizes = {"num_hidden_layers": LAYERS, "max_position_embeddings": 512}
+    tied = {"tie_word_embeddings": True, "initializer_range": 0.1}
+    deep = save_demo_llama(tmp_path_factory.mktemp("deep"), **sizes)
+    return {"babbler": babbler, "deep": deep, "tied": save_demo_llama(tmp_path_factory.mktemp("tied"), **sizes, **tied)}
 
 
 def command(model: Path, data: Path, how: dict) -> list[str]:
@@ -69,7 +68,7 @@ def command(model: Path, data: Path, how: dict) -> list[str]:
 @pytest.fixture(scope="module")
 def base(models, tmp_path_factory) -> list[str]:
     """`eval` of the deep model in many small passes."""
-    return command(models["deep"], write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS), EAGER)
+    return command(models["deep"], write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", MANY_ROWS), EAGER)
 
 
 @pytest.mark.process
@@ -134,10 +133,9 @@ def test_a_stage_that_is_killed_ends_the_run_which_one_process_goes_on_with(base
 def test_processes_that_are_no_pipeline_are_refused(arguments, world, line, base, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.setenv("RANK", "0")
-    refused = CliRunner().invoke(cli, [*base, *arguments, "--output", str(tmp_path)])
-    assert refused.exit_code == 2
-    assert refused.output.startswith(f"cecompile: {line}")
-    assert refused.output.count("\n") == 1
+    refused = run_command(*base, *arguments, "--output", tmp_path, exit_code=2)
+    assert refused.startswith(f"cecompile: {line}")
+    assert refused.count("\n") == 1
     monkeypatch.setenv("RANK", "1")
     assert CliRunner().invoke(cli, [*base, *arguments, "--output", str(tmp_path)]).output == ""
 
@@ -153,17 +151,15 @@ def test_processes_that_are_no_pipeline_are_refused(arguments, world, line, base
 )
 def test_what_cannot_be_divided_is_refused(arguments, line, base):
     plan = ["plan", *(a for a in base[1:] if a not in ("--engine", "eager"))]
-    refused = CliRunner().invoke(cli, [*plan, *arguments])
-    assert refused.exit_code == 2
-    assert line in refused.output
-    assert refused.output.count("\n") == 1
+    refused = run_command(*plan, *arguments, exit_code=2)
+    assert line in refused
+    assert refused.count("\n") == 1
 
 
 def test_who_needs_all_layers_is_refused(models, tmp_path):
     chats = write_rows(tmp_path / "chats.jsonl", CHATS)
-    refused = CliRunner().invoke(cli, ["plan", "--model", str(models["deep"]), "--data", str(chats), "--pipeline", "2"])
-    assert refused.exit_code == 2
-    assert "--pipeline: chat answers" in refused.output
+    refused = run_command("plan", "--model", str(models["deep"]), "--data", chats, "--pipeline", "2", exit_code=2)
+    assert "--pipeline: chat answers" in refused
     with pytest.raises(UserError, match="reference engine runs the whole model"):
         Scorer.from_pretrained(models["deep"], device="cpu", engine="reference", pipeline=2)
     scorer = Scorer.from_pretrained(models["deep"], device="cpu", engine="eager", pipeline=2)
@@ -336,12 +332,9 @@ def test_what_is_changed_in_a_part_is_noticed(name, models):
 
 
 def test_a_tensor_that_is_no_parameters_is_read_by_the_first_stage(models, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    for file in models["deep"].iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file(tensors | {"of.nobody": torch.ones(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(models["deep"], tmp_path, dirs_exist_ok=True)
+    with tensors_of(tmp_path) as tensors:
+        tensors["of.nobody"] = torch.ones(3)
     config = load_config(str(tmp_path))
     loaded = [load_checkpoint(str(tmp_path), config, "auto", CPU, s, read_all=False) for s in shares([2, LAYERS])]
     names = [{one.checkpoint.tensors[i].name for i in one.checkpoint.read()} for one in loaded]

@@ -1,15 +1,16 @@
 """Estimates of a plan's time on a device: counted from the model, held against measured runs, labelled."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from support.checkpoints import copy_without_weights
+from support.runs import run_command
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cecompile.cli import cli
 from cecompile.planning.estimate import (
     MEASURED,
     inference_seconds,
@@ -137,10 +138,7 @@ def test_phases_follow_what_they_depend_on():
 
 
 def plan_with_profile(model: Path, *arguments: str) -> str:
-    command = ["plan", "--model", str(model), "--limit", "40", "--device", "cpu", *arguments]
-    result = CliRunner().invoke(cli, command, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
+    return run_command("plan", "--model", model, "--limit", 40, "--device", "cpu", *arguments)
 
 
 def plan_table(model: Path, *arguments: str) -> str:
@@ -150,10 +148,7 @@ def plan_table(model: Path, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def weightless(tmp_path_factory, tiny_llama) -> Path:
     """A 70B Llama's configuration with the demo's tokenizer, and no weights."""
-    directory = tmp_path_factory.mktemp("weightless")
-    for file in tiny_llama.iterdir():
-        if "safetensors" not in file.name:
-            (directory / file.name).write_bytes(file.read_bytes())
+    directory = copy_without_weights(tiny_llama, tmp_path_factory.mktemp("weightless") / "model")
     config = json.loads((directory / "config.json").read_text())
     sizes = {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64,
              "num_key_value_heads": 8, "head_dim": 128, "dtype": "bfloat16"}  # fmt: skip
@@ -186,8 +181,7 @@ def test_weights_that_do_not_fit_are_said_so(weightless, tiny_llama):
 
 def test_memory_is_that_of_the_device_planned_for_whatever_this_one_has(weightless, tmp_path):
     """On a CPU, with limits that leave room for little but the weights, and with one past all that there is."""
-    for file in weightless.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(weightless, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))  # of 1.75 GB
     slots = {}
@@ -197,10 +191,8 @@ def test_memory_is_that_of_the_device_planned_for_whatever_this_one_has(weightle
         assert plan["memory"]["total"] <= limit * 1e9
         slots[limit] = max(b["rows"] * b["length"] for b in plan["buckets"])
     assert slots[2.1] < slots[2.5] < slots[4000.0] == PROFILES["h100"].tokens_per_bucket
-    command = ["plan", "--model", str(tmp_path), "--device", "cpu", "--profile", "h100", "--memory-limit", "1.5GB"]
-    refused = CliRunner().invoke(cli, command)
-    assert refused.exit_code == 2
-    assert "1.5 GB are there on h100" in refused.output
+    command = ("plan", "--model", tmp_path, "--device", "cpu", "--profile", "h100", "--memory-limit", "1.5GB")
+    assert "1.5 GB are there on h100" in run_command(*command, exit_code=2)
 
 
 def test_plan_without_a_profile_has_no_estimate(weightless):
@@ -209,7 +201,5 @@ def test_plan_without_a_profile_has_no_estimate(weightless):
 
 
 def test_profiles_are_for_16_bits(weightless):
-    command = ["plan", "--model", str(weightless), "--profile", "h100", "--dtype", "float32"]
-    result = CliRunner().invoke(cli, command)
-    assert result.exit_code == 2
-    assert "float32" in result.output
+    command = ("plan", "--model", weightless, "--profile", "h100", "--dtype", "float32")
+    assert "float32" in run_command(*command, exit_code=2)

@@ -1,7 +1,6 @@
 """Several processes share an evaluation: the same results for any number, and whoever is lost, the work is not."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -13,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import HANG, wait_until
-from rank import agent
-from support import forked
-from test_journal import CHATS, write_rows
+from support.rows import CHATS, MANY_ROWS, write_rows
+from support.runs import results, run_command, stop_after
+from support.torchrun import RANK, alone, environment, finished, lines, same, torchrun
+from support.waiting import HANG, wait_until
 
 from cecompile import Scorer, read_questions
 from cecompile.cli import cli
@@ -24,70 +23,28 @@ from cecompile.errors import AlreadyReportedError, UserError
 from cecompile.planning.bucket_size import Sizing
 from cecompile.planning.options import RunOptions
 from cecompile.ranks import Ranks, has_part_in, meet
-from cecompile.results.check import problems
-from cecompile.results.journal import NAME, PASSES, Journal, journals_in, read
+from cecompile.results.journal import NAME, PASSES, Journal, journals_in
 from cecompile.results.read import read_results
 from cecompile.run.language_model import resolve_device
 
-ROWS = [
-    {"query": f"Question {i} is", "choices": ["short", f"rather longer {i} " * 3, "x"], "gold": i % 3}
-    for i in range(160)
-]
 pytestmark = pytest.mark.usefixtures("one_thread")
-RANK = Path(__file__).with_name("rank.py")
 TREES = ["--engine", "eager", "--tokens-per-bucket", "256"]
 
 
 @pytest.fixture(scope="module")
 def base(babbler, tmp_path_factory) -> list[str]:
     """`eval` of the tiny model in many small passes."""
-    data = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
+    data = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", MANY_ROWS)
     return ["eval", "--model", str(babbler), "--data", str(data), "--device", "cpu", *TREES]
 
 
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory) -> Path:
-    """What one process alone makes of it."""
+    """Results of one process alone."""
     output = tmp_path_factory.mktemp("whole") / "out"
     torch.set_num_threads(1)
     alone([*base, "--output", str(output)])
     return output
-
-
-def alone(arguments: list[str]) -> None:
-    done = CliRunner().invoke(cli, arguments)
-    assert done.exit_code == 0, done.output
-
-
-def environment(**more: object) -> dict[str, str]:
-    root = str(RANK.parents[1])
-    return os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in more.items()}
-
-
-def torchrun(ranks: int, arguments: list[str], restarts: int = 0, **variables: object) -> subprocess.CompletedProcess:
-    return forked.run(agent, (ranks, restarts, arguments), environment(**variables))
-
-
-def lines(done: subprocess.CompletedProcess) -> list[str]:
-    """What ranks have said, without what torchrun says."""
-    return [line for line in done.stderr.splitlines() if line.startswith("cecompile: ")]
-
-
-def same(one: Path, other: Path) -> None:
-    files = {path.name for path in one.iterdir()} - {"results.json"}
-    assert {path.name for path in other.iterdir()} - {"results.json"} == files
-    for name in files:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    assert problems(other) == []
-
-
-def results(output: Path) -> dict:
-    return json.loads((output / "results.json").read_text())
-
-
-def finished(output: Path) -> set[int]:
-    """The passes in all journals there."""
-    return {index for path in journals_in(output) for kind, index, *_ in read(path.read_bytes()) if kind == PASSES}
 
 
 @pytest.mark.process
@@ -105,11 +62,11 @@ def test_four_ranks_and_one_give_the_same(base, whole, tmp_path):
 
 
 KINDS = {
-    "trees, repeated": (ROWS[:40], {"engine": "eager", "tokens_per_bucket": 256}, ["--repeat", "3"]),
-    "reference": (ROWS[:10], {"engine": "reference"}, []),
+    "trees, repeated": (MANY_ROWS[:40], {"engine": "eager", "tokens_per_bucket": 256}, ["--repeat", "3"]),
+    "reference": (MANY_ROWS[:10], {"engine": "reference"}, []),
     "chats": (CHATS * 4, {"engine": "eager", "tokens_per_bucket": 256, "new_tokens": 6}, ["--max-new-tokens", "6"]),
     "chats, reference": (CHATS[:3], {"engine": "reference", "new_tokens": 2}, ["--max-new-tokens", "2"]),
-    "gone on with": (ROWS[:40], {"engine": "eager", "tokens_per_bucket": 256}, []),
+    "gone on with": (MANY_ROWS[:40], {"engine": "eager", "tokens_per_bucket": 256}, []),
 }
 
 
@@ -136,17 +93,6 @@ def test_two_ranks_and_one_give_the_same_whatever_runs(babbler, tmp_path, monkey
     assert results(tmp_path / "chats")["answers"]["decoded_tokens"] > 0
 
 
-def stop_after(monkeypatch, records: int) -> None:
-    add = Journal.add
-
-    def add_and_stop(self, *record):
-        add(self, *record)
-        if self._added == records:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Journal, "add", add_and_stop)
-
-
 @pytest.mark.process
 def test_a_rank_that_is_killed_ends_the_run_which_one_process_goes_on_with(base, whole, tmp_path, monkeypatch):
     output = tmp_path / "out"
@@ -159,9 +105,7 @@ def test_a_rank_that_is_killed_ends_the_run_which_one_process_goes_on_with(base,
     passes = sum(bucket["runs"] for bucket in results(whole)["plan"]["buckets"])
     assert 3 <= len(kept) < passes
 
-    refused = CliRunner().invoke(cli, [*base, "--output", str(output)])
-    assert refused.exit_code == 2
-    assert "--resume goes on with it" in refused.output
+    assert "--resume goes on with it" in run_command(*base, "--output", output, exit_code=2)
     torch.set_num_threads(2)
     other = CliRunner().invoke(cli, [*base, "--output", str(output), "--resume"])
     assert "threads (OMP_NUM_THREADS) is 2, was 1" in other.output

@@ -7,21 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import save_tiny_llama
+from support.checkpoints import save_tiny_llama
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "real_model.py"
 HEADS, KEY_VALUE_HEADS, LAYERS = 4, 2, 2
 OF_LAYER = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+}  # fmt: skip
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"} | {
     f"blk.{layer}.{theirs}": f"model.layers.{layer}.{ours}"
     for layer in range(LAYERS)

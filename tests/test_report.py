@@ -3,7 +3,6 @@
 import copy
 import functools
 import io
-import json
 import re
 import runpy
 import subprocess
@@ -18,6 +17,7 @@ from click.testing import CliRunner
 from matplotlib.image import imread
 from pypdf import PdfReader
 from reportlab.pdfbase.pdfmetrics import stringWidth
+from support.runs import results as results_of
 
 from cecompile import demo
 from cecompile.cli import cli
@@ -154,7 +154,7 @@ def test_card_has_the_results_figures(timed, language):
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_answers_are_told_of(answered, language):
-    r = json.loads((answered / "results.json").read_text())
+    r = results_of(answered)
     text = pages(make_document(read_results(answered), [language]))
     has(text, "exact_match", f"{100 * r['metrics']['exact_match']:.2f}", '[{"generated_text": "..."}]')
     has(text, Words(language)("method.answers", questions=5, in_tree=r["answers"]["in_tree"],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANG
+from support.waiting import HANG
 from torch.torch_version import TorchVersion
 
 from cecompile.engine import attention
@@ -49,14 +49,9 @@ def test_a_kernel_that_takes_too_much_is_named(monkeypatch, tmp_path):
         pytest.skip("the script needs torch 2.13")
     limit, head_size = 16_384, 64
     command = [sys.executable, SCRIPT, "--shape", "tiny", "--attention", "flex", "--tokens-per-bucket", "128"]
-    done = subprocess.run(
-        [*command, "--shared-memory-limit", str(limit)],
-        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=HANG,
-    )
+    command += ["--shared-memory-limit", str(limit)]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=HANG)
     assert done.returncode == 1, done.stderr
     [problem] = [line for line in done.stderr.splitlines() if line.startswith("tiny, flex: ")]
     match = re.search(r"flex_attention.*: ([\d,]+) bytes of shared memory a block, 16,384 are there", problem)

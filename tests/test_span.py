@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_architectures import EXACT, skip_what_cannot_run
-from test_engine import tiny_model
+from support.models import EXACT, skip_what_cannot_run, tiny_model
 
 from cecompile.model.checkpoint import load_config
 from cecompile.model.load import load_plainly

@@ -1,16 +1,17 @@
 """Streamed layers give what the model in memory gives, bit for bit, in memory that does not hold it."""
 
 import gc
-import json
 import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_engine import random_sequences, tiny_model
+from support.checkpoints import add_tokenizer
+from support.models import EXACT, tiny_model
+from support.passes import random_sequences
+from support.runs import results, run_process, samples
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cecompile import Answerer, Question, Scorer, demo, read_questions
@@ -40,6 +41,9 @@ KINDS = {
     "gemma": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
     "llama, one layer": {"num_hidden_layers": 1},
 }
+
+
+SIX = {"n_layer": 6, "num_hidden_layers": 6}
 
 
 def saved(directory: Path, name: str) -> str:
@@ -149,29 +153,21 @@ def test_a_scorer_from_end_to_end(tiny_llama):
     assert got.greedy == expected.greedy
     held = {name for name, tensor in scorer.runtime.weights.model.state_dict().items() if not tensor.is_meta}
     assert held == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    assert scorer.runtime.weights.verify()[0].startswith(
-        "beside the layers equal to the checkpoint; layers read from files"
-    )
+    said, _ = scorer.runtime.weights.verify()
+    assert said.startswith("beside the layers equal to the checkpoint; layers read from files")
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "why"),
     [
         ("deepseek_v3", None, "its layers hold different tensors"),
-        (
-            "gpt2",
-            {"n_layer": 6, "num_hidden_layers": 6, "scale_attn_by_inverse_layer_idx": True},
-            "its layers are of 6 kinds",
-        ),
+        ("gpt2", SIX | {"scale_attn_by_inverse_layer_idx": True}, "its layers are of 6 kinds"),
     ],
 )
 def test_models_that_cannot_be_streamed_are_refused(kind, changes, why, tmp_path):
-    from test_architectures import EXACT
-
     model = tiny_model(kind, **(changes or EXACT[kind]))
     model.config.save_pretrained(tmp_path)
-    for file in demo.MODEL.glob("token*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    add_tokenizer(tmp_path)
     with pytest.raises(UserError, match=why):
         Scorer.from_pretrained(tmp_path, device="cpu", stream_weights=True)
 
@@ -183,15 +179,8 @@ def test_what_needs_the_whole_model_is_refused(tiny_llama):
         Answerer.from_pretrained(tiny_llama, device="cpu", stream_weights=True)
 
 
-def copied(directory: Path, to: Path) -> Path:
-    to.mkdir()
-    for file in directory.iterdir():
-        (to / file.name).write_bytes(file.read_bytes())
-    return to
-
-
 def test_a_checkpoint_that_changes_during_the_run_is_found_out(tiny_llama, tmp_path):
-    directory = copied(tiny_llama, tmp_path / "model")
+    directory = shutil.copytree(tiny_llama, tmp_path / "model")
     scorer = Scorer.from_pretrained(directory, device="cpu", engine="eager", stream_weights=True)
     scorer.score(QUESTIONS[:3])
     scorer.runtime.weights.verify()
@@ -204,7 +193,7 @@ def test_a_checkpoint_that_changes_during_the_run_is_found_out(tiny_llama, tmp_p
 
 
 def test_a_file_that_becomes_shorter_is_one_line(tiny_llama, tmp_path):
-    directory = copied(tiny_llama, tmp_path / "model")
+    directory = shutil.copytree(tiny_llama, tmp_path / "model")
     scorer = Scorer.from_pretrained(directory, device="cpu", engine="eager", stream_weights=True)
     scorer.score(QUESTIONS[:3])
     scorer.runtime.weights.feed.settle()
@@ -218,17 +207,14 @@ def test_a_file_that_becomes_shorter_is_one_line(tiny_llama, tmp_path):
 def deep_llama(tmp_path_factory) -> Path:
     """A Llama of 8 layers, which take 61 MB each in float32 and half of it in its file."""
     directory = tmp_path_factory.mktemp("deep_llama")
-    vocabulary = json.loads((demo.MODEL / "config.json").read_text())["vocab_size"]
     sizes = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "num_hidden_layers": 8}
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=512, **sizes))
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=1024, max_position_embeddings=512, **sizes))
     model.to(torch.bfloat16).to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.uniform_(parameter, -0.05, 0.05)
     model.save_pretrained(directory)
-    for file in demo.MODEL.glob("token*"):
-        (directory / file.name).write_bytes(file.read_bytes())
-    return directory
+    return add_tokenizer(directory)
 
 
 @pytest.mark.process
@@ -249,39 +235,21 @@ def test_a_model_that_memory_does_not_hold(deep_llama, held, tmp_path):
     with pytest.raises(UserError, match=r"GB are there on cpu$"):
         streamed.prepare(questions, fit=True)
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "cecompile",
-        "eval",
-        "--model",
-        str(deep_llama),
-        "--limit",
-        "3",
-        "--stream-weights",
-    ]
-    command += ["--memory-limit", f"{held + 430}MB", "--output", str(out)]
-    for option, value in how.items():
-        command += [f"--{option.replace('_', '-')}", str(value)]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((out / "results.json").read_text())
-    used, streaming = results["memory"], results["streaming"]
+    command = ["eval", "--model", deep_llama, "--limit", 3, "--stream-weights", "--output", out]
+    for option, value in {**how, "memory_limit": f"{held + 430}MB"}.items():
+        command += [f"--{option.replace('_', '-')}", value]
+    run_process(*command)
+    written = results(out)
+    used, streaming = written["memory"], written["streaming"]
     assert used["peak_bytes"] <= used["limit_bytes"]
     assert used["predicted_bytes"] == pytest.approx(used["peak_bytes"], rel=0.1)
     assert streaming["read_bytes"] == streaming["sweeps"] * 8 * streaming["layer_bytes"]
-    assert results["model"]["changed"]["replaced_modules"] == []
-    assert refusals_of(out) == []
+    assert written["model"]["changed"]["replaced_modules"] == []
+    assert compare_directories(out, out, 0.5)["failed"] == []
     scorer = Scorer.from_pretrained(deep_llama, **how)
     expected = scorer.score(questions).loglikelihoods
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert [tuple(sample["loglikelihoods"]) for sample in samples] == expected
-    assert results["model"]["fingerprint"] == scorer.runtime.weights.fingerprint
-
-
-def refusals_of(directory: Path) -> list[str]:
-    """What contradicts itself in a result."""
-    return compare_directories(directory, directory, 0.5)["failed"]
+    assert [tuple(sample["loglikelihoods"]) for sample in samples(out)] == expected
+    assert written["model"]["fingerprint"] == scorer.runtime.weights.fingerprint
 
 
 def test_an_interrupted_run_goes_on(tiny_llama, tmp_path, monkeypatch):
@@ -289,9 +257,8 @@ def test_an_interrupted_run_goes_on(tiny_llama, tmp_path, monkeypatch):
     from cecompile.results.journal import Journal
 
     def scorer():
-        return Scorer.from_pretrained(
-            tiny_llama, device="cpu", engine="eager", stream_weights=True, tokens_per_bucket=128
-        )
+        how = {"device": "cpu", "engine": "eager", "stream_weights": True, "tokens_per_bucket": 128}
+        return Scorer.from_pretrained(tiny_llama, **how)
 
     whole = evaluated(scorer(), QUESTIONS)
     monkeypatch.setattr("cecompile.planning.needs.Needs.passes_at_once", lambda *_: 2)

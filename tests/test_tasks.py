@@ -20,14 +20,8 @@ def read(tmp_path, *rows, name="rows.jsonl", **options):
 
 
 def test_hellaswag_text(tmp_path):
-    row = {
-        "ind": 7,
-        "activity_label": " Health",
-        "ctx_a": "[header] How to rest [title] Sit  down.",
-        "ctx_b": "tHEN you",
-        "endings": [" [step] lie down. ", "stand  up [title] fast"],
-        "label": "1",
-    }
+    row = {"ind": 7, "activity_label": " Health", "ctx_a": "[header] How to rest [title] Sit  down."}
+    row |= {"ctx_b": "tHEN you", "endings": [" [step] lie down. ", "stand  up [title] fast"], "label": "1"}
     (question,) = read(tmp_path, row)
     assert question == Question("7", "Health: How to rest. Sit down. Then you", (" lie down.", "stand up. fast"), 1)
 

@@ -1,4 +1,4 @@
-"""What is relied on inside torch and transformers is found by trying, or its absence is said in one plain line."""
+"""Internals of torch and transformers that the engine needs are found by trying; one line says if one is absent."""
 
 import csv
 import os
@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from test_engine import prepared, random_sequences, tiny_model
+from support.models import tiny_model
+from support.passes import prepared, random_sequences
 from torch import nn
 from transformers import PreTrainedModel
 

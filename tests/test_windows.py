@@ -7,7 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_journal import CHATS, ROWS, Runs, stop_after, write_rows
+from support.rows import CHATS, ROWS, write_rows
+from support.runs import Runs, run_command
 
 from cecompile import Scorer, evaluate, read_questions
 from cecompile.cli import cli
@@ -89,18 +90,14 @@ def test_all_in_one_window_is_as_before(runs):
 
 
 @pytest.mark.parametrize(("kind", "records"), [("trees", 1), ("trees", 4), ("chats", 6)])
-def test_an_interrupted_run_in_windows_goes_on(kind, records, runs, monkeypatch):
+def test_an_interrupted_run_in_windows_goes_on(kind, records, runs):
     run, name, window = runs(kind), f"stopped {records}", ["--window", SIZE[kind]]
-    with monkeypatch.context() as patch:
-        stop_after(patch, records)
-        assert run(name, *window).exit_code == 130
+    assert run.stopped(name, records, *window).exit_code == 130
     assert [p.name for p in (run.directory / name).iterdir()] == [NAME]
     refused = run(name, "--resume", "--window", SIZE[kind] + 1)
     assert refused.exit_code == 2
     assert f"window is {SIZE[kind] + 1}, was {SIZE[kind]}" in refused.output
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        assert run(name, *window, "--resume").exit_code == 130
+    assert run.stopped(name, 1, *window, "--resume").exit_code == 130
     again = run(name, *window, "--resume")
     assert again.exit_code == 0, again.output
     resumed = run.results(name)["resumed"]
@@ -113,9 +110,7 @@ def test_an_interrupted_run_in_windows_goes_on(kind, records, runs, monkeypatch)
 
 def test_a_later_window_that_is_planned_otherwise_is_not_gone_on_with(runs, monkeypatch):
     run = runs("trees")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        assert run("otherwise", "--window", 7).exit_code == 130
+    assert run.stopped("otherwise", 6, "--window", 7).exit_code == 130
     monkeypatch.setattr("cecompile.workload.plan.MIN_SHARED", 1000)  # as another version might pack them
     monkeypatch.setattr("cecompile.run.resume._plan_facts", lambda plan: {"plan": str(plan.useful_tokens)})
     monkeypatch.setattr("cecompile.results.journal.Journal.expect", lambda *_: None)  # the first window's pass
@@ -128,9 +123,8 @@ def test_a_bad_row_in_the_last_window_is_refused_before_anything_is_loaded(babbl
     data = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"query": "no choices", "choices": ["one"], "gold": 0}])
     monkeypatch.setattr(Weights, "load", lambda *_: pytest.fail("loaded"))
     arguments = ["--model", str(babbler), "--data", str(data), "--window", "7", "--output", str(tmp_path / "out")]
-    refused = CliRunner().invoke(cli, ["eval", *arguments])
-    assert refused.exit_code == 2
-    assert refused.output == f"cecompile: {data}: line 41: field 'choices': 1 choices, at least 2 are needed\n"
+    refused = run_command("eval", *arguments, exit_code=2)
+    assert refused == f"cecompile: {data}: line 41: field 'choices': 1 choices, at least 2 are needed\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -26,12 +26,7 @@ def datasets(draw) -> Sequences:
             parts.append(context + choice)
             readouts.append(len(choice))
             owners.append(q)
-    return Sequences(
-        np.concatenate([np.array(p, dtype=np.int32) for p in parts]),
-        np.cumsum([0] + [len(p) for p in parts]).astype(np.int64),
-        np.array(readouts, dtype=np.int32),
-        np.array(owners, dtype=np.int32),
-    )
+    return Sequences.of(parts, readouts, owners)
 
 
 def geometries(sequences: Sequences):
@@ -139,12 +134,7 @@ def random_questions(count: int, seed: int, context: tuple[int, int], prefix: in
             n = int(random.integers(5, 40))
             parts.append(np.concatenate([trunk, random.integers(0, 1000, n)]))
             readouts.append(n)
-    return Sequences(
-        np.concatenate(parts).astype(np.int32),
-        np.cumsum([0] + [len(p) for p in parts]).astype(np.int64),
-        np.array(readouts, dtype=np.int32),
-        np.repeat(np.arange(count), 4).astype(np.int32),
-    )
+    return Sequences.of(parts, readouts, np.repeat(np.arange(count), 4))
 
 
 @pytest.mark.parametrize("prefix", [0, 600])
@@ -157,12 +147,8 @@ def test_rows_are_nearly_full(prefix):
 
 def test_a_question_larger_than_a_row_is_split_by_branches():
     sequences = random_questions(1, 1, (60, 61))
-    many = Sequences(
-        np.tile(sequences.token_ids, 50),
-        np.concatenate([[0], np.cumsum(np.tile(np.diff(sequences.starts), 50))]),
-        np.tile(sequences.predicted, 50),
-        np.zeros(200, dtype=np.int32),
-    )
+    parts = np.split(sequences.token_ids, sequences.starts[1:-1]) * 50
+    many = Sequences.of(parts, np.tile(sequences.predicted, 50), [0] * 200)
     many.token_ids[:] = np.random.default_rng(0).integers(0, 1000, len(many.token_ids))
     plan = make_plan(many, Geometry(rows=4, length=128, readout_chunk=1, blocks=False))
     assert all(len(row.token_ids) <= 128 for p in plan.passes for row in p.rows)
@@ -173,12 +159,7 @@ def test_a_question_larger_than_a_row_is_split_by_branches():
 def test_siblings_are_read_out_together():
     """Six one-token choices after one context: two readouts of its last node, not six."""
     context, choices = [7, 8, 9], [1, 2, 3, 4, 5, 2]
-    sequences = Sequences(
-        np.array([t for c in choices for t in [*context, c]], dtype=np.int32),
-        np.arange(0, 25, 4),
-        np.ones(6, dtype=np.int32),
-        np.zeros(6, dtype=np.int32),
-    )
+    sequences = Sequences.of([[*context, choice] for choice in choices], [1] * 6, [0] * 6)
     plan = make_plan(sequences, Geometry(rows=1, length=128, readout_chunk=1, blocks=False))
     (row,) = plan.passes[0].rows
     assert row.token_ids.tolist() == context

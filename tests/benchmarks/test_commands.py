@@ -1,13 +1,13 @@
 """How long commands take, as ratios; see test_speed.py."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from alternate import assert_at_most, timed
-from conftest import HANG
+from support.runs import results
+from support.waiting import HANG
 
 CECOMPILE = [sys.executable, "-m", "cecompile"]
 
@@ -17,10 +17,6 @@ def run(command: list[str], status: int = 0) -> subprocess.CompletedProcess[str]
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done
-
-
-def results(directory: Path) -> dict:
-    return json.loads((directory / "results.json").read_text())
 
 
 @pytest.mark.process

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from alternate import assert_at_most, timed
-from conftest import shared_file
+from support.rows import shared_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cecompile import Scorer, demo, read_questions
@@ -41,12 +41,7 @@ def sequences() -> Sequences:
             n = int(random.integers(8, 36))
             parts.append(np.concatenate([trunk, random.integers(3, 8000, n)]))
             predicted.append(n)
-    return Sequences(
-        np.concatenate(parts).astype(np.int32),
-        np.cumsum([0] + [len(p) for p in parts]).astype(np.int64),
-        np.array(predicted, dtype=np.int32),
-        np.repeat(np.arange(120), 4).astype(np.int32),
-    )
+    return Sequences.of(parts, predicted, np.repeat(np.arange(120), 4))
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,5 @@
-"""What tests of several files share."""
+"""Models, rows, runs and processes that tests of several files share."""
+
+import pytest
+
+pytest.register_assert_rewrite("support.runs", "support.torchrun", "support.waiting")

@@ -1,4 +1,4 @@
-"""What torchrun starts in the tests of ranks: the command line, or several evaluations in one process.
+"""Program of a rank in the tests of ranks: the command line, or several evaluations in one process.
 
 With DIE_AFTER=N rank 1 is killed once it has journaled N records and rank 0 one, the first time they are started.
 Rank 0 then waits for the signal that torchrun sends to whoever is left.
@@ -35,7 +35,7 @@ def die_after(records: int) -> None:
 
 
 def others_have_begun(journal: Journal) -> bool:
-    """Whether rank 0 has journaled a record; the first stage of a pipeline journals none."""
+    """True once rank 0 has journaled a record; the first stage of a pipeline journals none."""
     path = journal.path.with_name(NAME)
     return journal._ranks.stages > 1 or (path.exists() and len(list(read(path.read_bytes()))) > 1)
 
@@ -87,19 +87,13 @@ def share(directory: Path) -> None:
         ranks.stages = run["how"].get("pipeline", 1)
         resume = (directory / name / NAME).exists()
         with Journal(directory / name, resume, ranks) as journal:
-            evaluate(
-                kind.from_pretrained(run["model"], device="cpu", ranks=ranks, **run["how"]),
-                dataset.questions,
-                task=dataset.task,
-                data=run["data"],
-                output=directory / name,
-                journal=journal,
-                repeat=run.get("repeat", 1),
-            )
+            model = kind.from_pretrained(run["model"], device="cpu", ranks=ranks, **run["how"])
+            how = {"task": dataset.task, "data": run["data"], "repeat": run.get("repeat", 1)}
+            evaluate(model, dataset.questions, output=directory / name, journal=journal, **how)
 
 
 def run(*arguments: str) -> None:
-    """What a rank does: "share" and a directory, "agree", or the command line with these arguments."""
+    """Runs a rank: "share" and a directory, "agree", or the command line with these arguments."""
     if "DIE_AFTER" in os.environ:
         die_after(int(os.environ["DIE_AFTER"]))
     if arguments[0] == "share":
@@ -124,19 +118,13 @@ def forked(*arguments: str) -> None:
 
 
 def agent(ranks: int, restarts: int, arguments: list[str]) -> None:
-    """What torchrun does with --standalone, but for its ranks, which are forked."""
+    """Starts ranks as torchrun --standalone does, but forks them."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        max_restarts=restarts,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=f"tests-{os.getpid()}",
-        start_method="fork",
-    )
+        min_nodes=1, max_nodes=1, nproc_per_node=ranks, max_restarts=restarts, run_id=f"tests-{os.getpid()}",
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork",
+    )  # fmt: skip
     elastic_launch(config, forked)(*arguments)
 
 

@@ -1,0 +1,61 @@
+"""Rows of data: made ones, files of them, and the real inputs where they are at hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cecompile import ChatQuestion
+
+SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+ROWS = [
+    {"query": f"Question {i} is", "choices": ["short", "rather longer " * 4, "x"], "gold": i % 3} for i in range(40)
+]
+CHATS = [
+    {"message": [{"role": "user", "content": f"question: who is number {i}?\nchoices: ['it', 'they']"}], "answer": "it"}
+    for i in range(12)
+]
+MANY_ROWS = [
+    {"query": f"Question {i} is", "choices": ["short", f"rather longer {i} " * 3, "x"], "gold": i % 3}
+    for i in range(160)
+]
+
+
+def shared_file(name: str) -> Path:
+    """A real input beside the project; skips the test where it is absent."""
+    path = SHARED_DATA / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not beside this checkout")
+    return path
+
+
+def write_rows(path: Path, rows=ROWS) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def ask(text: str, id: str = "0", label: str | None = None, before=()) -> ChatQuestion:
+    return ChatQuestion(id, (*before, ("user", text)), label)
+
+
+TWENTY = [f"answer number {i}" for i in range(20)]
+MADE_UP = [
+    ask("question: quotes?\nchoices: [\"it's\", 'a \"quoted\" word', 'plain']\n"),
+    ask("question: brackets?\nchoices: ['[a]', ']', '[', 'b, c']\n"),
+    ask("question: one?\nchoices: ['the only one']"),
+    ask(f"question: twenty?\nchoices: {TWENTY}\n"),
+    ask("question: prefixes?\nchoices: ['red', 'red bread', 'red bread table', 're', 'r']\n"),
+    ask("question: numbers?\nchoices: [1, 10, 100, 1.5, True, False]\n"),
+    ask(""),
+    ask("\n"),
+    ask("no list at all, only a text that asks for something"),
+    ask("choices: ['cut', 'off'"),
+    ask("choices: [__import__('os').system('true'), 'b']"),
+    ask("Ünïcödé — 漢字 🙂\nchoices: ['ist schön', 'は良い', '🙂🙂']\n"),
+    ask("and now?\nchoices: ['a', 'b']", before=[("user", "first"), ("assistant", "then"), ("user", "more")]),
+    ask("with a system\nchoices: ['yes', 'no']", before=[("system", "You choose.")]),
+    ChatQuestion("0", (("user", "go on\nchoices: ['well then', 'well now']"), ("assistant", "well")), None),
+    ask("<|end|> and <|assistant|> written out\nchoices: ['<|end|>', 'a<|end|>b', '<s>']"),
+    ask("the same twice\nchoices: ['a', 'b']"),
+    ask("the same twice\nchoices: ['a', 'b']"),
+]
