@@ -7,7 +7,14 @@ from cecompile.interrupt import Interrupted, signals_raise
 
 
 def main() -> None:
-    """Imports the command line, which takes a moment in which it may be interrupted too, and runs it."""
+    """Imports and runs the command line. The import takes a moment, in which a signal may come too.
+
+    Under `python -O` or PYTHONOPTIMIZE the process starts anew without: torch's compiler relies on `assert`.
+    """
+    options = [option for option in sys.orig_argv[1:] if option not in ("-O", "-OO")]
+    optimized = os.environ.pop("PYTHONOPTIMIZE", None)
+    if sys.flags.optimize and (optimized or len(options) < len(sys.orig_argv) - 1):
+        os.execv(sys.executable, [sys.executable, *options])
     try:
         with signals_raise():
             from cecompile.cli import main as command

@@ -288,3 +288,25 @@ def test_without_assertions_the_same(engine, tiny_llama, tmp_path):
     for name in ("", "1"):
         run_process(*command, "--output", tmp_path / f"out{name}", PYTHONOPTIMIZE=name)
     assert (tmp_path / "out1" / "samples.jsonl").read_bytes() == (tmp_path / "out" / "samples.jsonl").read_bytes()
+
+
+@pytest.mark.process
+@pytest.mark.compiles
+def test_python_without_asserts_compiles_all_the_same(tiny_llama, tmp_path):
+    """The command starts Python anew; the Python API runs uncompiled and says why."""
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    how = ["eval", "--model", tiny_llama, "--data", data, "--device", "cpu"]
+    run(*how, "--output", tmp_path / "with")
+    run_process(*how, "--output", tmp_path / "without", PYTHONOPTIMIZE="1")
+    assert results(tmp_path / "without")["engine"] == results(tmp_path / "with")["engine"]
+    assert results(tmp_path / "with")["engine"]["name"] == "compiled"
+    assert samples(tmp_path / "without") == samples(tmp_path / "with")
+    api = (
+        "import sys, cecompile as c; s = c.Scorer.from_pretrained(sys.argv[1], device='cpu')\n"
+        "s.score(c.read_questions(sys.argv[2])); print(s.runtime.mode.engine, s.runtime.mode.note)"
+    )
+    command = [sys.executable, "-O", "-c", api, str(tiny_llama), str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        "eager ran uncompiled: torch's compiler needs Python's assert statements; unset PYTHONOPTIMIZE, leave out -O\n"
+    )

@@ -1,5 +1,6 @@
 """The parts of a model: a run of its layers, and the modules that are compiled."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from cecompile.engine.head import Readout
 from cecompile.model.structure import decoder_layers, norms_beside
 
 
-class MissingOptionError(Exception):
-    """This version of torch lacks an option that compiling needs; the message names the option."""
+class CannotCompileError(Exception):
+    """Nothing can be compiled here, for the reason in the message."""
 
 
 class Part:
@@ -67,13 +68,17 @@ def compile_options(model: PreTrainedModel, inputs_free: bool) -> dict[str, Any]
     """Inductor options for compiling the model's modules on its device.
 
     Raises:
-        MissingOptionError: this version of torch lacks one of the options.
+        CannotCompileError: this version of torch lacks one of the options, or Python runs without `assert`.
     """
+    if sys.flags.optimize:  # torch 2.13's Inductor then leaves out a part of an index in some loops
+        raise CannotCompileError(
+            "torch's compiler needs Python's assert statements; unset PYTHONOPTIMIZE, leave out -O"
+        )
     on_cuda = model.device.type == "cuda"
     options = inductor_cuda.compile_options(inputs_free) if on_cuda else inductor_cpu.compile_options(model)
     missing = sorted(options.keys() - set(torch._inductor.list_options()))
     if missing:
-        raise MissingOptionError(f"torch {torch.__version__} has no Inductor option {', '.join(missing)}")
+        raise CannotCompileError(f"torch {torch.__version__} has no Inductor option {', '.join(missing)}")
     return options
 
 

@@ -14,7 +14,7 @@ from cecompile.compile_cache.store import WARM, Entry, ProbeResult
 from cecompile.device import is_out_of_memory
 from cecompile.engine.decode import Decoder, NotDecodableError
 from cecompile.engine.forward import Engine
-from cecompile.engine.parts import MissingOptionError
+from cecompile.engine.parts import CannotCompileError
 from cecompile.engine.verify import decoding_disagreement, disagreement
 from cecompile.errors import CheckError, UserError, first_line, printable
 from cecompile.partitioned.layer_feed import LayerFeed
@@ -33,7 +33,7 @@ class StageError(Exception):
 
 
 # no C++ compiler, no Triton, an option that torch does not know, or a layer that does not compile
-NOT_COMPILED = (TorchDynamoException, FailOnRecompileLimitHit, MissingOptionError, StageError)
+NOT_COMPILED = (TorchDynamoException, FailOnRecompileLimitHit, CannotCompileError, StageError)
 
 
 @dataclass(slots=True)
