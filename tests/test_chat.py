@@ -19,11 +19,12 @@ from support.rows import MADE_UP, ask, shared_file
 from support.runs import results as results_of
 from support.runs import run_command
 from support.runs import samples as samples_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Phi3Config, Phi3ForCausalLM, pipeline
 
 from cecompile import Answerer, ChatQuestion, demo, read_questions
 from cecompile.cli import cli
 from cecompile.engine import decode as decode_module
+from cecompile.engine.stock_pipeline import stop_tokens
 from cecompile.errors import UserError
 from cecompile.planning.bucket_size import Sizing
 from cecompile.planning.options import RunOptions
@@ -327,6 +328,9 @@ def copy_demo(directory, **changes):
         ({"generation_config": {"repetition_penalty": 1.1}}, ["generation_config.json", "repetition_penalty 1.1"]),
         ({"generation_config": {"num_beams": 4}}, ["num_beams 4", "--engine reference"]),
         ({"generation_config": {"suppress_tokens": [5]}}, ["suppress_tokens"]),
+        ({"generation_config": {"encoder_repetition_penalty": 1.5}}, ["encoder_repetition_penalty 1.5"]),
+        ({"generation_config": {"encoder_no_repeat_ngram_size": 2}}, ["encoder_no_repeat_ngram_size 2"]),
+        ({"generation_config": {"token_healing": True}}, ["token_healing True"]),
     ],
 )
 def test_models_that_cannot_answer_are_refused(changes, words, tmp_path):
@@ -337,6 +341,11 @@ def test_models_that_cannot_answer_are_refused(changes, words, tmp_path):
     assert not (tmp_path / "out").exists()
     assert len(result.stderr.splitlines()) == 1
     assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_settings_that_change_no_greedy_answer_are_accepted():
+    config = GenerationConfig(eos_token_id=[2, 3], min_new_tokens=0, guidance_scale=1, temperature=0.3, top_p=0.5)
+    assert stop_tokens("m", config) == {2, 3}
 
 
 def test_a_prompt_longer_than_the_model_is_refused():
