@@ -192,7 +192,7 @@ class EngineBuilder:
         return StreamingEngine(self.model, ready.buckets, self.feed, passes=self.passes, **how)
 
     def _known(self, ready: StagedPlan) -> bool | None:
-        """Whether a layer may overwrite its input, if the cache knows and holds every shape; else None."""
+        """True if a layer may overwrite its input, as the cache recorded; None where the cache lacks a shape."""
         if self.entry is None or self.entry.found is None or self.stage is not None:
             return None  # a stage has its own answer
         return self.entry.found.inputs_are_free if self.entry.state(ready.compiled)[0] == WARM else None
