@@ -117,7 +117,7 @@ def _install_guard() -> None:
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "guard.so"
-        command = ["g++", "-std=c++17", "-shared", "-fPIC", "-x", "c++", "-", f"-I{root / 'include'}"]
+        command = ["g++", "-std=c++20", "-shared", "-fPIC", "-x", "c++", "-", f"-I{root / 'include'}"]
         command += [f"-L{root / 'lib'}", "-lc10", "-o", str(library)]
         subprocess.run(command, input=source, text=True, check=True)
         ctypes.CDLL(str(library))
@@ -132,7 +132,7 @@ def _patches(properties: Properties, version: str, found: Callable[[Kernel], Non
         "_exchange_device": 0, "_maybe_exchange_device": 0, "get_device_properties": properties,
         "get_device_capability": (properties.major, properties.minor), "get_device_name": properties.name,
         "get_rng_state": torch.empty(0, dtype=torch.uint8), "set_rng_state": None, "synchronize": None,
-        "current_stream": None,
+        "current_stream": None, "is_current_stream_capturing": False,
     }  # fmt: skip
     interface = {
         "device_count": 1, "current_device": 0, "exchange_device": 0, "maybe_exchange_device": 0, "set_device": None,
