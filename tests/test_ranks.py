@@ -138,7 +138,8 @@ def test_without_an_agent_ranks_agree_and_a_lost_one_is_noticed():
     first, second = (subprocess.Popen(command, env=environment(RANK=rank, **group), **pipes) for rank in range(2))
     assert second.wait(HANG) == -signal.SIGKILL
     out, said = first.communicate(timeout=HANG)
-    assert json.loads(out) == {
+    (agreed,) = (line for line in out.splitlines() if not line.startswith("[Gloo]"))  # torch 2.8's gloo says so much
+    assert json.loads(agreed) == {
         "everywhere": True, "gather": True, "collect": True, "least": 4, "any": [True, False], "says": 1, "first": 7,
         "taken": ["a", "b", "c", "d", "e", "f"], "again": 9,
     }  # fmt: skip
