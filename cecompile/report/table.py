@@ -155,7 +155,7 @@ def _memory_rows(plan: dict[str, Any]) -> Iterator[Row]:
 
 
 def print_warmup(console: Console, built: Any, note: str | None) -> None:
-    """Prints the outcome of `cecompile warm`, a `warm_cache.Warmup`."""
+    """Prints the outcome of `cecompile warm`, a `warm_cache.CacheBuild`."""
     rows = [("cache was", built.before[0], built.before[1])]
     rows += [("bucket", f"{seconds:.2f} s", shape) for shape, seconds in built.seconds.items()]
     rows += [(f"{n:,} slots", f"{rate:,.0f}", "useful tokens a second, measured") for n, rate in built.measured.items()]

@@ -25,6 +25,7 @@ import re
 import struct
 import time
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,7 @@ def _load(path: Path) -> list[Record]:
 def _has_records(path: Path) -> bool:
     """Whether a journal holds more than its header."""
     try:
-        return len(list(read(path.read_bytes()))) > 1
+        return len(list(islice(read(path.read_bytes()), 2))) > 1
     except OSError:
         return False
 

@@ -59,10 +59,11 @@ class Answerer(LanguageModel):
     """Answers chat questions with one model. Made by `from_pretrained`; weights are loaded by the first `answer`.
 
     Args:
-        new_tokens: the most tokens of an answer.
+        new_tokens: the most tokens of an answer; None is the usual number.
     """
 
-    def __init__(self, runtime: Runtime, tokenizer: object, new_tokens: int = NEW_TOKENS) -> None:
+    def __init__(self, runtime: Runtime, tokenizer: object, new_tokens: int | None = None) -> None:
+        new_tokens = NEW_TOKENS if new_tokens is None else new_tokens
         if new_tokens < 1:
             raise UserError(f"new tokens: {new_tokens} is too few, at least 1")
         if runtime.planner.sizing.options.pipeline > 1:

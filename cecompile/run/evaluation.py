@@ -70,7 +70,7 @@ def evaluate(
         UserError: see `Scorer.score`; the baseline is of other questions or another model; or the file system refuses.
         CheckError: see `Scorer.score`; or the model on the device is not what was loaded.
     """
-    run = model.in_context(RunContext(clock or Clock(), progress, journal, repeat))
+    run = RunContext(clock or Clock(), progress, journal, repeat)
     if window is not None and not isinstance(questions, Windows) and len(questions) > window:
         questions = Windows.of(questions, window)
     digested = questions.digest if isinstance(questions, Windows) else digest(questions)

@@ -49,10 +49,10 @@ class LanguageModel:
         new_tokens: the most tokens of an answer; 0 where nothing is decoded.
     """
 
-    def __init__(self, runtime: Runtime, tokenizer: Any, new_tokens: int = 0) -> None:
+    def __init__(self, runtime: Runtime, tokenizer: Any, new_tokens: int | None = None) -> None:
         self.runtime = runtime
         self.tokenizer = tokenizer
-        self.new_tokens = new_tokens
+        self.new_tokens = new_tokens or 0
         if new_tokens and runtime.planner.sizing.needs.streamed is not None:
             raise UserError("--stream-weights: decoding a chat's answer needs all weights in memory")
 
@@ -77,8 +77,8 @@ class LanguageModel:
         config, tokenizer = load_config(name), load_tokenizer(name)
         own_device = device.type == "cuda" and chosen.device in ("auto", "cuda")
         sizing = Sizing(name, config, device, chosen, ranks, 1 if own_device else ranks.local_size)
-        runtime = _runtime(name, config, device, chosen, sizing, ranks)
-        return cls(runtime, tokenizer, **({} if new_tokens is None else {"new_tokens": new_tokens}))
+        runtime = _runtime(name, config, device, sizing, ranks)
+        return cls(runtime, tokenizer, new_tokens)
 
     @classmethod
     def from_model(
@@ -101,9 +101,9 @@ class LanguageModel:
         dtype = str(model.dtype).removeprefix("torch.")
         chosen = RunOptions(str(model.device), dtype, pipeline=1, stream_weights=False, target_device=None, **options)
         sizing = Sizing(name, model.config, model.device, chosen)
-        runtime = _runtime(name, model.config, model.device, chosen, sizing, ALONE)
+        runtime = _runtime(name, model.config, model.device, sizing, ALONE)
         runtime.weights.adopt(model)
-        return cls(runtime, tokenizer, **({} if new_tokens is None else {"new_tokens": new_tokens}))
+        return cls(runtime, tokenizer, new_tokens)
 
     def prepare(self, questions: Sequence[Any], *, fit: bool = False) -> Workload:
         """Encodes the questions and makes the plan. Loads no weights.
@@ -188,9 +188,8 @@ def timed(infer: Callable[[RunContext], Outcome], run: RunContext) -> tuple[Outc
     return outcomes[0], seconds
 
 
-def _runtime(
-    name: str, config: Any, device: torch.device, options: RunOptions, sizing: Sizing, ranks: Ranks
-) -> Runtime:
+def _runtime(name: str, config: Any, device: torch.device, sizing: Sizing, ranks: Ranks) -> Runtime:
+    options = sizing.options
     reason = None if options.engine == "reference" else refusal(on_meta(config))
     if reason:
         raise UserError(
@@ -206,7 +205,7 @@ def _runtime(
             if options.cache_dir or options.require_warm:
                 raise
             note = f"compiled without a cache: {error}"
-    runtime = Runtime(name, config, device, options, sizing, cache, ranks)
+    runtime = Runtime(name, config, device, sizing, cache, ranks)
     if note:
         runtime.mode.remark(note)
     return runtime

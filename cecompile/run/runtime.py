@@ -10,7 +10,6 @@ from cecompile.compile_cache.store import CompileCache
 from cecompile.model.structure import on_meta
 from cecompile.model.support import takes_ours
 from cecompile.planning.bucket_size import Sizing
-from cecompile.planning.options import RunOptions
 from cecompile.planning.planner import Mode, Planner
 from cecompile.ranks import ALONE, Ranks
 from cecompile.results.clock import Clock
@@ -26,8 +25,7 @@ class Runtime:
         name: the model's, for messages; a directory or hub id.
         config: the model's configuration.
         device: the device that runs the model.
-        options: of the run.
-        sizing: bucket sizes.
+        sizing: bucket sizes, with the options of the run.
         cache: of compiled code; None does without.
         ranks: the processes that share the work; they take the same decisions.
 
@@ -39,10 +37,11 @@ class Runtime:
     """
 
     def __init__(
-        self, name: str, config: Any, device: torch.device, options: RunOptions, sizing: Sizing,
-        cache: CompileCache | None, ranks: Ranks = ALONE,
+        self, name: str, config: Any, device: torch.device, sizing: Sizing, cache: CompileCache | None,
+        ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         self.name, self.config, self.device, self.ranks = name, config, device, ranks
+        options = sizing.options
 
         def facts() -> dict[str, Any]:
             found = compile_facts(config, options.dtype, device, options.attention, sizing.tuning.readout_chunk)
