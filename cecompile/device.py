@@ -1,8 +1,11 @@
 """A device's memory: the free and used bytes, a limit, and the errors that mean that memory ran out."""
 
+import ctypes
+import gc
 import re
 import resource
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -15,14 +18,24 @@ OUT_OF_MEMORY = (  # in messages
 
 
 def available(device: torch.device) -> int:
-    """Bytes of the device's memory that this process may still take.
+    """Bytes of the device's memory that this process may still take; on a CUDA device, what torch holds counts in.
 
     On the CPU and on an integrated GPU, these are the bytes of `memory_left`: `torch.cuda.mem_get_info` counts the page
     cache as used, though the system gives up the page cache when asked.
     """
-    if is_the_hosts(device):
+    if device.type == "cpu":
         return memory_left()
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free = torch.cuda.mem_get_info(device)[0]  # creates the CUDA context, which takes memory
+    return (memory_left() if is_integrated(device) else free) + torch.cuda.memory_reserved(device)
+
+
+def give_back(device: torch.device) -> None:
+    """Gives memory that nothing uses any more back to the system: garbage, torch's free blocks, malloc's free pages."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    with suppress(AttributeError, OSError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_the_hosts(device: torch.device) -> bool:

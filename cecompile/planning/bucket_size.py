@@ -177,16 +177,21 @@ class Sizing:
             )
         return geometry
 
-    def decoding(self, geometry: Geometry, engine: str, answer: int, fit: bool) -> DecodeShape | None:
+    def decoding(
+        self, geometry: Geometry, engine: str, answer: int, fit: bool, all_answers: int | None = None
+    ) -> DecodeShape | None:
         """Returns the decoder's shape: the largest cache that pays and, with `fit`, that memory holds.
 
         Args:
             answer: tokens of the longest prompt and its answer together; 0 where nothing is decoded.
+            all_answers: tokens of all prompts and their answers together; None where the data is not known yet.
         """
         least, usual = self._least_decoding(answer), self.tuning.decoding
         if least is None:
             return None
         slots = least.slots if self._ceiling is not None else max(usual.slots, least.slots)
+        while all_answers is not None and slots // 2 > max(all_answers, least.slots):
+            slots //= 2
         while slots > least.slots:
             larger = replace(usual, slots=slots)
             if not fit or self.needs.budget(geometry, engine, larger).total <= self.room.bytes():

@@ -54,6 +54,7 @@ class Planner:
         recorded: reads what the compile cache has recorded of this model.
 
     Attributes:
+        config: the model's configuration.
         predicted_bytes: the memory budget of the last plan.
         loaded: True once the weights are in memory.
     """
@@ -65,7 +66,7 @@ class Planner:
         self.sizing = sizing
         self.predicted_bytes: int | None = None
         self.loaded = False
-        self._name, self._config, self._device = name, config, device
+        self._name, self.config, self._device = name, config, device
         self._mode = mode
         self._ranks = ranks
         self._recorded = recorded
@@ -74,8 +75,9 @@ class Planner:
         self._ahead: tuple[int, int] | None = None  # lengths that every plan is made for, known before the data
 
     def shapes(
-        self, longest: int, answer: int, fit: bool, sizing: Sizing | None = None, shared: int = 0
-    ) -> tuple[Geometry, DecodeShape | None]:
+        self, longest: int, answer: int, fit: bool, sizing: Sizing | None = None, shared: int = 0,
+        all_answers: int | None = None,
+    ) -> tuple[Geometry, DecodeShape | None]:  # fmt: skip
         """Returns the largest bucket's shape and the decoder's shape; with `fit`, shapes that memory holds together.
 
         Args:
@@ -84,6 +86,7 @@ class Planner:
             fit: compare the shapes with the memory there is.
             sizing: another sizing than this planner's.
             shared: tokens that questions side by side typically share.
+            all_answers: see `Sizing.decoding`.
 
         Raises:
             UserError: nothing fits, or trees of this length are not exact.
@@ -96,7 +99,7 @@ class Planner:
         geometry = sizing.geometry(longest, blocks=blocks, recorded=recorded, shared=shared)
         if fit:
             geometry = sizing.fitting(geometry, longest, self._mode.engine, answer)
-        return geometry, sizing.decoding(geometry, self._mode.engine, answer, fit)
+        return geometry, sizing.decoding(geometry, self._mode.engine, answer, fit, all_answers)
 
     def plan(self, sequences: Sequences, fit: bool, new_tokens: int = 0, sizing: Sizing | None = None) -> Plan:
         """Makes the plan for these sequences.
@@ -110,6 +113,7 @@ class Planner:
             UserError: see `shapes`.
         """
         answer = sequences.longest_prompt + new_tokens if new_tokens else 0
+        all_answers = sequences.prompt_tokens + new_tokens * (int(sequences.questions[-1]) + 1)
         longest = int(sequences.input_lengths.max())
         order = sort_sequences(sequences)
         if self.sizing.options.pipeline > 1 and not self.sizing.needs.shares:
@@ -123,8 +127,8 @@ class Planner:
             geometry, decoding, known = before.geometry, before.decoding, before.buckets
         else:
             shared, known = order.typically_shared(sequences), ()
-            geometry, decoding = ahead or self.shapes(longest, answer, fit, sizing, shared)
-        boundary = boundary_of(self._config)
+            geometry, decoding = ahead or self.shapes(longest, answer, fit, sizing, shared, all_answers)
+        boundary = boundary_of(self.config)
         plan = make_plan(
             sequences, geometry, all_buckets=ahead is not None, order=order, buckets=known, boundary=boundary
         )
@@ -196,7 +200,7 @@ class Planner:
 
     def _check_rope(self, longest: int, answer: int) -> None:
         """longrope picks one set of frequencies for a whole input, by its length: a longer answer changes the set."""
-        boundary = boundary_of(self._config)
+        boundary = boundary_of(self.config)
         if boundary is None or max(longest, answer) <= boundary:
             return
         if answer or self.sizing.options.pipeline > 1 or self.sizing.needs.streamed is not None:

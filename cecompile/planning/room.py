@@ -3,7 +3,7 @@
 import torch
 
 from cecompile import device as device_memory
-from cecompile.planning.memory import USABLE
+from cecompile.planning.memory import UNIFIED_RESERVE, USABLE
 from cecompile.planning.options import RunOptions
 from cecompile.ranks import Ranks
 
@@ -28,12 +28,13 @@ class Room:
         self._device, self._options = device, options
         self._ranks, self._sharers = ranks, sharers
         self._baseline_bytes: int | None = None  # in use before anything is loaded, where that counts
+        self._unified_bytes: int | None = None  # of memory that the GPU shares with the host, less the reserve
 
     def count_as_loaded(self, size: int) -> None:
         """Counts `size` bytes of weights, which are on the device already, as needed and as available."""
         self._baseline_bytes = 0
         if self._options.memory_limit is None:
-            self.limit = device_memory.available(self._device) + (size if self._device.type == "cpu" else 0)
+            self.limit = self._available() + (size if self._device.type == "cpu" else 0)
 
     def bytes(self) -> int:
         """Bytes that a prediction may fill, the same on all ranks."""
@@ -43,5 +44,17 @@ class Room:
             held = device_memory.used_already(self._device) if self._options.memory_limit is not None else 0
             self._baseline_bytes = -self._ranks.all_reduce_min(-held)
         if self.limit is None:
-            self.limit = self._ranks.all_reduce_min(device_memory.available(self._device) // self._sharers)
-        return int(self.limit * USABLE[self._device.type]) - self._baseline_bytes
+            self.limit = self._ranks.all_reduce_min(self._available() // self._sharers)
+        if not device_memory.is_integrated(self._device):
+            return int(self.limit * USABLE[self._device.type]) - self._baseline_bytes
+        if self._options.memory_limit is None:
+            return self.limit
+        if self._unified_bytes is None:
+            self._unified_bytes = self._ranks.all_reduce_min(self._available() // self._sharers)
+        return min(self._unified_bytes, int(self.limit * USABLE["cuda"]))
+
+    def _available(self) -> int:
+        """Bytes that torch may take now; torch's share of them where others take of the same memory."""
+        device_memory.give_back(self._device)
+        reserve = UNIFIED_RESERVE if device_memory.is_integrated(self._device) else 0
+        return device_memory.available(self._device) - reserve

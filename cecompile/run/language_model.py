@@ -158,7 +158,12 @@ class LanguageModel:
         assert workload.plan is not None
         clock = run.clock
         clock.enter("warmup")
-        self.runtime.warmup.look_up(workload.plan)
+        warmup = self.runtime.warmup
+        warmup.look_up(workload.plan)
+        while warmup.lacks(workload.plan) and warmup.compile_apart(
+            StagedPlan.for_plan(workload.plan, workload.sequences), run.progress
+        ):
+            workload = self._planned_again(workload)
         clock.enter("load_model")
         self.runtime.load(workload.plan, clock)
         clock.enter("warmup")
@@ -166,8 +171,7 @@ class LanguageModel:
         while True:
             clock.enter("preprocess")
             if plan_again:
-                plan = self.runtime.planner.plan(workload.sequences, True, self.new_tokens)
-                workload = replace(workload, plan=plan)
+                workload = self._planned_again(workload)
             assert workload.plan is not None
             ready = StagedPlan.for_plan(workload.plan, workload.sequences)
             clock.enter("warmup")
@@ -175,6 +179,9 @@ class LanguageModel:
             if warmed is not None:
                 return warmed, ready.staged, workload
             plan_again = True  # memory ran out
+
+    def _planned_again(self, workload: Workload) -> Workload:
+        return replace(workload, plan=self.runtime.planner.plan(workload.sequences, True, self.new_tokens))
 
 
 def timed(infer: Callable[[RunContext], Outcome], run: RunContext) -> tuple[Outcome, list[float]]:

@@ -64,15 +64,19 @@ def warm(
     entry = runtime.warmup.open_cache()
     if entry is None:
         raise UserError(f"{runtime.name}: {runtime.mode.note}")
-    runtime.load()
-    runtime.warmup.probe()
-    workload = None if questions is None else model.prepare(questions, fit=True)
+    workload = None if questions is None else model.prepare(questions, fit=True)  # before memory holds the weights
     sequences = None if workload is None else workload.sequences
     if workload is not None and workload.plan is not None:
         ready = StagedPlan.for_plan(workload.plan, workload.sequences)
     else:
         ready = _ready(model, None, max_depth)
     before = entry.state(ready.compiled)
+    while runtime.warmup.lacks(ready) and runtime.warmup.compile_apart(ready, progress):
+        ready = _ready(model, sequences, max_depth)
+    runtime.load()
+    if runtime.warmup.probe():
+        ready = _ready(model, sequences, max_depth)
+    entry = runtime.warmup.entry or entry  # opened anew after compiling apart
     measured: dict[int, float] = {}
     if tune and sequences is not None:
         measured = _tune(model, entry, sequences, progress)

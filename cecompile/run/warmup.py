@@ -3,6 +3,7 @@
 import functools
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from cecompile.engine.probe import choose_attention
 from cecompile.errors import CheckError, UserError, printable
 from cecompile.model.support import takes_ours
 from cecompile.model.unchanged import Content, made_buffers
+from cecompile.model.checkpoint import DTYPES
 from cecompile.partitioned.streaming import StreamingEngine
 from cecompile.planning.options import RunOptions
 from cecompile.planning.planner import Mode, Planner
 from cecompile.ranks import Ranks
+from cecompile.run.compile_apart import Job, compile_apart
 from cecompile.run.engine_builder import EngineBuilder, WarmEngine
 from cecompile.run.progress import Counter, Progress
 from cecompile.run.weights import Weights, WhileReading
@@ -62,6 +65,7 @@ class Warmup:
         self._cache, self._facts = cache, facts
         self._ranks = ranks
         self._probed = False
+        self._compiled_apart = False
         self._capacity_in_passes = 0  # of a streamed engine
 
     def open_cache(self) -> Entry | None:
@@ -86,12 +90,42 @@ class Warmup:
         if self._options.require_warm and self.cache_state[0] != WARM:
             raise CheckError(f"{self._name}: the compile cache is {self.cache_state[0]}: {self.cache_state[1]}")
 
+    def lacks(self, plan: Plan | StagedPlan) -> bool:
+        """Whether a process of its own has to compile a part of a plan before the weights are loaded."""
+        entry, options = self.entry, self._options
+        if entry is None or self._cache is None or not device_memory.is_integrated(self._device):
+            return False
+        whole = self._ranks.size == 1 and not options.stream_weights
+        return whole and self._dtype is not None and entry.state(plan.compiled)[0] != WARM
+
+    def compile_apart(self, ready: StagedPlan, progress: Progress) -> bool:
+        """Compiles in a process of its own; True if nothing was compiled because another attention is needed."""
+        assert self._cache is not None
+        assert self._dtype is not None
+        firsts = {one.bucket: one for one in reversed(ready.staged)}  # the check needs one pass of each bucket
+        job = Job(
+            self._planner.config, self._dtype, self._device, self._options.attention, self._mode.attention,
+            self._planner.sizing.tuning.readout_chunk, self._cache.directory, self._facts(),
+            replace(ready, staged=[firsts[bucket] for bucket in sorted(firsts)]),
+        )  # fmt: skip
+        outcome = compile_apart(job, Counter("warmup", ready.steps, progress))
+        if outcome.attention != self._mode.attention:
+            self._mode.attention = outcome.attention
+            self._mode.remark(f"attention {outcome.attention}, because {printable(outcome.reason or '', 200)}")
+            self._planner.forget_shapes()
+            return True
+        if outcome.reason is None:
+            self.entry, self._compiled_apart = self._cache.open(self._facts()), True
+        else:
+            self._mode.remark(f"compiled beside the weights: {outcome.reason}")
+        return False
+
     def while_reading(self, plan: Plan) -> WhileReading | None:
         """Compiles for a plan while the weights are read; None where compiling has to wait for the weights.
 
         The cache must hold every probe result that needs the weights, and memory must hold the passes too.
         """
-        if self.entry is None or self.cache_state is None or self.cache_state[0] != WARM:
+        if self.entry is None or self.entry.state(plan.compiled)[0] != WARM:
             return None
         found = self.entry.found
         if found is None or found.attention != self._mode.attention:
@@ -134,7 +168,7 @@ class Warmup:
 
     def _choose_attention(self, planned: str) -> None:
         mode = self._mode
-        is_warm = self.cache_state is not None and self.cache_state[0] == WARM
+        is_warm = self._compiled_apart or (self.cache_state is not None and self.cache_state[0] == WARM)
         known = self.entry.found if self.entry is not None and is_warm else None
         if known is None or known.attention != planned:
             mode.attention, reason = choose_attention(self._weights.load(), self._options.attention)
@@ -147,7 +181,7 @@ class Warmup:
     def engine_for(self, ready: StagedPlan, progress: Progress) -> WarmEngine | None:
         """Returns a warm engine, the last one if shapes match; None if memory ran out and buckets must be smaller."""
         if not self._is_warm(ready.compiled, len(ready.staged)):
-            if self.entry is not None:
+            if self.entry is not None and not self._compiled_apart:
                 self.cache_state = self.entry.state(ready.compiled)
             warmed = self.warm(ready, progress)
             if warmed is None:
@@ -206,6 +240,12 @@ class Warmup:
         if self.warmed is None or self.warmed.compiled != tuple(compiled):
             return False
         return self._weights.feed is None or passes <= self._capacity_in_passes
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        """The dtype that the model runs in; None where only the checkpoint's tensors tell."""
+        own: torch.dtype | None = getattr(self._planner.config, "dtype", None)
+        return DTYPES[self._options.dtype] if self._options.dtype != "auto" else own
 
     @property
     def streaming(self) -> dict[str, Any] | None:

@@ -59,6 +59,14 @@ class Sequences:
         """The most tokens that a sequence has before its predicted tokens."""
         return int((self.input_lengths - self.predicted).max()) + 1
 
+    @property
+    def prompt_tokens(self) -> int:
+        """The tokens of all prompts together, each question's longest one."""
+        prompts = self.input_lengths - self.predicted + 1
+        longest = np.zeros(int(self.questions[-1]) + 1, dtype=np.int64)
+        np.maximum.at(longest, self.questions, prompts)
+        return int(longest.sum())
+
     def inputs(self, i: int) -> Ints:
         """The tokens that a model reads of sequence i."""
         return self.token_ids[self.starts[i] : self.starts[i + 1] - 1]
