@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from cecompile.device import is_out_of_memory
 from cecompile.engine.attention import Masks, dense
 from cecompile.engine.cuda_graph import capture
 from cecompile.engine.head import Readout
@@ -247,9 +248,9 @@ def _probe(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[tuple[_P
             stack.callback(hook.remove)
         try:
             model.base_model(input_ids=one, position_ids=one, use_cache=True, **masks.arguments(model))
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a layer may ask anything of its cache; any failure means no
+            if is_out_of_memory(error):
+                raise
             raise NotDecodableError(f"{type(model).__name__} with a key-value cache: {first_line(error)}") from None
     for layer, recorder in zip(layers, recorders, strict=True):
         if len(recorder.places) != 1:

@@ -8,6 +8,7 @@ name the function of a line.
 import contextlib
 import functools
 import importlib
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -15,15 +16,22 @@ from typing import Any
 
 import torch
 
+from cecompile.device import is_integrated
 from cecompile.engine.inductor_cpu import quote_paths
 
+WORKERS = "TORCHINDUCTOR_COMPILE_THREADS"  # torch's own variable: processes that compile
 # the longest of the files that Dynamo traces for decoder layers
 TRACED = ("transformers.modeling_utils", "transformers.activations", "torch.nn.attention.flex_attention")
 
 
 @functools.cache
 def begin(device: torch.device) -> threading.Thread:
-    """Starts the set-up for `device` in a thread; join the thread before compiling."""
+    """Starts the set-up for `device` in a thread; join the thread before compiling.
+
+    Where the GPU's memory is the host's, this process alone compiles: on one H200 idle workers took 0.6 GB.
+    """
+    if is_integrated(device) and WORKERS not in os.environ:
+        torch._inductor.config.compile_threads = 1
     if device.type == "cpu":  # not in the thread: of two that import at once, each may see half of a module
         with contextlib.suppress(ImportError):
             quote_paths()

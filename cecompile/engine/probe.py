@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cecompile.device import is_out_of_memory
 from cecompile.engine.attention import TreeMasks, attention_before, install
 from cecompile.engine.reference import rounding, stock_logits
 from cecompile.errors import CheckError, UserError, first_line
@@ -54,9 +55,9 @@ def _problem(model: PreTrainedModel, attention: str) -> str | None:
     try:
         install(model, attention)
         got = _tree_logits(model, sequences, blocks=attention == "flex")
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a compiler, driver or model may raise anything; any failure means no
+        if is_out_of_memory(error):
+            raise
         return f"{type(error).__name__}: {first_line(error)}"
     finally:
         model.set_attn_implementation(stock)

@@ -27,6 +27,8 @@ from cecompile.model.sample import sample_model
 from cecompile.run.engine_builder import EngineBuilder
 from cecompile.workload.stage import StagedPlan
 
+WORKERS = 8  # processes that compile kernels, at most
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -72,7 +74,8 @@ def compile_apart(job: Job, done: Callable[[], None]) -> Outcome:
     Returns:
         The outcome. With another attention than the planned one, nothing was compiled.
     """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {initialise.WORKERS: str(min(WORKERS, os.cpu_count() or 1))} | os.environ
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, "-m", "cecompile.run.compile_apart"]
     last = ""
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as errors:

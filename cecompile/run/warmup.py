@@ -17,9 +17,9 @@ from cecompile.engine.attention import attention_before
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
 from cecompile.errors import CheckError, UserError, printable
+from cecompile.model.checkpoint import DTYPES
 from cecompile.model.support import takes_ours
 from cecompile.model.unchanged import Content, made_buffers
-from cecompile.model.checkpoint import DTYPES
 from cecompile.partitioned.streaming import StreamingEngine
 from cecompile.planning.options import RunOptions
 from cecompile.planning.planner import Mode, Planner
