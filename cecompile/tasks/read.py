@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cecompile.errors import UserError, first_line
+from cecompile.errors import UserError, file_errors, first_line
 from cecompile.tasks.formats import detect, to_question
 from cecompile.tasks.windows import Windows, split
 
@@ -134,10 +134,8 @@ def _state(data: str | Path) -> tuple[int, ...] | None:
 def _rows(data: str | Path) -> Iterator[tuple[str, Any]]:
     """Pairs of (place for messages, row)."""
     path, suffix = Path(data), Path(data).suffix.lower()
-    try:
+    with file_errors(f"{data}: cannot be read"):
         is_file, is_directory, exists = path.is_file(), path.is_dir(), path.exists()
-    except OSError as error:
-        raise UserError(f"{data}: cannot be read: {error.strerror}") from None
     if is_file and suffix in JSON:
         return _json_rows(path)
     if is_file and suffix in TABLES:
@@ -170,10 +168,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _open(path: Path) -> Any:
-    try:
+    with file_errors(f"{path}: cannot be read"):
         return path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _parse(content: bytes, where: str) -> Any:
