@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from cecompile.device import is_the_hosts
 from cecompile.errors import UserError
 from cecompile.model.layer_layout import PLACES
 from cecompile.planning.sizes import Sizes, Streamed
@@ -116,11 +115,6 @@ def budget(
         cache=cache, fixed=fixed, hidden=hidden, in_turns=in_turns,
         loading=max(0, min(LOADING[device], read) - held),  # files are read before the layers' places are allocated
     )  # fmt: skip
-
-
-def reading(device: torch.device) -> int:
-    """Bytes of the device's memory that reading files takes."""
-    return LOADING["cpu"] if is_the_hosts(device) else 0
 
 
 def refuse(
