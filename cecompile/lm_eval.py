@@ -19,8 +19,6 @@ from cecompile.run.scorer import Scorer
 from cecompile.workload.sequences import Sequences
 
 Pair = tuple[Any, list[int], list[int]]  # what was asked for, the context's tokens, the continuation's
-
-
 OWN_OPTIONS = ("engine", "attention", "tokens_per_bucket", "memory_limit", "cache_dir", "require_warm")
 
 

@@ -317,7 +317,7 @@ def test_what_is_changed_in_a_part_is_noticed(name, models):
         model = one.model
         checkpoint = one.checkpoint.with_read(read)
         assert checkpoint.fingerprint == whole.checkpoint.fingerprint
-        Span.of(model, share)
+        Span(model, share)
         proof = Proof(model, type(one)(model, checkpoint, sources=one.sources))
         assert proof.check("it", model) == whole.checkpoint.fingerprint
         assert changed(model, share)["replaced_modules"] == []

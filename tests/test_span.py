@@ -23,7 +23,7 @@ def test_parts_one_after_another_are_the_model(kind):
     model = tiny_model(kind, **EXACT[kind])
     ids = torch.arange(24).reshape(2, 12) % 50 + 3
     expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    first, second = Span(copy.deepcopy(model), 0, 1), Span(model, 1, 2)
+    first, second = Span(copy.deepcopy(model), LayerRange(0, 1, 2)), Span(model, LayerRange(1, 2, 2))
     between = first(ids, None)
     assert not torch.equal(between, expected)
     torch.testing.assert_close(second(ids, between), expected, rtol=0, atol=0)

@@ -19,7 +19,6 @@ from cecompile.workload.stage import data_size
 
 MiB = 1 << 20
 
-
 # Per device and engine: hidden states held at once in the model's width (three more in the MLP's width are always
 # counted); memory of the activations, relative to these hidden states; bytes for workspaces and allocator rounding, and
 # on a CPU for the compiler.

@@ -201,10 +201,8 @@ class Planner:
             return
         if answer or self.sizing.options.pipeline > 1 or self.sizing.needs.streamed is not None:
             what = "answers" if answer else "layers in several places"
-            raise UserError(
-                f"{self._name}: up to {max(longest, answer)} tokens, where its longrope changes at {boundary}: "
-                f"not with {what}; --engine reference runs them"
-            )
+            tokens = f"up to {max(longest, answer)} tokens, where its longrope changes at {boundary}"
+            raise UserError(f"{self._name}: {tokens}: not with {what}; --engine reference runs them")
 
 
 def largest(plan: Plan | Totals | StagedPlan) -> Geometry:
