@@ -22,7 +22,6 @@ from cecompile.engine.parts import Part
 from cecompile.errors import CheckError
 from cecompile.model.structure import LayerRange
 from cecompile.partitioned.span import Span
-from cecompile.ranks import Ranks
 
 
 class LostError(CheckError):
@@ -37,13 +36,15 @@ class Place:
     after: tuple[int, Any] | None
 
 
-def place_among(ranks: Ranks, own_device: bool) -> Place:
+def places(stages: int, rank: int, size: int, own_device: bool) -> Place:
     """Connects every stage with the next, in each replica; all ranks call this function.
 
-    With `own_device` each rank has a CUDA device of its own, so NCCL connects the ranks; otherwise Gloo does.
+    Args:
+        stages: of a replica, whose ranks are consecutive; divides `size`.
+        rank, size: of the default process group.
+        own_device: each rank has a CUDA device of its own, so NCCL connects the ranks; otherwise Gloo does.
     """
-    rank = ranks.rank
-    lefts = [left for left in range(ranks.size - 1) if (left + 1) % ranks.stages]  # not the last of each replica
+    lefts = [left for left in range(size - 1) if (left + 1) % stages]  # all ranks but the last of each replica
     groups = {left: dist.new_group([left, left + 1], backend="nccl" if own_device else "gloo") for left in lefts}
     before = (rank - 1, groups[rank - 1]) if rank - 1 in groups else None
     after = (rank + 1, groups[rank]) if rank in groups else None

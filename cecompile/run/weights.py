@@ -18,7 +18,7 @@ from cecompile.model.safetensors_reader import Checkpoint
 from cecompile.model.structure import LayerRange
 from cecompile.model.unchanged import Content, Proof
 from cecompile.partitioned.layer_feed import Files, LayerFeed, worth_keeping
-from cecompile.partitioned.pipeline import Stage, place_among
+from cecompile.partitioned.pipeline import Stage, places
 from cecompile.planning.planner import Planner
 from cecompile.ranks import Ranks
 from cecompile.results.clock import Clock
@@ -144,7 +144,7 @@ class Weights:
         whole = loaded.checkpoint.with_read(ranks.collect(loaded.checkpoint.read()))
         devices = ranks.gather(_identity(self._device))
         own_device = self._device.type == "cuda" and len(set(devices)) == len(devices)
-        self.stage = Stage(loaded.model, share, place_among(ranks, own_device))
+        self.stage = Stage(loaded.model, share, places(ranks.stages, ranks.rank, ranks.size, own_device))
         return replace(loaded, checkpoint=whole)
 
 
