@@ -1,5 +1,8 @@
 """Errors with a message of one line for the user."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 
 class _OneLineError(Exception):
     def __init__(self, message: str) -> None:
@@ -16,6 +19,20 @@ class AlreadyReportedError(UserError):
 
 class CheckError(_OneLineError):
     """A result that must not be reported; the command line prints the message and exits with status 1."""
+
+
+@contextmanager
+def file_errors(problem: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Turns an OSError into an error of one line: the problem, and the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{problem}: {error.strerror}") from None
+
+
+def writing(path: object) -> AbstractContextManager[None]:
+    """Turns an OSError into a UserError: `path` cannot be written."""
+    return file_errors(f"{path}: cannot be written")
 
 
 def first_line(error: Exception) -> str:

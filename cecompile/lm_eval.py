@@ -19,8 +19,6 @@ from cecompile.run.scorer import Scorer
 from cecompile.workload.sequences import Sequences
 
 Pair = tuple[Any, list[int], list[int]]  # what was asked for, the context's tokens, the continuation's
-
-
 OWN_OPTIONS = ("engine", "attention", "tokens_per_bucket", "memory_limit", "cache_dir", "require_warm")
 
 
@@ -48,12 +46,8 @@ class CecompileLM(HFLM):
                 own["memory_limit"] = parse_size(limit)
             except ValueError:
                 raise UserError(f"memory_limit '{limit}': give bytes, or a number with a unit such as GB") from None
-        self._scorer = Scorer.from_model(
-            self.model.eval().requires_grad_(False),
-            self.tokenizer,
-            name=str(self.config.name_or_path or "model"),
-            **own,
-        )
+        model, name = self.model.eval().requires_grad_(False), str(self.config.name_or_path or "model")
+        self._scorer = Scorer.from_model(model, self.tokenizer, name=name, **own)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, override_bs: int | None = None

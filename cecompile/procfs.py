@@ -22,9 +22,9 @@ def read_meminfo(root: Path = ROOT) -> dict[str, int]:
     return _read_kib(root / "proc/meminfo")
 
 
-def read_status(root: Path = ROOT) -> dict[str, int]:
+def read_status() -> dict[str, int]:
     """The sizes in /proc/self/status in bytes, by name."""
-    return _read_kib(root / "proc/self/status")
+    return _read_kib(ROOT / "proc/self/status")
 
 
 def memory_left() -> int:

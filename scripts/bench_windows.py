@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cecompile import Scorer, demo, evaluate
 from cecompile.results.clock import Clock
 from cecompile.results.journal import Journal
-from cecompile.tasks.read import LargeDataset, read_windows
-from cecompile.tasks.windows import WINDOW
+from cecompile.tasks.read import read_windows
+from cecompile.tasks.windows import WINDOW, Windows
 from cecompile.workload.encode import encode, max_input_length
 from cecompile.workload.stage import stage_all
 from cecompile.workload.totals import Totals
@@ -103,7 +103,7 @@ def plan(path: Path, scorer: Scorer, window: int) -> tuple[Meter, Totals]:
     longest = max_input_length(scorer.runtime.config, scorer.tokenizer)
     with meter.phase("check"):
         dataset = read_windows(path, "auto", None, window)
-    windows = iter(dataset.questions if isinstance(dataset, LargeDataset) else [dataset.questions])
+    windows = iter(dataset.questions if isinstance(dataset.questions, Windows) else [dataset.questions])
     with scorer.runtime.planner.same_shapes():
         while True:
             with meter.phase("read"):

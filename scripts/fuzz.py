@@ -96,9 +96,10 @@ def read_back(suffix: str, content: bytes) -> None:
     except UserError as error:
         one_line(error)
         return
-    assert dataset.questions
-    digest(dataset.questions)
-    for question in dataset.questions:
+    questions = list(dataset.questions)
+    assert questions
+    digest(questions)
+    for question in questions:
         choices = question.choices
         if dataset.task == "chat":
             assert question.messages

@@ -178,7 +178,7 @@ def test_the_way_from_the_file_to_the_device_is_proven_too(dtype, tiny_llama):
     loaded = load_checkpoint(str(tiny_llama), load_config(str(tiny_llama)), dtype, CPU)
     proof = Proof(loaded.model, loaded)
     assert proof.verified == (EQUAL if dtype == "auto" else f"{EQUAL}, converted to bfloat16")
-    assert (proof.check("it", loaded.model) == loaded.fingerprint) == (dtype == "auto")
+    assert (proof.check("it", loaded.model) == loaded.checkpoint.fingerprint) == (dtype == "auto")
     loaded.model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     with pytest.raises(CheckError, match=r"it: model\.layers\.0\.mlp\.up_proj\.weight has other values"):
         Proof(loaded.model, loaded).check("it", loaded.model)
@@ -190,7 +190,7 @@ def test_tied_weights_stored_twice_are_the_checkpoints(tmp_path):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["ignored"] = torch.ones(2)
     loaded = load_checkpoint(str(tmp_path), load_config(str(tmp_path)), "auto", CPU)
-    assert Proof(loaded.model, loaded).check("it", loaded.model) == loaded.fingerprint
+    assert Proof(loaded.model, loaded).check("it", loaded.model) == loaded.checkpoint.fingerprint
 
 
 def test_a_buffer_changed_while_weights_were_read_shows(tiny_llama):

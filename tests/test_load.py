@@ -81,7 +81,7 @@ def test_same_bits_as_from_pretrained(kind, dtype, tmp_path):
     loaded = load(path, dtype)
     assert loaded.fallback is None or kind in RENAMED
     assert_same(loaded.model, stock(path, dtype))
-    assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint
+    assert loaded.checkpoint.fingerprint == read_checkpoint(str(path)).fingerprint
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
@@ -105,7 +105,7 @@ def test_tensors_cut_by_blocks(tmp_path, monkeypatch):
         loaded = load(path, dtype)
         assert loaded.fallback is None
         assert_same(loaded.model, stock(path, dtype))
-        assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint
+        assert loaded.checkpoint.fingerprint == read_checkpoint(str(path)).fingerprint
 
 
 def test_fingerprint_is_over_names_dtypes_shapes_and_bytes(tmp_path):
@@ -152,7 +152,7 @@ def test_tied_weights_stored_twice(equal, tmp_path):
     assert (loaded.fallback is None) == equal
     assert (loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight) == equal
     assert_same(loaded.model, stock(path))
-    assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint
+    assert loaded.checkpoint.fingerprint == read_checkpoint(str(path)).fingerprint
 
 
 def test_what_was_made_beside_reading_is_dropped_with_the_model_it_was_made_for(tmp_path):
@@ -334,7 +334,7 @@ def test_tensors_the_model_has_not_are_ignored_but_fingerprinted(tmp_path):
     loaded = load(path)
     assert loaded.fallback is None
     assert_same(loaded.model, stock(path))
-    assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint != plain
+    assert loaded.checkpoint.fingerprint == read_checkpoint(str(path)).fingerprint != plain
 
 
 def test_tensors_out_of_step_with_their_elements_are_left_to_transformers(tmp_path):
@@ -358,7 +358,7 @@ def test_merged_experts_are_left_to_transformers(tmp_path):
     loaded = load(path)
     assert loaded.fallback.startswith("transformers converts ")
     assert_same(loaded.model, stock(path))
-    assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint
+    assert loaded.checkpoint.fingerprint == read_checkpoint(str(path)).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -521,7 +521,7 @@ class TestOnCuda:
         loaded = load_checkpoint(str(path), load_config(str(path)), dtype, torch.device("cuda", 0))
         assert loaded.fallback is None
         assert {tensor.device.type for tensor in (*loaded.model.parameters(), *loaded.model.buffers())} == {"cuda"}
-        assert loaded.fingerprint == read_checkpoint(str(path)).fingerprint
+        assert loaded.checkpoint.fingerprint == read_checkpoint(str(path)).fingerprint
         assert_same(loaded.model.cpu(), stock(path, dtype))
 
     def test_weights_are_allocated_once_and_buffers_are_given_back(self, tmp_path):

@@ -316,10 +316,10 @@ def test_what_is_changed_in_a_part_is_noticed(name, models):
     for share, one in zip(parts, loaded, strict=True):
         model = one.model
         checkpoint = one.checkpoint.with_read(read)
-        assert checkpoint.fingerprint == whole.fingerprint
-        Span.of(model, share)
+        assert checkpoint.fingerprint == whole.checkpoint.fingerprint
+        Span(model, share)
         proof = Proof(model, type(one)(model, checkpoint, sources=one.sources))
-        assert proof.check("it", model) == whole.fingerprint
+        assert proof.check("it", model) == whole.checkpoint.fingerprint
         assert changed(model, share)["replaced_modules"] == []
         model.base_model.layers[share.first].mlp.act_fn = nn.ReLU()
         assert changed(model, share)["replaced_modules"] == [f"model.layers.{share.first}.mlp.act_fn"]

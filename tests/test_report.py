@@ -28,7 +28,7 @@ from cecompile.report.document.credits import USED, credits
 from cecompile.report.document.document import command_line, make_document
 from cecompile.report.document.example import make_example
 from cecompile.report.document.fonts import FAMILY, glyphs, shown
-from cecompile.report.document.words import EXAMPLES, LANGUAGES, TEXTS, Words
+from cecompile.report.document.words import EXAMPLES, LANGUAGES, Words, read_texts
 from cecompile.results.clock import latencies
 from cecompile.results.read import read_results
 
@@ -215,14 +215,15 @@ def test_a_command_is_put_together_where_none_was_recorded(results):
 
 
 def test_both_languages_say_the_same_things():
-    for name, (english, korean) in TEXTS.items():
+    for name, text in read_texts().items():
+        english, korean = text["en"], text["ko"]
         fields = [sorted(re.findall(r"(?<!\{)\{(\w+)\}", text)) for text in (english, korean)]
         assert fields[0] == fields[1], name
         assert english.count("<b>") == korean.count("<b>"), name
 
 
 def test_every_character_of_both_languages_has_a_glyph():
-    texts = [text for both in TEXTS.values() for text in both]
+    texts = [text for both in read_texts().values() for text in both.values()]
     texts += [word for context, choices in EXAMPLES.values() for words in (context, *choices) for word in words]
     assert {c for text in texts for c in text if ord(c) not in glyphs()} == set()
     ks_x_1001 = {bytes([a, b]).decode("euc-kr") for a in range(0xB0, 0xC9) for b in range(0xA1, 0xFF)}

@@ -23,7 +23,7 @@ def test_parts_one_after_another_are_the_model(kind):
     model = tiny_model(kind, **EXACT[kind])
     ids = torch.arange(24).reshape(2, 12) % 50 + 3
     expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    first, second = Span(copy.deepcopy(model), 0, 1), Span(model, 1, 2)
+    first, second = Span(copy.deepcopy(model), LayerRange(0, 1, 2)), Span(model, LayerRange(1, 2, 2))
     between = first(ids, None)
     assert not torch.equal(between, expected)
     torch.testing.assert_close(second(ids, between), expected, rtol=0, atol=0)
@@ -44,6 +44,6 @@ def test_only_a_share_is_loaded_and_the_parts_digests_are_the_whole_ones(tiny_ll
     digests = list(parts[0].checkpoint.digests)
     for indices in parts[1].sources.values():
         digests[indices[0]] = parts[1].checkpoint.digests[indices[0]]
-    assert digest_of(whole.checkpoint.tensors, digests) == whole.fingerprint
+    assert digest_of(whole.checkpoint.tensors, digests) == whole.checkpoint.fingerprint
     read_all = load_plainly("m", config, None, CPU, files, LayerRange(0, 1, 2), read_all=True)
-    assert read_all.fingerprint == whole.fingerprint
+    assert read_all.checkpoint.fingerprint == whole.checkpoint.fingerprint

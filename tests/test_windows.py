@@ -20,8 +20,8 @@ from cecompile.run.weights import Weights
 from cecompile.run.windows import plan_in_windows
 from cecompile.tasks import windows as windows_module
 from cecompile.tasks.question import digest
-from cecompile.tasks.read import Dataset, LargeDataset, read_windows
-from cecompile.tasks.windows import split
+from cecompile.tasks.read import read_windows
+from cecompile.tasks.windows import Windows, split
 
 EAGER = ["--engine", "eager", "--tokens-per-bucket", "256"]
 HOW = {
@@ -200,7 +200,7 @@ def test_windows_of_a_file_are_its_questions(kind, tmp_path):
     WRITE[kind](path, ROWS)
     questions = read_questions(path)
     large = read_windows(path, "auto", None, 7)
-    assert isinstance(large, LargeDataset)
+    assert isinstance(large.questions, Windows)
     for _ in range(2):
         assert [len(window) for window in large.questions] == [7, 7, 7, 7, 7, 5]
         assert [q for window in large.questions for q in window] == questions
@@ -215,10 +215,10 @@ def test_a_limit_counts_over_windows(limit, count, tmp_path):
     expected = read_questions(path, limit=limit)
     assert len(expected) == count
     if count <= 7:
-        assert isinstance(read, Dataset)
+        assert isinstance(read.questions, list)
         assert read.questions == expected
     else:
-        assert isinstance(read, LargeDataset)
+        assert isinstance(read.questions, Windows)
         assert [q for window in read.questions for q in window] == expected
         assert read.questions.digest == digest(expected)
 
@@ -226,7 +226,7 @@ def test_a_limit_counts_over_windows(limit, count, tmp_path):
 def test_a_file_that_changes_between_the_readings_is_refused(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl")
     large = read_windows(path, "auto", None, 7)
-    assert isinstance(large, LargeDataset)
+    assert isinstance(large.questions, Windows)
     write_rows(path, [*ROWS, ROWS[0]])
     with pytest.raises(UserError, match="changed while it was read"):
         list(large.questions)

@@ -28,7 +28,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cecompile.errors import UserError, printable
+from cecompile.errors import UserError, file_errors, printable
 from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import Bucket, Geometry
 
@@ -105,13 +105,9 @@ class CompileCache:
         """The lock that a process holds while writing entries."""
         return FileLock(self.directory / "lock")
 
-    @contextlib.contextmanager
-    def file_errors(self) -> Iterator[None]:
+    def file_errors(self) -> contextlib.AbstractContextManager[None]:
         """Turns an error of the file system into NoCacheError."""
-        try:
-            yield
-        except OSError as error:
-            raise NoCacheError(f"{self.directory}: cache directory: {error.strerror}") from None
+        return file_errors(f"{self.directory}: cache directory", NoCacheError)
 
     def manifests(self) -> list[Path]:
         """Every entry's manifest, usable or not."""

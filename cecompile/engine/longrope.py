@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -27,7 +26,8 @@ class Frequencies:
     def __init__(self, model: PreTrainedModel) -> None:
         self.boundary = boundary_of(model.config)
         self._long = False
-        found = [m for m in model.modules() if _is_longrope(m)]
+        of_kind = [m for m in model.modules() if getattr(m, "rope_type", None) == "longrope"]
+        found = [m for m in of_kind if all(hasattr(m, name) for name in _USED)]
         self._sets = [] if self.boundary is None else [_Set(m, self.boundary) for m in found]
         if self.boundary is not None and not found:
             raise UserError(f"{type(model).__name__}: longrope: no frequencies found; --engine reference runs without")
@@ -61,7 +61,3 @@ class _Set:
         self.short = embedding.original_inv_freq.to(embedding.inv_freq.device)
         self.long, _ = ROPE_INIT_FUNCTIONS["longrope"](embedding.config, self.short.device, seq_len=boundary + 1)
         self.now = self.short.clone()
-
-
-def _is_longrope(module: nn.Module) -> bool:
-    return getattr(module, "rope_type", None) == "longrope" and all(hasattr(module, name) for name in _USED)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from cecompile.errors import UserError, first_line
+from cecompile.errors import UserError, file_errors, first_line
 from cecompile.model.load import Loaded, NeedsTransformersLoader, WhileReading, load_plainly
 from cecompile.model.prefetch import INDEX, SINGLE
 from cecompile.model.safetensors_reader import Checkpoint, read_header, stream
@@ -23,11 +23,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def load_config(model: str) -> Any:
     """The model's configuration. Raises UserError: no configuration loads, or the model is not decoder-only."""
-    try:
-        path = Path(model)
+    path = Path(model)
+    with file_errors(f"{model}: cannot be read"):
         there, no_config = path.exists(), path.is_dir() and not (path / "config.json").is_file()
-    except OSError as error:
-        raise UserError(f"{model}: cannot be read: {error.strerror}") from None
     if no_config:
         raise UserError(f"{model}: no config.json in this directory")
     if not there and (model.startswith((".", "/", "~")) or model.count("/") > 1):

@@ -68,11 +68,6 @@ class Loaded:
     left: Mapping[str, Sequence[int]] = field(default_factory=dict)
     overlap: Overlap | None = None
 
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the checkpoint's tensors."""
-        return self.checkpoint.fingerprint
-
 
 def load_plainly(
     model: str, config: Any, dtype: torch.dtype | None, device: torch.device, files: Sequence[Path],

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cecompile.errors import UserError, first_line
+from cecompile.errors import UserError, file_errors, first_line
 from cecompile.model import prefetch
 
 BLOCK = 8 * 2**20  # bytes of a read
@@ -218,10 +218,8 @@ def host_buffers(count: int, size: int, device: torch.device) -> Iterator[list[t
 
 
 def _open(model: str, file: Path, stack: ExitStack, keep_cached: bool) -> int:
-    try:
+    with file_errors(f"{model}: weights: {file.name}"):
         descriptor = os.open(file, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{model}: weights: {file.name}: {error.strerror}") from None
     stack.callback(os.close, descriptor)
     if not keep_cached:
         stack.callback(os.posix_fadvise, descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -232,18 +230,24 @@ def _open(model: str, file: Path, stack: ExitStack, keep_cached: bool) -> int:
 def _read(model: str, descriptor: int, block: _Block, buffer: torch.Tensor, keep_cached: bool) -> None:
     """Reads a block into a buffer, (BLOCK,) uint8, from its beginning."""
     prefetch.reached(block.file, block.start)
-    content, done = buffer.numpy(), 0
-    try:
-        while done < block.size:
-            count = os.preadv(descriptor, [content[done : block.size].data], block.start + done)
+    read_into(buffer[: block.size], f"{model}: weights: {block.file.name}", descriptor, block.start)
+    behind = block.start - READERS * BLOCK  # no other thread reads before this byte any more
+    if behind > 0 and not keep_cached:
+        os.posix_fadvise(descriptor, 0, behind, os.POSIX_FADV_DONTNEED)
+
+
+def read_into(target: torch.Tensor, where: str, descriptor: int, start: int) -> None:
+    """Fills `target`, (bytes,) uint8 on the host, from byte `start` of an open file. Errors begin with `where`.
+
+    Raises UserError: the file cannot be read, or has become shorter.
+    """
+    content, done = target.numpy(), 0
+    with file_errors(where):
+        while done < len(content):
+            count = os.preadv(descriptor, [content[done:].data], start + done)
             if count == 0:
-                raise UserError(f"{model}: weights: {block.file.name}: became shorter while it was read")
+                raise UserError(f"{where}: became shorter while it was read")
             done += count
-        behind = block.start - READERS * BLOCK  # no other thread reads before this byte any more
-        if behind > 0 and not keep_cached:
-            os.posix_fadvise(descriptor, 0, behind, os.POSIX_FADV_DONTNEED)
-    except OSError as error:
-        raise UserError(f"{model}: weights: {block.file.name}: {error.strerror}") from None
 
 
 def _use(

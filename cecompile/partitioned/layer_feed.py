@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from cecompile.device import is_integrated
-from cecompile.errors import CheckError, UserError
+from cecompile.errors import CheckError, UserError, file_errors
 from cecompile.model.layer_layout import PLACES, Layout, layer_layout
 from cecompile.model.load import Loaded
 from cecompile.model.prefetch import CACHED
-from cecompile.model.safetensors_reader import StoredTensor
+from cecompile.model.safetensors_reader import StoredTensor, read_into
 from cecompile.model.structure import decoder_layers
 from cecompile.procfs import memory_left
 
@@ -53,11 +53,9 @@ class Files:
     def __init__(self, model: str, paths: Sequence[Path]) -> None:
         self._model = model
         self.descriptors: dict[Path, int] = {}
-        try:
-            for path in paths:
+        for path in paths:
+            with file_errors(f"{model}: weights: {path.name}"):
                 self.descriptors[path] = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"{model}: weights: {path.name}: {error.strerror}") from None
         self._before = {path: _state(os.fstat(d)) for path, d in self.descriptors.items()}
         self.size = sum(size for size, *_ in self._before.values())
 
@@ -214,17 +212,10 @@ class LayerFeed:
                     self.read_seconds += perf_counter() - self._since
 
     def _read_file(self, piece: _Piece, into: Tensor) -> None:
-        content, done, descriptor = into.numpy(), 0, self._files.descriptors[piece.file]
-        try:
-            while done < piece.size:
-                count = os.preadv(descriptor, [content[done:].data], piece.start + done)
-                if count == 0:
-                    raise UserError(f"{self._name}: weights: {piece.file.name}: became shorter while it was read")
-                done += count
-            if not self._keeps:
-                os.posix_fadvise(descriptor, piece.start, piece.size, os.POSIX_FADV_DONTNEED)
-        except OSError as error:
-            raise UserError(f"{self._name}: weights: {piece.file.name}: {error.strerror}") from None
+        descriptor = self._files.descriptors[piece.file]
+        read_into(into, f"{self._name}: weights: {piece.file.name}", descriptor, piece.start)
+        if not self._keeps:
+            os.posix_fadvise(descriptor, piece.start, piece.size, os.POSIX_FADV_DONTNEED)
 
 
 def _pieces(loaded: Loaded, layout: Layout) -> list[list[_Piece]]:

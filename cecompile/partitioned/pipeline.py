@@ -61,7 +61,7 @@ class Stage(Part):
     suffices = True
 
     def __init__(self, model: PreTrainedModel, share: LayerRange, place: Place) -> None:
-        self._span = Span.of(model, share)
+        self._span = Span(model, share)
         self.ends = self._span.ends
         self._head = head_of(model) if self.ends else None
         self._device, self._dtype = model.device, model.dtype

@@ -65,34 +65,25 @@ class StockForward:
 
 
 class Span(StockForward):
-    """The stock decoder with only the layers from `first` to before `last`; the others leave the model for good.
+    """The stock decoder with only the layers of a share; the others leave the model for good.
 
-    `begins` and `ends` are True where the model's first or last layer is in the span. All weights of the layers in the
-    span, and all weights outside of layers, are on the model's device.
+    The embedding and the head leave the model too, where the share lacks them. `begins` and `ends` are True where the
+    model's first or last layer is in the span. All weights of the share are on the model's device.
 
     Raises:
         UserError: see `StockForward`.
     """
 
-    def __init__(self, model: PreTrainedModel, first: int, last: int) -> None:
-        layers = decoder_layers(model)
-        self.begins, self.ends = first == 0, last == len(layers)
-        absent = {i: PassThroughLayer(layer) for i, layer in enumerate(layers) if not first <= i < last}
-        super().__init__(model, absent)
-        self._before, self._after = absent.get(first - 1), absent.get(last)
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, share: LayerRange) -> "Span":
-        """The span of a share. The embedding and the head leave the model too, where the share lacks them.
-
-        Raises:
-            UserError: see `Span`.
-        """
+    def __init__(self, model: PreTrainedModel, share: LayerRange) -> None:
         absent, ends = share.absent(model), (model.get_input_embeddings(), model.get_output_embeddings())
         for name, module in list(model.named_modules(remove_duplicate=False)):
             if module in ends and any(id(t) in absent for t in own_tensors(module)):
                 model.set_submodule(name, _Absent(module))
-        return cls(model, share.first, share.last)
+        self.begins, self.ends = share.first == 0, share.last == share.layers
+        present, layers = range(share.first, share.last), enumerate(decoder_layers(model))
+        replaced = {i: PassThroughLayer(layer) for i, layer in layers if i not in present}
+        super().__init__(model, replaced)
+        self._before, self._after = replaced.get(share.first - 1), replaced.get(share.last)
 
     def __call__(self, token_ids: Tensor, received: Tensor | None, **arguments: Any) -> Tensor:
         """The hidden states after these layers, (rows, length, width); where the span `ends`, after the last norm.

@@ -10,9 +10,8 @@ on CUDA a bucket has one graph to begin, one per kind and place, and one to fini
 import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ _Step = tuple[int, int] | str  # of a pass: "begin", "finish", or the kind of a 
 
 @dataclass(frozen=True, slots=True)
 class Streaming:
-    """The reading and the waiting of a run with streamed layers."""
+    """The reading and the waiting of a run with streamed layers: results.json's `streaming`."""
 
     sweeps: int  # how often all layers were read
     passes_per_sweep: int  # the most passes that went through a layer at once
@@ -44,10 +43,6 @@ class Streaming:
     read_bytes: int  # read in all
     read_seconds: float  # during which something was being read
     waited_seconds: float  # during which the device waited for a layer
-
-    def summary(self) -> dict[str, Any]:
-        """Returns results.json's `streaming`."""
-        return asdict(self)
 
 
 class StreamingEngine:

@@ -171,10 +171,9 @@ class Sizing:
         if geometry != wanted and self.options.tokens_per_bucket is not None:
             slots, most = wanted.rows * wanted.length, geometry.rows * geometry.length
             needed = self.needs.budget(wanted, engine, beside)
-            raise UserError(
-                f"{self._name}: needs {needed.total / 1e9:.1f} GB with buckets of {slots} "
-                f"tokens, {room / 1e9:.1f} GB are there on {self.room.where}; --tokens-per-bucket {most} fits"
-            )
+            needs = f"{self._name}: needs {needed.total / 1e9:.1f} GB with buckets of {slots} tokens"
+            there = f"{room / 1e9:.1f} GB are there on {self.room.where}"
+            raise UserError(f"{needs}, {there}; --tokens-per-bucket {most} fits")
         return geometry
 
     def decoding(
@@ -223,10 +222,9 @@ class Sizing:
         """The option with which a run fits that is too large; None if no option helps."""
         if self.needs.streamed is not None:
             return None
+        options = replace(self.options, stream_weights=True, pipeline=1)
         try:
-            streamed = Needs(
-                self._config, self._kind, self._dtype, replace(self.options, stream_weights=True, pipeline=1)
-            )
+            streamed = Needs(self._config, self._kind, self._dtype, options)
         except UserError:
             return None
         fits = streamed.budget(geometry, engine).total <= room

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from cecompile.device import is_the_hosts
 from cecompile.errors import UserError
 from cecompile.model.layer_layout import PLACES
 from cecompile.planning.sizes import Sizes, Streamed
@@ -19,7 +18,6 @@ from cecompile.workload.plan import Bucket, Geometry
 from cecompile.workload.stage import data_size
 
 MiB = 1 << 20
-
 
 # Per device and engine: hidden states held at once in the model's width (three more in the MLP's width are always
 # counted); memory of the activations, relative to these hidden states; bytes for workspaces and allocator rounding, and
@@ -119,11 +117,6 @@ def budget(
         cache=cache, fixed=fixed, hidden=hidden, in_turns=in_turns,
         loading=max(0, min(LOADING[device], read) - held),  # files are read before the layers' places are allocated
     )  # fmt: skip
-
-
-def reading(device: torch.device) -> int:
-    """Bytes of the device's memory that reading files takes."""
-    return LOADING["cpu"] if is_the_hosts(device) else 0
 
 
 def refuse(

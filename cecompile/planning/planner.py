@@ -36,9 +36,9 @@ class Mode:
     attention: str
     note: str | None = None
 
-    def remark(self, note: str) -> None:
-        """Adds to the note."""
-        self.note = f"{self.note}; {note}" if self.note else note
+    def remark(self, note: str | None) -> None:
+        """Adds to the note; None adds nothing."""
+        self.note = "; ".join(part for part in (self.note, note) if part) or None
 
 
 class Planner:
@@ -184,8 +184,8 @@ class Planner:
 
     def fits_beside_reading(self, plan: Plan) -> bool:
         """Whether memory holds a plan's passes and, at the same time, the buffers that reading files takes."""
-        needed = self.sizing.needs.budget(largest(plan), self._mode.engine).total + memory.reading(self._device)
-        return needed <= self.sizing.room.bytes()
+        reading = memory.LOADING["cpu"] if device_memory.is_the_hosts(self._device) else 0
+        return self.sizing.needs.budget(largest(plan), self._mode.engine).total + reading <= self.sizing.room.bytes()
 
     def planned_streaming(self, plan: Plan | Totals) -> dict[str, int] | None:
         """results.json's `streaming`, as far as known before a run of this plan."""
@@ -205,10 +205,8 @@ class Planner:
             return
         if answer or self.sizing.options.pipeline > 1 or self.sizing.needs.streamed is not None:
             what = "answers" if answer else "layers in several places"
-            raise UserError(
-                f"{self._name}: up to {max(longest, answer)} tokens, where its longrope changes at {boundary}: "
-                f"not with {what}; --engine reference runs them"
-            )
+            tokens = f"up to {max(longest, answer)} tokens, where its longrope changes at {boundary}"
+            raise UserError(f"{self._name}: {tokens}: not with {what}; --engine reference runs them")
 
 
 def largest(plan: Plan | Totals | StagedPlan) -> Geometry:

@@ -29,9 +29,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cecompile.errors import UserError
+from cecompile.errors import UserError, writing
 from cecompile.ranks import ALONE, Ranks
-from cecompile.results.disk import writing
 
 NAME = ".journal.partial"  # of rank 0; rank 1 has .journal-1.partial
 PASSES, ANSWERS, WINDOW = "passes", "answers", "window"  # the kinds of records

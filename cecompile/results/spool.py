@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from cecompile.results.disk import writing
+from cecompile.errors import writing
 
 
 class Spool:

@@ -11,9 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cecompile.errors import UserError
+from cecompile.errors import UserError, file_errors, writing
 from cecompile.results import journal
-from cecompile.results.disk import writing
 from cecompile.results.spool import Spool, line
 from cecompile.workload.plan import Plan
 from cecompile.workload.totals import Totals
@@ -71,11 +70,9 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
         UserError: `directory` is a file, cannot be written, holds other files, or holds results or a journal without
             `overwrite` (replace them) or `resume` (go on with them).
     """
-    try:
+    with file_errors(f"{directory}: cannot be read"):
         is_file = os.path.lexists(directory) and not directory.is_dir()
         held = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be read: {error.strerror}") from None
     if is_file:
         raise UserError(f"{directory}: is a file, or a link to nothing; --output names a directory")
     journaled = bool(journal.journals_in(directory))
@@ -86,11 +83,8 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
             raise UserError(f"{directory}: holds an interrupted run; --resume goes on with it, --overwrite starts anew")
         raise UserError(f"{directory}: holds results already; --overwrite replaces them")
     parent = next(path for path in (directory, *directory.parents) if path.exists())
-    try:
-        with tempfile.TemporaryDirectory(prefix=".cecompile-", dir=parent):
-            pass
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written: {parent}: {error.strerror}") from None
+    with file_errors(f"{directory}: cannot be written: {parent}"):
+        tempfile.TemporaryDirectory(prefix=".cecompile-", dir=parent).cleanup()
 
 
 def write_samples(directory: Path, samples: Sequence[Any] | Spool) -> None:

@@ -24,8 +24,7 @@ from cecompile.results.write import (
 )
 from cecompile.run import provenance
 from cecompile.run.answerer import Answerer
-from cecompile.run.context import RunContext
-from cecompile.run.progress import Progress
+from cecompile.run.context import Progress, RunContext
 from cecompile.run.scorer import Scorer
 from cecompile.run.windows import Judge, Judged, run_in_windows
 from cecompile.tasks.chat import AnswerSample, ChatQuestion, answer_metrics, judge_answer
@@ -103,10 +102,15 @@ def evaluate(
 
 
 def _begin(model: Scorer | Answerer, known: dict[str, Any], baseline: Baseline | None, journal: Journal | None) -> None:
-    """Checks before the run that baseline, ranks and journal belong to the same model, task and data."""
+    """Checks before anything is loaded that baseline, ranks and journal belong to the same model, task and data."""
     runtime = model.runtime
     if baseline is not None:
-        _expect(baseline, model, dict(known))
+        kind = provenance.kind(on_meta(runtime.config))
+        asked = known | {"model": {"tokenizer_digest": tokenizer_digest(model.tokenizer), **kind}}
+        if isinstance(model, Answerer):
+            asked["answers"] = {"max_new_tokens": model.new_tokens}
+        refuse_other(baseline.stored, runtime.name, asked, whole=False)
+        runtime.weights.expected_fingerprint = baseline.stored.results["model"]["fingerprint"]
     facts = {"task": known["task"], "data digest": known["data"]["digest"], **provenance.version_facts(runtime)}
     runtime.ranks.all_same(facts)
     if journal is not None:
@@ -137,18 +141,17 @@ def _write(
         name = "this run" if output is None else str(output)
         comparison, _ = compare(baseline.stored, name, results, list(judged.samples), baseline.max_drop)
         results["comparison"] = asdict(comparison)
-    writes = output is not None and ranks.rank == 0
-    if writes:
-        assert output is not None
-        write_samples(output, judged.samples)
+    directory = output if ranks.rank == 0 else None
+    if directory is not None:
+        write_samples(directory, judged.samples)
         if isinstance(model, Answerer):
-            write_predictions(output, (sample.text for sample in judged.samples))
-    results["samples_digest"] = file_digests(output) if writes and output is not None else None
+            write_predictions(directory, (sample.text for sample in judged.samples))
+    results["samples_digest"] = None if directory is None else file_digests(directory)
     report(results)
     results.update(times())
     results["digest"] = digest_of_results(results)
-    if writes and output is not None:
-        write_results(output, results)
+    if directory is not None:
+        write_results(directory, results)
     ranks.barrier()
 
 
@@ -186,13 +189,3 @@ def _answered(answerer: Answerer, questions: Sequence[ChatQuestion], run: RunCon
         },
     }
     return Judged(samples, facts, answers.workload.plan, answers.inference_s, answerer.runtime.warmup.moments)
-
-
-def _expect(baseline: Baseline, model: Scorer | Answerer, known: dict[str, Any]) -> None:
-    """Refuses a baseline of another model or task before anything is loaded. Loading compares the weights."""
-    runtime, stored = model.runtime, baseline.stored
-    known["model"] = {"tokenizer_digest": tokenizer_digest(model.tokenizer), **provenance.kind(on_meta(runtime.config))}
-    if isinstance(model, Answerer):
-        known["answers"] = {"max_new_tokens": model.new_tokens}
-    refuse_other(stored, runtime.name, known, whole=False)
-    runtime.weights.expected_fingerprint = stored.results["model"]["fingerprint"]

@@ -19,9 +19,8 @@ from cecompile.model.support import refusal
 from cecompile.planning.bucket_size import Sizing
 from cecompile.planning.options import RunOptions
 from cecompile.ranks import ALONE, Ranks
-from cecompile.run.context import RunContext
+from cecompile.run.context import Progress, RunContext
 from cecompile.run.engine_builder import WarmEngine
-from cecompile.run.progress import Progress
 from cecompile.run.runtime import Runtime
 from cecompile.workload.plan import Plan
 from cecompile.workload.sequences import Sequences
@@ -199,9 +198,8 @@ def _runtime(name: str, config: Any, device: torch.device, sizing: Sizing, ranks
     options = sizing.options
     reason = None if options.engine == "reference" else refusal(on_meta(config))
     if reason:
-        raise UserError(
-            f"{name}: {config.model_type} models cannot be run as trees: {reason}; --engine reference runs them"
-        )
+        refused = f"{config.model_type} models cannot be run as trees: {reason}"
+        raise UserError(f"{name}: {refused}; --engine reference runs them")
     if sizing.room.limit is not None:
         device_memory.enforce(device, sizing.room.limit)
     cache, note = None, None
@@ -213,8 +211,7 @@ def _runtime(name: str, config: Any, device: torch.device, sizing: Sizing, ranks
                 raise
             note = f"compiled without a cache: {error}"
     runtime = Runtime(name, config, device, sizing, cache, ranks)
-    if note:
-        runtime.mode.remark(note)
+    runtime.mode.remark(note)
     return runtime
 
 
@@ -231,10 +228,8 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     if name == "cuda" and ranks.size > 1:
         count = torch.cuda.device_count()
         if 0 < count < ranks.local_size:
-            raise UserError(
-                f"--device {name}: {ranks.local_size} ranks on this machine, {count} CUDA devices; "
-                "--device cuda:0 puts all ranks on one"
-            )
+            found = f"{ranks.local_size} ranks on this machine, {count} CUDA devices"
+            raise UserError(f"--device {name}: {found}; --device cuda:0 puts all ranks on one")
         name = f"cuda:{ranks.local_rank}"
     try:
         device = torch.device(name)

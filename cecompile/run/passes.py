@@ -17,8 +17,7 @@ from cecompile.errors import CheckError, first_line
 from cecompile.partitioned.pipeline import LostError
 from cecompile.partitioned.streaming import StreamingEngine
 from cecompile.results.journal import ANSWERS, PASSES
-from cecompile.run.context import RunContext
-from cecompile.run.progress import Counter
+from cecompile.run.context import Counter, RunContext
 from cecompile.workload.sequences import Ints, Sequences
 from cecompile.workload.stage import StagedPass
 
@@ -234,6 +233,5 @@ def _units(rows: Mapping[int, tuple[Ints, int]], size: int) -> list[list[int]]:
 def _refuse_nonsense(sequence: Any, values: Any, named: Named) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
-        raise CheckError(
-            f"{named(int(sequence[bad[0]]))}: the model's log-probability is {values[bad[0]]}; no result was written"
-        )
+        fault = f"the model's log-probability is {values[bad[0]]}"
+        raise CheckError(f"{named(int(sequence[bad[0]]))}: {fault}; no result was written")

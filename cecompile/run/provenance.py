@@ -133,14 +133,13 @@ def _replaced(model: PreTrainedModel, share: LayerRange | None) -> list[str] | N
         stock = on_meta(model.config)
         if share is not None:
             stock.tie_weights()  # older versions do not on the meta device
-            Span.of(stock, share)
+            Span(stock, share)
         fresh = _kinds(stock)
     except UserError:
         return None
     live = _kinds(model)
-    return [
-        name or type(model).__name__ for name in dict.fromkeys((*fresh, *live)) if fresh.get(name) != live.get(name)
-    ]
+    different = [name for name in dict.fromkeys((*fresh, *live)) if fresh.get(name) != live.get(name)]
+    return [name or type(model).__name__ for name in different]
 
 
 def _kinds(model: nn.Module) -> dict[str, Sequence[Any]]:

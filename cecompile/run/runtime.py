@@ -55,8 +55,8 @@ class Runtime:
             usual = "sdpa"
         self.mode = mode = Mode(options.engine, usual if options.attention == "auto" else options.attention)
         self.planner = Planner(name, config, device, mode, sizing, ranks, recorded)
-        self.weights = Weights(name, config, device, options.dtype, self.planner, ranks)
-        self.warmup = Warmup(name, device, mode, options, self.planner, self.weights, cache, facts, ranks)
+        self.weights = Weights(name, config, device, self.planner, ranks)
+        self.warmup = Warmup(name, device, mode, self.planner, self.weights, cache, facts, ranks)
 
     def load(self, plan: Plan | None = None, clock: Clock | None = None) -> PreTrainedModel:
         """The model with its weights, on its device.

@@ -8,10 +8,9 @@ from numpy.typing import NDArray
 
 from cecompile.engine.attention import stock_attention
 from cecompile.engine.forward import Readouts
-from cecompile.run.context import RunContext
+from cecompile.run.context import Progress, RunContext
 from cecompile.run.language_model import LanguageModel, Workload, timed
 from cecompile.run.passes import Named, run_passes, score_sequences_alone
-from cecompile.run.progress import Progress
 from cecompile.run.resume import begin
 from cecompile.tasks.question import Question
 from cecompile.workload.encode import encode, max_input_length
@@ -64,7 +63,8 @@ class Scorer(LanguageModel):
         begin(self.runtime, workload, run.journal)
         run.clock.enter("inference")
         outcome, seconds = timed(infer, run)
-        loglikelihoods, greedy = _by_question(questions, workload, *outcome)
+        bounds = np.searchsorted(workload.sequences.questions, np.arange(1, len(questions)))
+        loglikelihoods, greedy = ([tuple(part.tolist()) for part in np.split(each, bounds)] for each in outcome)
         return Scores(loglikelihoods, greedy, workload, seconds)
 
     def score_sequences(self, sequences: Sequences, *, progress: Progress = lambda *_: None) -> Outcome:
@@ -109,13 +109,3 @@ def collect(count: int, staged: Sequence[StagedPass], readouts: Sequence[Readout
         np.add.at(loglikelihood, one.choice, out.logprob)
         np.add.at(misses, one.choice, out.argmax != one.target)
     return loglikelihood, misses == 0
-
-
-def _by_question(
-    questions: Sequence[Question], workload: Workload, loglikelihood: NDArray[np.float64], greedy: NDArray[np.bool_]
-) -> tuple[list[tuple[float, ...]], list[tuple[bool, ...]]]:
-    bounds = np.searchsorted(workload.sequences.questions, np.arange(1, len(questions)))
-    return (
-        [tuple(part.tolist()) for part in np.split(loglikelihood, bounds)],
-        [tuple(part.tolist()) for part in np.split(greedy, bounds)],
-    )

@@ -6,9 +6,9 @@ from typing import Any
 
 from cecompile.compile_cache.store import WARM, Entry, ProbeResult
 from cecompile.errors import CheckError, UserError
+from cecompile.run.context import Progress
 from cecompile.run.engine_builder import useful_tokens_per_second
 from cecompile.run.language_model import LanguageModel
-from cecompile.run.progress import Progress
 from cecompile.tasks.windows import Windows
 from cecompile.workload.plan import Plan, every_bucket
 from cecompile.workload.sequences import Sequences
@@ -35,13 +35,9 @@ class CacheBuild:
 
 
 def warm(
-    model: LanguageModel,
-    questions: Sequence[Any] | Windows | None = None,
-    *,
-    max_depth: int = 1,
-    tune: bool = False,
+    model: LanguageModel, questions: Sequence[Any] | Windows | None = None, *, max_depth: int = 1, tune: bool = False,
     progress: Progress = lambda *_: None,
-) -> CacheBuild:
+) -> CacheBuild:  # fmt: skip
     """Compiles and captures every bucket of a plan, and leaves the result in the cache.
 
     Args:

@@ -3,7 +3,7 @@
 import functools
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -21,12 +21,11 @@ from cecompile.model.checkpoint import DTYPES
 from cecompile.model.support import takes_ours
 from cecompile.model.unchanged import Content, made_buffers
 from cecompile.partitioned.streaming import StreamingEngine
-from cecompile.planning.options import RunOptions
 from cecompile.planning.planner import Mode, Planner
 from cecompile.ranks import Ranks
 from cecompile.run.compile_apart import Job, compile_apart
+from cecompile.run.context import Counter, Progress
 from cecompile.run.engine_builder import EngineBuilder, WarmEngine
-from cecompile.run.progress import Counter, Progress
 from cecompile.run.weights import Weights, WhileReading
 from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import Bucket, Plan
@@ -40,8 +39,7 @@ class Warmup:
         name: the model's, for messages.
         device: the device that runs.
         mode: the engine and attention in use. Where neither compiling nor an attention works, warm-up changes the mode.
-        options: of the run.
-        planner, weights: of the same model.
+        planner, weights: of the same model; the planner has the options of the run.
         cache: of compiled code; None does without.
         facts: gives what compiled code depends on, for the cache's key.
         ranks: the processes that share the work; they take the same decisions.
@@ -53,15 +51,14 @@ class Warmup:
     """
 
     def __init__(
-        self, name: str, device: torch.device, mode: Mode, options: RunOptions, planner: Planner, weights: Weights,
+        self, name: str, device: torch.device, mode: Mode, planner: Planner, weights: Weights,
         cache: CompileCache | None, facts: Callable[[], dict[str, Any]], ranks: Ranks,
     ) -> None:  # fmt: skip
         self.entry: Entry | None = None
         self.cache_state: tuple[str, str] | None = None
         self.warmed: WarmEngine | None = None
         self._name, self._device, self._mode = name, device, mode
-        self._options = options
-        self._planner, self._weights = planner, weights
+        self._planner, self._weights, self._options = planner, weights, planner.sizing.options
         self._cache, self._facts = cache, facts
         self._ranks = ranks
         self._probed = False
@@ -187,8 +184,7 @@ class Warmup:
             if warmed is None:
                 return None
             self.warmed, self._capacity_in_passes, self._mode.engine = warmed, len(ready.staged), warmed.name
-            if warmed.note:
-                self._mode.remark(warmed.note)
+            self._mode.remark(warmed.note)
         return self.warmed
 
     def warm(self, ready: StagedPlan, progress: Progress) -> WarmEngine | None:
@@ -251,7 +247,7 @@ class Warmup:
     def streaming(self) -> dict[str, Any] | None:
         """results.json's `streaming`; None where all weights are in memory."""
         engine = None if self.warmed is None else self.warmed.engine
-        return engine.streaming.summary() if isinstance(engine, StreamingEngine) and engine.streaming else None
+        return asdict(engine.streaming) if isinstance(engine, StreamingEngine) and engine.streaming else None
 
     @property
     def modules(self) -> Sequence[nn.Module]:

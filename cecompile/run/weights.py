@@ -34,8 +34,7 @@ class Weights:
         name: the model's, a directory or hub id.
         config: the model's configuration.
         device: the device that holds the weights.
-        dtype: as asked for.
-        planner: decides which layers are loaded, and how.
+        planner: decides which layers are loaded, and how; has the options of the run.
         ranks: the processes that share the work.
 
     Attributes:
@@ -48,9 +47,7 @@ class Weights:
         expected_fingerprint: the only fingerprint that the checkpoint may have; None allows any.
     """
 
-    def __init__(
-        self, name: str, config: Any, device: torch.device, dtype: str, planner: Planner, ranks: Ranks
-    ) -> None:
+    def __init__(self, name: str, config: Any, device: torch.device, planner: Planner, ranks: Ranks) -> None:
         self.model: PreTrainedModel | None = None
         self.checkpoint: Checkpoint | None = None
         self.stock_attention = "eager"
@@ -58,9 +55,8 @@ class Weights:
         self.feed: LayerFeed | None = None
         self.precompiled: Engine | None = None
         self.expected_fingerprint: str | None = None
-        self._name, self._config, self._device, self._dtype = name, config, device, dtype
-        self._planner = planner
-        self._ranks = ranks
+        self._name, self._config, self._device, self._dtype = name, config, device, planner.sizing.options.dtype
+        self._planner, self._ranks = planner, ranks
         self._files: Files | None = None
         self._proof: Proof | None = None
 
@@ -85,11 +81,10 @@ class Weights:
             if clock is not None and overlap is not None and overlap.read_at < overlap.made_at:
                 clock.enter("warmup", overlap.read_at)
                 clock.enter("load_model", overlap.made_at)
-            if self.expected_fingerprint not in (None, loaded.fingerprint):
-                raise UserError(
-                    f"{self._name}: weights: fingerprint {loaded.fingerprint[:12]}, "
-                    f"the baseline's is {str(self.expected_fingerprint)[:12]}: not the same model"
-                )
+            found, expected = loaded.checkpoint.fingerprint, self.expected_fingerprint
+            if expected is not None and found != expected:
+                other = f"fingerprint {found[:12]}, the baseline's is {str(expected)[:12]}: not the same model"
+                raise UserError(f"{self._name}: weights: {other}")
             self.model, self.checkpoint = loaded.model, loaded.checkpoint
             self._planner.loaded = True
             if is_integrated(self._device):  # what reading took is room for the passes

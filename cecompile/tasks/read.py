@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cecompile.errors import UserError, first_line
+from cecompile.errors import UserError, file_errors, first_line
 from cecompile.tasks.formats import detect, to_question
 from cecompile.tasks.windows import Windows, split
 
@@ -25,23 +25,15 @@ JSON, TABLES = (".jsonl", ".ndjson", ".json"), (".parquet", ".csv")
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """The questions in the order of the file: `ChatQuestion` for the task "chat", else `Question`."""
+    """The questions in the order of the file, whole or in windows: `ChatQuestion` for "chat", else `Question`."""
 
     task: str
-    questions: list[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class LargeDataset:
-    """The questions in the order of the file, a window at a time."""
-
-    task: str
-    questions: Windows
+    questions: list[Any] | Windows
 
 
 def read_questions(data: str | Path, task: str = "auto", limit: float | None = None) -> list[Any]:
     """The questions of a dataset; see `read_dataset`."""
-    return read_dataset(data, task, limit).questions
+    return list(read_dataset(data, task, limit).questions)
 
 
 def read_dataset(data: str | Path, task: str = "auto", limit: float | None = None) -> Dataset:
@@ -63,7 +55,7 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
     return Dataset(rows.task, questions[: _kept(len(questions), limit)])
 
 
-def read_windows(data: str | Path, task: str, limit: float | None, window: int) -> Dataset | LargeDataset:
+def read_windows(data: str | Path, task: str, limit: float | None, window: int) -> Dataset:
     """Like `read_dataset`, but keeps no more than `window` questions: all are checked, and read again when needed.
 
     A .json array is parsed as a whole each time. Parquet, CSV and hub datasets are converted into files of the cache of
@@ -79,7 +71,7 @@ def read_windows(data: str | Path, task: str, limit: float | None, window: int) 
     surveyed = Windows.surveyed(str(data), window, itertools.chain(first, windows), again)
     if limit is not None and limit < 1:
         return read_windows(data, task, _kept(len(surveyed), limit), window)
-    return LargeDataset(rows.task, surveyed)
+    return Dataset(rows.task, surveyed)
 
 
 def _kept(count: int, limit: float | None) -> int:
@@ -134,10 +126,8 @@ def _state(data: str | Path) -> tuple[int, ...] | None:
 def _rows(data: str | Path) -> Iterator[tuple[str, Any]]:
     """Pairs of (place for messages, row)."""
     path, suffix = Path(data), Path(data).suffix.lower()
-    try:
+    with file_errors(f"{data}: cannot be read"):
         is_file, is_directory, exists = path.is_file(), path.is_dir(), path.exists()
-    except OSError as error:
-        raise UserError(f"{data}: cannot be read: {error.strerror}") from None
     if is_file and suffix in JSON:
         return _json_rows(path)
     if is_file and suffix in TABLES:
@@ -170,10 +160,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _open(path: Path) -> Any:
-    try:
+    with file_errors(f"{path}: cannot be read"):
         return path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _parse(content: bytes, where: str) -> Any:

@@ -81,7 +81,7 @@ class Writer:
     def figure(self, drawing: Drawing, name: str, **fields: object) -> KeepTogether:
         """A drawing with a numbered caption."""
         self.figures += 1
-        caption = self.words("figure", figure=self.figures) + self.text(name, **fields)
+        caption = f"{self.words('figure', figure=self.figures)} {self.text(name, **fields)}"
         return KeepTogether([Spacer(1, 6), drawing, Paragraph(caption, CAPTION)])
 
     def table(
