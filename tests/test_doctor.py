@@ -157,10 +157,10 @@ def tools(facts: Facts, **changes) -> Facts:
 
 CPU_BUILD = {"devices": (), "torch_cuda": None}
 WRONG = {  # what is otherwise than on a healthy Orin, and what the problem and the fix must match
-    "swap": (lambda f: host(f, swap_bytes=15 * GIB), "15.0 GiB of swap cannot hold CUDA memory", ""),
-    "little memory free": (lambda f: gpu(f, free_bytes=3 * GIB), "3.0 GiB free", ""),
+    "swap": (lambda f: host(f, swap_bytes=15 * GIB), r"15\.0 GiB of swap cannot hold CUDA memory", ""),
+    "little memory free": (lambda f: gpu(f, free_bytes=3 * GIB), r"3\.0 GiB free", ""),
     "little memory of the host": (
-        lambda f: replace(host(f, available_bytes=2 * GIB), cuda_driver=None, **CPU_BUILD), "2.0 GiB", ""
+        lambda f: replace(host(f, available_bytes=2 * GIB), cuda_driver=None, **CPU_BUILD), r"2\.0 GiB", ""
     ),
     "a CPU build of torch": (lambda f: replace(f, **CPU_BUILD), "CPU build", "CUDA build of torch"),
     "no device": (lambda f: replace(f, devices=()), "", "--runtime nvidia"),
@@ -184,7 +184,7 @@ def test_what_is_wrong_is_named_with_its_fix(name, orin):
     assert re.search(fix, fixes(facts))
 
 
-def test_what_is_wrong_on_an_integrated_gpu_alone(orin):
+def test_another_gpu_has_no_such_findings(orin):
     facts = orin_facts(orin)
     assert judge(gpu(host(facts, swap_bytes=15 * GIB), integrated=False)) == []
     assert judge(replace(facts, torch_architectures=STOCK_BUILD, devices=(H100,), jetson=None)) == []

@@ -1,4 +1,4 @@
-"""The report's files: what the command and the script of the hand-in write, and what both refuse."""
+"""The report's files, as the command and the script of the hand-in write or refuse them."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Results for a report, and what can be read in the report's pages."""
+"""Results for a report, and the texts of a report's pages."""
 
 import io
 import re

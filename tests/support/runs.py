@@ -81,13 +81,13 @@ class Runs:
             return self(output, *more)
 
     def patched(self, output: str, *attribute: object):
-        """Runs with an attribute of an object or a module that is another, as `monkeypatch.setattr` takes it."""
+        """Runs while an attribute is replaced; the arguments are those of `monkeypatch.setattr`."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(*attribute)
             return self(output)
 
     def go_on(self, output: str) -> dict | None:
-        """Resumes a run to its end; checks the samples against those of "whole", and returns what was kept."""
+        """Resumes a run to its end; checks the samples against those of "whole"; returns the counts of records kept."""
         done = self(output, "--resume")
         assert done.exit_code == 0, done.output
         assert self.samples(output) == self.samples("whole")
