@@ -1,7 +1,6 @@
 """Tiny models with random weights, tokenizers trained on the spot, and the real inputs where they are at hand."""
 
 import atexit
-import json
 import os
 import shutil
 import subprocess
@@ -18,8 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the others use the other cores
 
 import pytest
 from hypothesis import HealthCheck, settings
-from support.checkpoints import save_demo_llama, save_tiny_llama
-from support.rows import shared_file
+from support.checkpoints import add_llama2_tokenizer, save_demo_llama, save_tiny_llama
 
 pytest_plugins = ["support.quick"]
 atexit.register(shutil.rmtree, os.environ["CECOMPILE_CACHE"], ignore_errors=True)
@@ -83,9 +81,7 @@ def held(tiny_llama) -> int:
 def llama_tokenizer_dir(tmp_path_factory) -> Path:
     """A small random Llama with the Llama-2 tokenizer."""
     directory = tmp_path_factory.mktemp("llama_tokenizer")
-    (directory / "tokenizer.model").write_bytes(shared_file("llama_tokenizer.model").read_bytes())
-    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"} | marks))
+    add_llama2_tokenizer(directory, add_bos_token=True)
     return save_tiny_llama(directory, 32_000, max_position_embeddings=2048)
 
 

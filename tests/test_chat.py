@@ -2,27 +2,24 @@
 
 import json
 import re
-import runpy
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from support.checkpoints import add_tokenizer, save_tiny_llama
-from support.models import ARCHITECTURES, VOCABULARY, tiny_model
+from support.checkpoints import add_llama2_tokenizer, add_tokenizer, change_json, save_tiny_llama
+from support.models import ARCHITECTURES, VOCABULARY, save, tiny_model
 from support.passes import generated, prepared, random_sequences
 from support.rows import MADE_UP, ask, shared_file
+from support.runs import json_lines, run_command, run_script
 from support.runs import results as results_of
-from support.runs import run_command
 from support.runs import samples as samples_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Phi3Config, Phi3ForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from cecompile import Answerer, ChatQuestion, demo, read_questions
-from cecompile.cli import cli
 from cecompile.engine import decode as decode_module
 from cecompile.engine.stock_pipeline import stop_tokens
 from cecompile.errors import UserError
@@ -94,17 +91,10 @@ def test_the_last_user_message_is_asked():
     assert ChatQuestion("0", turns, None).choices == ("a", "b")
 
 
-@pytest.mark.parametrize(
-    ("text", "answer", "correct"),
-    [
-        ("a", "a", True),
-        (" \na", "a", True),
-        ("a\n", "a", True),
-        ("a ", "a", False),
-        ("b", "a", False),
-        ("a", None, None),
-    ],
-)
+JUDGED = [("a", "a", True), (" \na", "a", True), ("a\n", "a", True), ("a ", "a", False), ("b", "a", False)]
+
+
+@pytest.mark.parametrize(("text", "answer", "correct"), [*JUDGED, ("a", None, None)])
 def test_answers_are_judged_as_the_contest_does(text, answer, correct):
     assert judge_answer(ask("x", label=answer), text, 1, 0).correct is correct
 
@@ -149,6 +139,11 @@ def test_a_row_larger_than_the_cache_is_refused():
         DecodeSchedule([np.zeros(10, dtype=np.int32)], [3], frozenset(), DecodeShape(12, 1, (4, 1)))
 
 
+def random_prompts(lengths) -> list[np.ndarray]:
+    random = np.random.default_rng(1)
+    return [random.integers(3, VOCABULARY, n).astype(np.int32) for n in lengths]
+
+
 @pytest.mark.parametrize(
     ("kind", "attention", "compiled"),
     [(kind, "sdpa", False) for kind in ARCHITECTURES]
@@ -158,8 +153,7 @@ def test_a_row_larger_than_the_cache_is_refused():
     ],
 )
 def test_decodes_as_generate_does(kind, attention, compiled):
-    model, random = tiny_model(kind), np.random.default_rng(1)
-    prompts = [random.integers(3, VOCABULARY, n).astype(np.int32) for n in (1, 40, 7, 23, 16, 17, 9)]
+    model, prompts = tiny_model(kind), random_prompts([1, 40, 7, 23, 16, 17, 9])
     stop = generated(model, prompts[1], 12, None)[5]
     expected = [generated(model, prompt, 12, stop) for prompt in prompts]
     assert min(len(tokens) for tokens in expected) <= 6
@@ -173,9 +167,8 @@ def test_decodes_as_generate_does(kind, attention, compiled):
 @pytest.mark.parametrize("longest", [40, 200, 300])
 def test_decodes_over_the_least_cache_where_memory_is_short(longest):
     """It holds the longest prompt and answer, and more slots than a step has tokens."""
-    model, random = tiny_model("llama", max_position_embeddings=512), np.random.default_rng(1)
-    lengths = [longest - 12, 90, 90, 60, 60, 30, 30, 10]
-    prompts = [random.integers(3, VOCABULARY, min(n, longest - 12)).astype(np.int32) for n in lengths]
+    model = tiny_model("llama", max_position_embeddings=512)
+    prompts = random_prompts(min(n, longest - 12) for n in (longest, 90, 90, 60, 60, 30, 30, 10))
     expected = [generated(model, prompt, 12, None) for prompt in prompts]
     sizing = Sizing("m", model.config, model.device, RunOptions(dtype="float32"))
     geometry = sizing.geometry(longest, blocks=False)
@@ -193,22 +186,14 @@ def babbler(request, tmp_path_factory):
     """A tiny random model with a chat template: it says nothing that anybody would graft."""
     directory = tmp_path_factory.mktemp("babbler")
     if request.param.endswith("tokenizer"):
-        (directory / "tokenizer.model").write_bytes(shared_file("llama_tokenizer.model").read_bytes())
-        marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": TEMPLATE}
-        marks |= {"extra_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>", "<|system|>"]}
-        (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"} | marks))
+        special = ["<|user|>", "<|assistant|>", "<|end|>", "<|system|>"]
+        add_llama2_tokenizer(directory, chat_template=TEMPLATE, extra_special_tokens=special)
         return save_tiny_llama(directory, 32_008, max_position_embeddings=4096)
     add_tokenizer(directory)
     if request.param == "llama":
         return save_tiny_llama(directory, 1024, max_position_embeddings=4096)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = Phi3Config(
-        vocab_size=1024, num_key_value_heads=2, max_position_embeddings=4096, original_max_position_embeddings=4096,
-        initializer_range=0.3, pad_token_id=3, eos_token_id=2, bos_token_id=1, **sizes,
-    )  # fmt: skip
-    Phi3ForCausalLM(config).save_pretrained(directory)
-    return directory
+    positions = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
+    return save(directory, "phi3", vocab_size=1024, pad_token_id=3, **positions)
 
 
 def stock_texts(model, questions, new_tokens):
@@ -229,11 +214,8 @@ def test_babble_equals_the_pipelines(babbler):
 
 @pytest.mark.compiles
 def test_official_rows_equal_the_pipelines(babbler):
-    questions = [
-        question
-        for name in ("ce2024_test_dataset.jsonl", "ce2024_sample_longest.jsonl")
-        for question in read_questions(shared_file(name))
-    ]
+    files = ("ce2024_test_dataset.jsonl", "ce2024_sample_longest.jsonl")
+    questions = [question for file in files for question in read_questions(shared_file(file))]
     assert len(questions) == 31
     assert all(len(q.choices) >= 2 and q.label in q.choices for q in questions)
     answers = Answerer.from_pretrained(babbler, device="cpu", new_tokens=40).answer(questions).answers
@@ -271,9 +253,8 @@ def test_the_answer_does_not_depend_on_what_is_grafted():
     questions = read_questions(demo.CHAT, limit=8)
     answerer = Answerer.from_pretrained(device="cpu", engine="eager", new_tokens=20)
     texts = [a.text for a in answerer.answer(questions).answers]
-    tokenizer = answerer.tokenizer
-    full = graft(questions, tokenizer, 1024, 20)
-    bare = graft(questions, tokenizer, int(full.longest_prompt), 20)  # the longest prompt leaves no room
+    full = graft(questions, answerer.tokenizer, 1024, 20)
+    bare = graft(questions, answerer.tokenizer, int(full.longest_prompt), 20)  # the longest prompt leaves no room
     assert [p.tolist() for p in prompts_of(full)] == [p.tolist() for p in prompts_of(bare)]
     assert len(bare) < len(full)
     other = [ChatQuestion(q.id, q.messages, q.label) for q in questions]
@@ -281,66 +262,51 @@ def test_the_answer_does_not_depend_on_what_is_grafted():
 
 
 def test_the_walk_stops_where_the_tree_ends():
-    question = ask("choices: ['ab', 'a']")
     tokenizer = Answerer.from_pretrained(device="cpu").tokenizer
-    sequences = graft([question], tokenizer, 1024, 9)
+    sequences = graft([ask("choices: ['ab', 'a']")], tokenizer, 1024, 9)
     forms = [sequences.targets(i)[:-1].tolist() for i in range(len(sequences))]
-    prompt = prompts_of(sequences)[0]
-    longest = max(forms, key=len)
-    stop = frozenset([7])
+    prompt, longest, stop = prompts_of(sequences)[0], max(forms, key=len), frozenset([7])
 
     def argmax_along(answer):
         """Most likely tokens of a model that says `answer`: its next token, or 0 off its path."""
-        out = []
-        for form in forms:
-            for at in range(len(form) + 1):
-                on_path = form[:at] == answer[:at] and at < len(answer)
-                out.append(answer[at] if on_path else 0)
-        return np.array(out, dtype=np.int32)
+        paths = [form[:at] for form in forms for at in range(len(form) + 1)]
+        here = [len(path) < len(answer) and path == answer[: len(path)] for path in paths]
+        says = [answer[len(path)] if on_path else 0 for path, on_path in zip(paths, here, strict=True)]
+        return np.array(says, dtype=np.int32)
 
     assert all(sequences.inputs(i)[: len(prompt)].tolist() == prompt.tolist() for i in range(len(sequences)))
-    (whole,) = walk(sequences, argmax_along([*longest, 7]), stop, 9)
-    assert (whole.tokens, whole.complete) == ([*longest, 7], True)
-    (nothing,) = walk(sequences, argmax_along([7]), stop, 9)
-    assert (nothing.tokens, nothing.complete) == ([7], True)
-    (left,) = walk(sequences, argmax_along([*longest, 9, 9, 7]), stop, 9)
-    assert (left.tokens, left.complete) == ([*longest, 9], False)
-    (cut,) = walk(sequences, argmax_along([*longest, 7]), stop, len(longest))
-    assert (cut.tokens, cut.complete) == (longest, True)
-
-
-def copy_demo(directory, **changes):
-    """The demo model with other JSON files; a value of None removes the file."""
-    shutil.copytree(demo.MODEL, directory)
-    for name, change in changes.items():
-        path = directory / f"{name}.json"
-        content = json.loads(path.read_text()) | change
-        path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-    return directory
+    for said, most, tokens, complete in (
+        ([*longest, 7], 9, [*longest, 7], True),
+        ([7], 9, [7], True),
+        ([*longest, 9, 9, 7], 9, [*longest, 9], False),  # leaves the tree
+        ([*longest, 7], len(longest), longest, True),  # is cut
+    ):
+        (walked,) = walk(sequences, argmax_along(said), stop, most)
+        assert (walked.tokens, walked.complete) == (tokens, complete)
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("file", "changes", "words"),
     [
-        ({"tokenizer_config": {"chat_template": None}}, ["question '0'", "chat template"]),
-        ({"tokenizer_config": {"chat_template": "{{ raise_exception('roles!') }}"}}, ["question '0'", "roles!"]),
-        ({"tokenizer_config": {"chat_template": "{{ nothing.at.all }}"}}, ["question '0'", "chat template"]),
-        ({"generation_config": {"repetition_penalty": 1.1}}, ["generation_config.json", "repetition_penalty 1.1"]),
-        ({"generation_config": {"num_beams": 4}}, ["num_beams 4", "--engine reference"]),
-        ({"generation_config": {"suppress_tokens": [5]}}, ["suppress_tokens"]),
-        ({"generation_config": {"encoder_repetition_penalty": 1.5}}, ["encoder_repetition_penalty 1.5"]),
-        ({"generation_config": {"encoder_no_repeat_ngram_size": 2}}, ["encoder_no_repeat_ngram_size 2"]),
-        ({"generation_config": {"token_healing": True}}, ["token_healing True"]),
+        ("tokenizer_config", {"chat_template": None}, ["question '0'", "chat template"]),
+        ("tokenizer_config", {"chat_template": "{{ raise_exception('roles!') }}"}, ["question '0'", "roles!"]),
+        ("tokenizer_config", {"chat_template": "{{ nothing.at.all }}"}, ["question '0'", "chat template"]),
+        ("generation_config", {"repetition_penalty": 1.1}, ["generation_config.json", "repetition_penalty 1.1"]),
+        ("generation_config", {"num_beams": 4}, ["num_beams 4", "--engine reference"]),
+        ("generation_config", {"suppress_tokens": [5]}, ["suppress_tokens"]),
+        ("generation_config", {"encoder_repetition_penalty": 1.5}, ["encoder_repetition_penalty 1.5"]),
+        ("generation_config", {"encoder_no_repeat_ngram_size": 2}, ["encoder_no_repeat_ngram_size 2"]),
+        ("generation_config", {"token_healing": True}, ["token_healing True"]),
     ],
 )
-def test_models_that_cannot_answer_are_refused(changes, words, tmp_path):
-    model = copy_demo(tmp_path / "model", **changes)
-    args = ["--model", str(model), "--task", "chat", "--limit", "2", "--engine", "eager", "--device", "cpu"]
-    result = CliRunner().invoke(cli, ["eval", *args, "--output", str(tmp_path / "out")])
-    assert result.exit_code == 2
+def test_models_that_cannot_answer_are_refused(file, changes, words, tmp_path):
+    model = shutil.copytree(demo.MODEL, tmp_path / "model")
+    change_json(model / f"{file}.json", **changes)
+    how = ("--model", model, "--task", "chat", "--limit", 2, "--engine", "eager", "--device", "cpu")
+    refused = run_command("eval", *how, "--output", tmp_path / "out", exit_code=2)
     assert not (tmp_path / "out").exists()
-    assert len(result.stderr.splitlines()) == 1
-    assert all(word in result.stderr for word in words), result.stderr
+    assert len(refused.splitlines()) == 1
+    assert all(word in refused for word in words), refused
 
 
 def test_settings_that_change_no_greedy_answer_are_accepted():
@@ -355,33 +321,24 @@ def test_a_prompt_longer_than_the_model_is_refused():
 
 @pytest.mark.compiles
 def test_eval_writes_predictions_as_the_pipeline_does_and_warm_prepares_it(tmp_path):
-    runner, out = CliRunner(), tmp_path / "out"
-    same = ["--task", "chat", "--limit", "8", "--device", "cpu", "--max-new-tokens", "30"]
-    cache = ["--cache-dir", str(tmp_path / "cache")]
-    built = runner.invoke(cli, ["warm", *same, *cache])
-    assert built.exit_code == 0, built.output
-    assert "decoding" in built.stdout
-    done = runner.invoke(cli, ["eval", *same, *cache, "--require-warm", "--output", str(out)])
-    assert done.exit_code == 0, done.output
-    assert "exact_match" in done.stdout
+    out = tmp_path / "out"
+    same = ["--task", "chat", "--limit", 8, "--device", "cpu", "--max-new-tokens", 30]
+    same += ["--cache-dir", tmp_path / "cache"]
+    assert "decoding" in run_command("warm", *same)
+    assert "exact_match" in run_command("eval", *same, "--require-warm", "--output", out)
 
-    results = results_of(out)
-    samples = samples_of(out)
-    predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    questions = read_questions(demo.CHAT, limit=8)
-    assert results["task"] == "chat"
-    assert results["cache"]["state"] == "warm"
-    assert predictions == [[{"generated_text": s["text"]}] for s in samples]
+    results, samples, questions = results_of(out), samples_of(out), read_questions(demo.CHAT, limit=8)
+    assert (results["task"], results["cache"]["state"]) == ("chat", "warm")
+    assert json_lines(out / "predictions.jsonl") == [[{"generated_text": s["text"]}] for s in samples]
     right = [s["text"].lstrip().replace("\n", "") == q.label for s, q in zip(samples, questions, strict=True)]
     assert [s["correct"] for s in samples] == right
     assert results["metrics"]["exact_match"] == sum(right) / 8
-    assert results["answers"]["in_tree"] == sum(s["in_tree"] for s in samples)
-    assert results["answers"]["decoded_tokens"] == sum(s["decoded_tokens"] for s in samples)
+    assert all(results["answers"][name] == sum(s[name] for s in samples) for name in ("in_tree", "decoded_tokens"))
     assert results["plan"]["decoding"]["slots"] >= 30
 
-    run_command("eval", "--limit", "4", "--engine", "eager", "--device", "cpu", "--output", out, exit_code=2)
-    scored = ["eval", "--limit", "4", "--engine", "eager", "--device", "cpu", "--output", str(out), "--overwrite"]
-    assert runner.invoke(cli, scored).exit_code == 0
+    scored = ("eval", "--limit", 4, "--engine", "eager", "--device", "cpu", "--output", out)
+    run_command(*scored, exit_code=2)
+    run_command(*scored, "--overwrite")
     assert not (out / "predictions.jsonl").exists()
 
 
@@ -414,26 +371,30 @@ def test_a_loaded_model_is_taken_as_it_is(tmp_path):
 def test_the_contests_script(engine, tmp_path, monkeypatch, capsys):
     rows = demo.CHAT.read_text().splitlines()[:6]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    arguments = [str(demo.MODEL), "rows.jsonl", "--engine", engine, "--device", "cpu", "--predictions", "out.jsonl"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["contest_2024.py", *arguments, "--longest", "300", "--max-new-tokens", "30"])
-    runpy.run_path(str(CONTEST), run_name="__main__")
+    how = (
+        "--engine",
+        engine,
+        "--device",
+        "cpu",
+        "--predictions",
+        "out.jsonl",
+        "--longest",
+        300,
+        "--max-new-tokens",
+        30,
+    )
+    assert run_script(CONTEST, demo.MODEL, "rows.jsonl", *how) == 0
     printed = capsys.readouterr().out.splitlines()
     texts = stock_texts(demo.MODEL, read_questions("rows.jsonl"), 30)
     answers = printed.index("===== Answers =====")
-    assert printed[answers + 1 : answers + 7] == texts
-    assert printed[answers + 7] == "===== Perf result ====="
+    assert printed[answers + 1 : answers + 8] == [*texts, "===== Perf result ====="]
     assert re.fullmatch(r"Elapsed_time:  \d+\.\d+", printed[answers + 8])
     right = sum(text == json.loads(row)["answer"] for text, row in zip(texts, rows, strict=True))
     assert printed[answers + 9 :] == [f"Correctness: {right}/6"]
-    assert [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()] == [
-        [{"generated_text": text}] for text in texts
-    ]
+    assert json_lines(Path("out.jsonl")) == [[{"generated_text": text}] for text in texts]
 
 
-def test_the_contests_script_says_what_is_wrong(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["contest_2024.py", str(tmp_path / "none"), "rows.jsonl"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(CONTEST), run_name="__main__")
-    assert end.value.code == 2
+def test_the_contests_script_says_what_is_wrong(tmp_path, capsys):
+    assert run_script(CONTEST, tmp_path / "none", "rows.jsonl") == 2
     assert capsys.readouterr().err.splitlines() == [f"contest_2024: {tmp_path / 'none'}: no such directory"]

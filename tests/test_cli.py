@@ -5,33 +5,42 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from support.checkpoints import copy_without_weights, save_tiny_llama, tensors_of
+from support.checkpoints import copy_without_weights, save_tiny_llama
 from support.rows import ROWS as ROWS_
 from support.rows import shared_file, write_rows
 from support.runs import results, run_process, samples
 from support.runs import run_command as run
+from transformers import AutoModelForCausalLM
 
 import cecompile
 from cecompile import demo
+from cecompile.model.checkpoint import read_checkpoint
 from cecompile.results.clock import CLOCKS, PHASES, Clock, latencies, process_start
 
 ROWS = ROWS_[:6]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_llama) -> tuple[Path, str]:
-    directory = tmp_path_factory.mktemp("finished")
-    data = write_rows(directory / "rows.jsonl", ROWS)
-    out = run("eval", "--model", tiny_llama, "--data", data, "--device", "cpu", "--engine", "eager", "--clock",
-              "section3", "--output", directory / "out")  # fmt: skip
-    return directory / "out", out
+def data(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS)
+
+
+@pytest.fixture(scope="module")
+def scoring(tiny_llama, data) -> list[str]:
+    """`eval` of the tiny model, all but the engine and where to write."""
+    return ["eval", "--model", str(tiny_llama), "--data", str(data), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, scoring) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp("finished") / "out"
+    return output, run(*scoring, "--engine", "eager", "--clock", "section3", "--output", output)
 
 
 def test_result_file_has_what_the_schema_says(finished):
@@ -44,8 +53,7 @@ def test_result_file_has_what_the_schema_says(finished):
     assert {"useful_tokens", "slots", "unshared_tokens", "prefix_tree_tokens", "buckets"} <= set(r["plan"])
     assert all(set(b) == {"rows", "length", "readouts", "runs", "useful_tokens"} for b in r["plan"]["buckets"])
     assert sum(b["useful_tokens"] for b in r["plan"]["buckets"]) == r["plan"]["useful_tokens"]
-    assert r["model"]["architecture"] == "LlamaForCausalLM"
-    assert r["model"]["dtype"] == "float32"
+    assert (r["model"]["architecture"], r["model"]["dtype"]) == ("LlamaForCausalLM", "float32")
     assert len(r["model"]["fingerprint"]) == len(r["data"]["digest"]) == 64
     assert r["memory"]["peak_bytes"] > 0
     assert r["environment"]["versions"]["torch"]
@@ -69,51 +77,38 @@ def test_only_the_results_are_left(finished):
     assert sorted(p.name for p in finished[0].iterdir()) == ["results.json", "samples.jsonl"]
 
 
-def test_overwrite(finished, tiny_llama, tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", ROWS[:2])
-    arguments = ["eval", "--model", tiny_llama, "--data", data, "--device", "cpu", "--engine", "reference"]
-    run(*arguments, "--output", tmp_path / "out")
-    run(*arguments, "--output", tmp_path / "out", "--overwrite", "--limit", 1)
-    assert results(tmp_path / "out")["questions"] == 1
-    assert results(tmp_path / "out")["plan"] is None
+def test_overwrite(scoring, tmp_path):
+    how = (*scoring, "--engine", "reference", "--output", tmp_path / "out")
+    run(*how, "--limit", 2)
+    run(*how, "--limit", 1, "--overwrite")
+    assert (results(tmp_path / "out")["questions"], results(tmp_path / "out")["plan"]) == (1, None)
 
 
-def test_unlabelled_data_gives_predictions_and_no_metrics(tiny_llama, tmp_path):
+def test_unlabelled_data_gives_predictions_and_no_metrics(scoring, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", [{"query": "q", "choices": ["a", "b"]}] * 2)
-    out = run("eval", "--model", tiny_llama, "--data", data, "--device", "cpu", "--engine", "eager", "--output",
-              tmp_path / "out")  # fmt: skip
+    assert "no labels" in run(*scoring, "--data", data, "--engine", "eager", "--output", tmp_path / "out")
     assert set(results(tmp_path / "out")["metrics"].values()) == {None}
-    assert "no labels" in out
     assert samples(tmp_path / "out")[0]["label"] is None
 
 
-def test_same_model_same_fingerprint_other_weights_another(tiny_llama, tmp_path):
-    from cecompile.model.checkpoint import read_checkpoint
-
+def test_the_fingerprint_is_of_the_weights_however_they_are_stored(tiny_llama, tmp_path):
     again = save_tiny_llama(tmp_path / "again", 1024)
     other = save_tiny_llama(tmp_path / "other", 1024, initializer_range=0.31)
-    prints = [read_checkpoint(str(directory)).fingerprint for directory in (tiny_llama, again, other)]
-    assert prints[0] == prints[1] != prints[2]
-
-
-def test_sharded_checkpoints_have_the_same_fingerprint(tiny_llama, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    from cecompile.model.checkpoint import read_checkpoint
-
-    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(tmp_path, max_shard_size="100KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert read_checkpoint(str(tmp_path)).fingerprint == read_checkpoint(str(tiny_llama)).fingerprint
+    sharded = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(sharded, max_shard_size="100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    prints = [read_checkpoint(str(directory)).fingerprint for directory in (tiny_llama, again, sharded, other)]
+    assert prints[0] == prints[1] == prints[2] != prints[3]
 
 
 @pytest.mark.process
-def test_plan_loads_no_weights(tiny_llama, tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+def test_plan_loads_no_weights(tiny_llama, data, tmp_path):
     model = copy_without_weights(tiny_llama, tmp_path / "model")
-    plan = json.loads(run("plan", "--model", model, "--data", data, "--device", "cpu", "--json"))
+    how = ("plan", "--model", model, "--data", data, "--device", "cpu")
+    plan = json.loads(run(*how, "--json"))
     assert plan["prefix_tree_tokens"] <= plan["useful_tokens"] <= plan["unshared_tokens"]
     assert sum(b["rows"] * b["length"] * b["runs"] for b in plan["buckets"]) == plan["slots"]
-    assert "useful tokens" in run("plan", "--model", model, "--data", data, "--device", "cpu")
+    assert "useful tokens" in run(*how)
 
 
 @pytest.mark.process
@@ -126,21 +121,10 @@ def test_plan_of_all_of_hellaswag(llama_tokenizer_dir):
     assert len(plan["buckets"]) <= 4
 
 
-def test_loglikelihoods_that_are_not_numbers_fail_the_run(tiny_llama, tmp_path):
-    model = shutil.copytree(tiny_llama, tmp_path / "model")
-    with tensors_of(model) as tensors:
-        tensors["model.norm.weight"][:] = float("nan")
-    data = write_rows(tmp_path / "rows.jsonl", ROWS)
-    arguments = ["eval", "--model", model, "--data", data, "--device", "cpu", "--engine", "reference"]
-    assert "question '0'" in run(*arguments, "--output", tmp_path / "out", exit_code=1)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.process
-def test_machine_without_a_compiler_runs_uncompiled_and_says_so(tiny_llama, tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", ROWS)
-    command = ("eval", "--model", tiny_llama, "--data", data, "--device", "cpu", "--output", tmp_path / "out")
-    done = run_process(*command, PATH="", CXX="", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+def test_machine_without_a_compiler_runs_uncompiled_and_says_so(scoring, tmp_path):
+    variables = {"PATH": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = run_process(*scoring, "--output", tmp_path / "out", **variables)
     engine = results(tmp_path / "out")["engine"]
     assert engine["name"] == "eager"
     assert engine["note"].startswith("ran uncompiled")
@@ -187,14 +171,13 @@ runpy.run_module("cecompile", run_name="__main__")
 
 
 @pytest.mark.process
-def test_phases_sum_to_the_time_since_the_process_began(tiny_llama, tmp_path):
+def test_phases_sum_to_the_time_since_the_process_began(scoring, tmp_path):
     """The sum lies between moments taken around the start of the process and around the last reading of its clock.
 
     The system counts a process's age in ticks, up to one too many, and while it is asked some time passes.
     """
-    data, moments = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "moments"
-    command = [sys.executable, "-c", CLOCKED, str(moments), "eval", "--model", str(tiny_llama), "--data", str(data)]
-    command += ["--device", "cpu", "--engine", "eager", "--output", str(tmp_path / "out")]
+    moments, output = tmp_path / "moments", tmp_path / "out"
+    command = [sys.executable, "-c", CLOCKED, str(moments), *scoring, "--engine", "eager", "--output", str(output)]
     before = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     after = time.perf_counter()
@@ -202,7 +185,7 @@ def test_phases_sum_to_the_time_since_the_process_began(tiny_llama, tmp_path):
     assert process.returncode == 0, said
     seen = json.loads(moments.read_text())
     unknown = 1 / os.sysconf("SC_CLK_TCK") + seen["start"][1] - seen["start"][0]
-    total, rounding = sum(results(tmp_path / "out")["phases_s"].values()), 1e-6
+    total, rounding = sum(results(output)["phases_s"].values()), 1e-6
     assert seen["read"][0] - after - rounding <= total <= seen["read"][1] - before + unknown + rounding
 
 
@@ -282,22 +265,18 @@ def test_assertions_only_tell_types():
 
 @pytest.mark.process
 @pytest.mark.parametrize("engine", ["eager", "reference"])
-def test_without_assertions_the_same(engine, tiny_llama, tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", ROWS)
-    command = ("eval", "--model", tiny_llama, "--data", data, "--device", "cpu", "--engine", engine)
+def test_without_assertions_the_same(engine, scoring, tmp_path):
     for name in ("", "1"):
-        run_process(*command, "--output", tmp_path / f"out{name}", PYTHONOPTIMIZE=name)
+        run_process(*scoring, "--engine", engine, "--output", tmp_path / f"out{name}", PYTHONOPTIMIZE=name)
     assert (tmp_path / "out1" / "samples.jsonl").read_bytes() == (tmp_path / "out" / "samples.jsonl").read_bytes()
 
 
 @pytest.mark.process
 @pytest.mark.compiles
-def test_python_without_asserts_compiles_all_the_same(tiny_llama, tmp_path):
+def test_python_without_asserts_compiles_all_the_same(scoring, tiny_llama, data, tmp_path):
     """The command starts Python anew; the Python API runs uncompiled and says why."""
-    data = write_rows(tmp_path / "rows.jsonl", ROWS)
-    how = ["eval", "--model", tiny_llama, "--data", data, "--device", "cpu"]
-    run(*how, "--output", tmp_path / "with")
-    run_process(*how, "--output", tmp_path / "without", PYTHONOPTIMIZE="1")
+    run(*scoring, "--output", tmp_path / "with")
+    run_process(*scoring, "--output", tmp_path / "without", PYTHONOPTIMIZE="1")
     assert results(tmp_path / "without")["engine"] == results(tmp_path / "with")["engine"]
     assert results(tmp_path / "with")["engine"]["name"] == "compiled"
     assert samples(tmp_path / "without") == samples(tmp_path / "with")

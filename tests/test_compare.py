@@ -8,21 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import add_tokenizer, save_demo_llama, tensors_of
-from support.models import tiny_model
+from support.checkpoints import WEIGHTS, add_tokenizer, change_json, save_demo_llama, tensors_of
 from support.rows import ROWS, write_rows
-from support.runs import results
+from support.runs import json_lines, results
 from support.runs import run_command as run
 from support.runs import samples as samples_of
-from torch import nn
-from transformers import AutoModelForCausalLM, ByT5Tokenizer
+from transformers import AutoModelForCausalLM
 
 from cecompile import Scorer, demo, evaluate, read_questions
 from cecompile.engine.attention import TreeMasks, dense
 from cecompile.errors import CheckError, UserError
-from cecompile.model.checkpoint import load_checkpoint, load_config, load_tokenizer
-from cecompile.model.tokenizer_digest import tokenizer_digest
-from cecompile.model.unchanged import EQUAL, Proof, contents, made_buffers
+from cecompile.model.unchanged import EQUAL
 from cecompile.results.check import problems
 from cecompile.results.clock import Clock
 from cecompile.results.compare import compare_directories, paired_drop, read_baseline
@@ -30,7 +26,6 @@ from cecompile.results.read import read_result
 from cecompile.results.write import digest_of_results, file_digests
 from cecompile.tasks.judge import metrics
 
-CPU = torch.device("cpu")
 LIMIT = 8  # questions of the demo
 
 
@@ -40,35 +35,27 @@ def score(output: Path, *arguments, engine: str = "eager", limit: int = LIMIT, e
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> Path:
-    """The demo's first questions by the reference engine."""
-    directory = tmp_path_factory.mktemp("reference") / "ref"
-    score(directory, engine="reference")
-    return directory
+def place(tmp_path_factory) -> Path:
+    """Where the results of this module are: the demo's first questions by each engine."""
+    return tmp_path_factory.mktemp("compare")
 
 
 @pytest.fixture(scope="module")
-def eager(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("eager") / "eager"
-    score(directory)
-    return directory
+def reference(place) -> Path:
+    score(place / "reference", engine="reference")
+    return place / "reference"
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory, reference) -> Path:
-    directory = tmp_path_factory.mktemp("compiled") / "compiled"
-    score(directory, "--baseline", reference, engine="compiled")
-    return directory
-
-
-@pytest.fixture
-def scorer(tiny_llama) -> Scorer:
-    return Scorer.from_pretrained(tiny_llama, device="cpu", engine="eager", tokens_per_bucket=256)
+def eager(place) -> Path:
+    score(place / "eager")
+    return place / "eager"
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory) -> list:
-    return read_questions(write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS[:6]))
+def compiled(place, reference) -> Path:
+    score(place / "compiled", "--baseline", reference, engine="compiled")
+    return place / "compiled"
 
 
 def forged(
@@ -90,15 +77,20 @@ def forged(
     return copy
 
 
+def edited(directory: Path, copy: Path, file: str, change) -> Path:
+    """A copy of a result; the text of one file is changed, and no digest."""
+    shutil.copytree(directory, copy)
+    (copy / file).write_text(change((copy / file).read_text()))
+    return copy
+
+
 # What a result says of itself
 
 
 @pytest.mark.compiles
 def test_results_say_what_ran(compiled):
-    r = results(compiled)
-    model = r["model"]
-    assert model["device_fingerprint"] == model["fingerprint"]
-    assert model["verified"] == EQUAL
+    r, model = results(compiled), results(compiled)["model"]
+    assert (model["device_fingerprint"], model["verified"]) == (model["fingerprint"], EQUAL)
     assert model["stored_dtypes"] == {"float32": model["parameters"]}
     assert model["changed"] == {
         "attention": "cecompile_dense",
@@ -107,9 +99,8 @@ def test_results_say_what_ran(compiled):
     }
     assert r["command"][:2] == ["cecompile", "eval"]
     assert r["date"].endswith("+00:00")
-    assert r["samples_digest"] == {
-        "samples.jsonl": hashlib.sha256((compiled / "samples.jsonl").read_bytes()).hexdigest()
-    }
+    digest = hashlib.sha256((compiled / "samples.jsonl").read_bytes()).hexdigest()
+    assert r["samples_digest"] == {"samples.jsonl": digest}
     assert r["digest"] == digest_of_results(r)
     assert len(r["warmed"]) == len(r["plan"]["buckets"])
     assert [phase for phase, *_ in r["timeline"]][-2:] == ["inference", "score"]
@@ -123,235 +114,38 @@ def test_results_hold_together(reference, eager, compiled):
     assert [problems(directory) for directory in (reference, eager, compiled)] == [[], [], []]
 
 
-# Weights: the device is held against the files
-
-
-def change_weight(model):
-    model.model.layers[1].mlp.up_proj.weight.data[3, 4] += 1e-3
-
-
-def cast_to_int8(model):
-    model.model.norm.weight = nn.Parameter(model.model.norm.weight.to(torch.int8), requires_grad=False)
-
-
-def drop_a_layer(model):
-    model.model.layers = model.model.layers[:-1]
-
-
-def change_a_buffer(model):
-    model.model.rotary_emb.inv_freq *= 1.01
-
-
-CHANGES = {
-    change_weight: "model.layers.1.mlp.up_proj.weight has other values after the run than were loaded",
-    cast_to_int8: r"model.norm.weight is int8 \[64\] after the run, it was loaded as float32 \[64\]",
-    lambda model: model.half(): r"model.embed_tokens.weight is float16 .* it was loaded as float32",
-    drop_a_layer: "model.layers.1.self_attn.q_proj.weight disappeared during the run",
-    change_a_buffer: "model.rotary_emb.inv_freq has other values",
-    lambda model: model.register_buffer("more", torch.ones(1)): "more appeared during the run",
-    lambda model: setattr(model.config, "num_hidden_layers", 1): "configuration's num_hidden_layers changed",
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_changes_during_the_run_is_named_and_nothing_is_written(change, scorer, questions, tmp_path):
-    def progress(phase: str, done: int, total: int) -> None:
-        if phase == "inference" and done == total:
-            change(scorer.runtime.weights.model)
-
-    with torch.no_grad(), pytest.raises(CheckError, match=f"{CHANGES[change]}.*; nothing was written"):
-        evaluate(scorer, questions, progress=progress, output=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_layer_dropped_before_the_first_pass(scorer, questions):
-    def progress(phase: str, done: int, total: int) -> None:
-        if phase == "inference" and done == 0:
-            drop_a_layer(scorer.runtime.weights.model)
-
-    with pytest.raises(CheckError, match=r"model\.layers\.1"):
-        evaluate(scorer, questions, progress=progress)
-
-
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_the_way_from_the_file_to_the_device_is_proven_too(dtype, tiny_llama):
-    loaded = load_checkpoint(str(tiny_llama), load_config(str(tiny_llama)), dtype, CPU)
-    proof = Proof(loaded.model, loaded)
-    assert proof.verified == (EQUAL if dtype == "auto" else f"{EQUAL}, converted to bfloat16")
-    assert (proof.check("it", loaded.model) == loaded.checkpoint.fingerprint) == (dtype == "auto")
-    loaded.model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
-    with pytest.raises(CheckError, match=r"it: model\.layers\.0\.mlp\.up_proj\.weight has other values"):
-        Proof(loaded.model, loaded).check("it", loaded.model)
-
-
-def test_tied_weights_stored_twice_are_the_checkpoints(tmp_path):
-    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
-    with tensors_of(tmp_path) as tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-        tensors["ignored"] = torch.ones(2)
-    loaded = load_checkpoint(str(tmp_path), load_config(str(tmp_path)), "auto", CPU)
-    assert Proof(loaded.model, loaded).check("it", loaded.model) == loaded.checkpoint.fingerprint
-
-
-def test_a_buffer_changed_while_weights_were_read_shows(tiny_llama):
-    def run_too_early(model):
-        before = made_buffers(model)
-        model.model.rotary_emb.inv_freq[0] += 1
-        return before
-
-    loaded = load_checkpoint(str(tiny_llama), load_config(str(tiny_llama)), "auto", CPU, while_reading=run_too_early)
-    proof = Proof(loaded.model, loaded, loaded.overlap.made)
-    with pytest.raises(CheckError, match=r"it: model\.rotary_emb\.inv_freq has other values"):
-        proof.check("it", loaded.model)
-
-
-def test_what_transformers_loaded_is_unchanged_since(tmp_path):
-    tiny_model("mixtral", num_key_value_heads=2, num_local_experts=2).save_pretrained(tmp_path)
-    loaded = load_checkpoint(str(tmp_path), load_config(str(tmp_path)), "auto", CPU)
-    assert loaded.fallback is not None
-    proof = Proof(loaded.model, loaded)
-    assert proof.verified == "unchanged since loading"
-    assert proof.check("it", loaded.model) == proof.check("it", loaded.model)
-    loaded.model.lm_head.weight.data[0, 0] += 1
-    with pytest.raises(CheckError, match=r"lm_head\.weight"):
-        proof.check("it", loaded.model)
-
-
-def test_an_adopted_model_is_unchanged_since_the_run_began(tiny_llama, questions):
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval().requires_grad_(False)
-    model.register_buffer("persistent", torch.ones(3))
-    scorer = Scorer.from_model(model, load_tokenizer(str(tiny_llama)), engine="eager")
-    facts = evaluate(scorer, questions).results["model"]
-    assert (facts["fingerprint"], facts["stored_dtypes"]) == (None, None)
-    assert facts["verified"] == "unchanged since adopted"
-    model.persistent += 1  # between runs it is the owner's business
-    again = evaluate(scorer, questions).results["model"]
-    assert again["device_fingerprint"] != facts["device_fingerprint"]
-
-    def progress(phase: str, done: int, total: int) -> None:
-        if phase == "inference":
-            model.persistent.add_(1)
-
-    with pytest.raises(CheckError, match="persistent has other values"):
-        evaluate(scorer, questions, progress=progress)
-
-
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-
-
-@pytest.mark.parametrize(
-    ("kind", "sizes"),
-    [
-        ("xglm", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64}),
-        ("phi3", {"original_max_position_embeddings": 16, "rope_parameters": LONGROPE | {"factor": 8.0}}),
-    ],
-)
-def test_buffers_that_follow_the_input_are_no_change(kind, sizes):
-    model = tiny_model(kind, **sizes)
-    proof = Proof(model)
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model(torch.ones(1, 200, dtype=torch.long))
-    after = dict(model.named_buffers())
-    assert any(not torch.equal(before[name], after[name]) for name in before)
-    proof.check("it", model)
-    model.get_output_embeddings().weight[0, 0] += 1
-    with pytest.raises(CheckError, match="has other values"):
-        proof.check("it", model)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.int64])
-def test_contents_are_those_of_the_bytes(dtype):
-    check_contents(dtype, CPU)
-
-
-def check_contents(dtype: torch.dtype, device: torch.device) -> None:
-    torch.manual_seed(0)
-    matrix = torch.randn(70, 30).to(dtype)
-    named = {"one": matrix[0, 0], "none": matrix[:0], "matrix": matrix, "columns": matrix.t()}
-    found = contents({name: tensor.to(device) for name, tensor in named.items()})
-    for name, tensor in named.items():
-        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        assert found[name].digest == hashlib.sha256(content).hexdigest()
-        assert (found[name].dtype, found[name].shape) == (dtype, tuple(tensor.shape))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("block", [1 << 20, 520])
-def test_contents_on_cuda_come_in_blocks(block, monkeypatch):
-    monkeypatch.setattr("cecompile.model.unchanged.BLOCK", block)
-    for dtype in (torch.float32, torch.bfloat16, torch.bool):
-        check_contents(dtype, torch.device("cuda", 0))
-
-
-class Rounded(nn.Linear):
-    """A linear layer of other code."""
-
-
-def exchange_a_class(model):
-    model.model.layers[0].mlp.up_proj.__class__ = Rounded
-
-
-def hook(model):
-    model.model.layers[1].register_forward_hook(lambda module, inputs, output: None)
-
-
-def other_forward(model):
-    mlp = model.model.layers[1].mlp
-    mlp.forward = mlp.forward
-
-
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [(exchange_a_class, "model.layers.0.mlp.up_proj"), (hook, "model.layers.1"), (other_forward, "model.layers.1.mlp")],
-)
-def test_modules_of_other_code_are_listed(change, name, scorer, questions, tmp_path):
-    change(scorer.runtime.load())
-    facts = evaluate(scorer, questions, output=tmp_path / "out").results["model"]
-    assert facts["changed"]["replaced_modules"] == [name]
-    assert problems(tmp_path / "out") == [f"results.json: model.changed: 1 replaced modules, such as {name}"]
-
-
 # Results that were edited, or are not what they seem
 
 
 def test_results_edited(eager, tmp_path):
-    shutil.copytree(eager, tmp_path / "out")
-    text = (eager / "results.json").read_text().replace('"acc": 1.0', '"acc": 0.75', 1)
-    (tmp_path / "out" / "results.json").write_text(text)
-    found = problems(tmp_path / "out")
+    change = ('"acc": 1.0', '"acc": 0.75', 1)
+    found = problems(edited(eager, tmp_path / "out", "results.json", lambda text: text.replace(*change)))
     assert found[0] == "results.json: was edited: its digest is another"
     assert found[1] == "results.json: metrics.acc is 0.75, samples.jsonl gives 1.0"
 
 
 def test_samples_edited(eager, tmp_path):
-    shutil.copytree(eager, tmp_path / "out")
-    text = (eager / "samples.jsonl").read_text().replace('"prediction": 1', '"prediction": 0', 1)
-    (tmp_path / "out" / "samples.jsonl").write_text(text)
-    found = problems(tmp_path / "out")
+    change = ('"prediction": 1', '"prediction": 0', 1)
+    found = problems(edited(eager, tmp_path / "out", "samples.jsonl", lambda text: text.replace(*change)))
     assert found[0] == "samples.jsonl: was edited: its digest is not the one in results.json"
     assert any("is not the choice of the highest loglikelihood" in problem for problem in found)
 
 
-def test_warm_up_booked_as_preprocessing(scorer, questions, tmp_path):
+def test_warm_up_booked_as_preprocessing(tiny_llama, tmp_path):
     class Generous(Clock):
         def enter(self, phase: str) -> None:
             super().enter("preprocess" if phase == "warmup" else phase)
 
+    scorer = Scorer.from_pretrained(tiny_llama, device="cpu", engine="eager", tokens_per_bucket=256)
+    questions = read_questions(write_rows(tmp_path / "rows.jsonl", ROWS[:6]))
     evaluate(scorer, questions, clock=Generous(), output=tmp_path / "out")
     (found,) = problems(tmp_path / "out")
     assert found.startswith("results.json: warmed: ")
     assert found.endswith("booked as preprocess")
 
 
-def without(path: str):
-    def change(r: dict) -> None:
-        *parents, last = path.split(".")
-        for key in parents:
-            r = r[key]
-        del r[last]
-
-    return change
+def without(part: str, field: str):
+    return lambda r: r[part].pop(field)
 
 
 FORGERIES = {
@@ -368,7 +162,7 @@ FORGERIES = {
     "slots": (lambda r: r["plan"].update(slots=10), "plan.slots is 10"),
     "memory": (lambda r: r["memory"].update(limit_bytes=1), "is above the limit 1"),
     "metric": (lambda r: r["metrics"].update(acc_norm=0.5), "metrics.acc_norm is 0.5, samples.jsonl gives"),
-    "missing": (without("model.changed"), "weights cannot be checked: KeyError: 'changed'"),
+    "missing": (without("model", "changed"), "weights cannot be checked: KeyError: 'changed'"),
 }
 
 
@@ -416,8 +210,7 @@ def test_compiled_against_the_reference(compiled, reference):
 
 def test_half_precision_against_float32(tmp_path):
     """The same files, in the precision that they are stored in and in a higher one."""
-    model = AutoModelForCausalLM.from_pretrained(demo.MODEL).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(demo.MODEL).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     add_tokenizer(tmp_path / "model")
     for dtype in ("float32", "bfloat16"):
         score(tmp_path / dtype, "--model", tmp_path / "model", "--dtype", dtype)
@@ -430,8 +223,8 @@ def test_half_precision_against_float32(tmp_path):
 
 def test_lower_precision_than_the_checkpoints(reference, tmp_path):
     score(tmp_path / "out", "--dtype", "bfloat16", "--baseline", reference, "--max-drop", 100)
-    out = run("compare", reference, tmp_path / "out", "--max-drop", 100, exit_code=1)
-    assert "bfloat16 is a lower precision than the checkpoint's float32" in out
+    compared = run("compare", reference, tmp_path / "out", "--max-drop", 100, exit_code=1)
+    assert "bfloat16 is a lower precision than the checkpoint's float32" in compared
 
 
 def all_see_all(self, window, dtype):
@@ -446,16 +239,16 @@ def test_a_damaged_mask(since, reference, monkeypatch, tmp_path):
     """The probe refuses it, else the check of the warm engine does; where neither sees it, comparing does."""
     scorer = Scorer.from_pretrained(device="cpu", engine="eager", tokens_per_bucket=512)
 
-    def progress(phase: str, done: int, total: int) -> None:
+    def damage(phase: str, *_: int) -> None:
         if since == phase:
             monkeypatch.setattr(TreeMasks, "_dense_mask", all_see_all)
 
     def damaged():
         options = {"data": str(demo.HELLASWAG), "task": "hellaswag", "baseline": read_baseline(reference)}
-        return evaluate(scorer, read_questions(demo.HELLASWAG, limit=LIMIT), progress=progress, **options)
+        return evaluate(scorer, read_questions(demo.HELLASWAG, limit=LIMIT), progress=damage, **options)
 
+    damage("the start")
     if since == "the start":
-        monkeypatch.setattr(TreeMasks, "_dense_mask", all_see_all)
         with pytest.raises(UserError, match=r"cannot be scored as trees .*logits differ"):
             damaged()
     elif since == "warmup":
@@ -490,7 +283,7 @@ OTHERS = {
     "subset": (lambda r: r.update(questions=4), "another number of questions"),
     "tokenizer": (lambda r: r["model"].update(tokenizer_digest="0" * 64), "another tokenizer"),
     "model": (lambda r: r["model"].update(fingerprint="0" * 64), "another model"),
-    "old": (without("model.tokenizer_digest"), "field 'model.tokenizer_digest': missing"),
+    "old": (without("model", "tokenizer_digest"), "field 'model.tokenizer_digest': missing"),
 }
 
 
@@ -509,9 +302,7 @@ def test_what_is_no_result_is_refused(eager, tmp_path):
         ("samples.jsonl", "{", "samples.jsonl: line 1: not valid JSON"),
         ("samples.jsonl", '{"id": "0"}', "samples.jsonl: line 1: field 'label': missing"),
     ):
-        copy = tmp_path / f"{file}-{len(line)}"
-        shutil.copytree(eager, copy)
-        (copy / file).write_text(line)
+        copy = edited(eager, tmp_path / f"{file}-{len(line)}", file, lambda _, line=line: line)
         assert message in run("compare", eager, copy, exit_code=2)
 
 
@@ -526,7 +317,7 @@ def refused(output: Path, *arguments, **options) -> str:
 
 
 def demo_rows(change, file: Path) -> Path:
-    rows = [json.loads(line) for line in demo.HELLASWAG.read_text().splitlines()[:LIMIT]]
+    rows = json_lines(demo.HELLASWAG)[:LIMIT]
     for row in rows:
         change(row)
     return write_rows(file, rows)
@@ -542,34 +333,30 @@ def test_a_baseline_of_other_questions_is_refused(reference, tmp_path):
 
 def test_a_baseline_of_another_tokenizer_is_refused_before_weights_are_read(reference, tmp_path):
     model = shutil.copytree(demo.MODEL, tmp_path / "model")
-    (model / "model.safetensors").unlink()
-    content = json.loads((model / "tokenizer.json").read_text())
-    content["model"]["merges"].pop()
-    (model / "tokenizer.json").write_text(json.dumps(content))
+    (model / WEIGHTS).unlink()
+    tokenizer = json.loads((model / "tokenizer.json").read_text())["model"]
+    change_json(model / "tokenizer.json", model=tokenizer | {"merges": tokenizer["merges"][:-1]})
     assert "another tokenizer" in refused(tmp_path / "out", "--model", model, "--baseline", reference)
 
 
 def test_a_baseline_of_another_model_is_refused(reference, tmp_path):
     other = save_demo_llama(tmp_path / "other")
-    (other / "model.safetensors").unlink()  # what differs in size is refused without it
+    (other / WEIGHTS).unlink()  # what differs in size is refused without it
     out = refused(tmp_path / "out", "--model", other, "--baseline", reference)
     assert "another model" in out
     assert "model.parameters" in out
     model = shutil.copytree(demo.MODEL, tmp_path / "model")
     with tensors_of(model) as tensors:
         tensors["model.norm.weight"][0] += 1e-6
-    out = refused(tmp_path / "out", "--model", model, "--baseline", reference)
-    assert "not the same model" in out
+    assert "not the same model" in refused(tmp_path / "out", "--model", model, "--baseline", reference)
 
 
 def test_a_baseline_that_was_edited_is_refused(eager, tmp_path):
-    shutil.copytree(eager, tmp_path / "baseline")
-    (tmp_path / "baseline" / "samples.jsonl").open("a").write("\n")
-    out = score(tmp_path / "out", "--baseline", tmp_path / "baseline", exit_code=1)
-    assert "samples.jsonl: was edited" in out
+    baseline = edited(eager, tmp_path / "baseline", "samples.jsonl", lambda text: text + "\n")
+    assert "samples.jsonl: was edited" in score(tmp_path / "out", "--baseline", baseline, exit_code=1)
 
 
-def test_past_the_baseline_the_results_are_written_and_the_run_fails(tiny_llama, questions, tmp_path):
+def test_past_the_baseline_the_results_are_written_and_the_run_fails(tiny_llama, tmp_path):
     def right(row: dict) -> None:
         row["loglikelihoods"][row["label"]] += 1000
         row.update(prediction=row["label"], prediction_norm=row["label"])
@@ -580,8 +367,7 @@ def test_past_the_baseline_the_results_are_written_and_the_run_fails(tiny_llama,
     assert problems(baseline) == []
     acc = results(tmp_path / "first")["metrics"]["acc"]
     assert acc < 1
-    common = ("--model", tiny_llama, "--data", data, "--baseline", baseline)
-    out = score(tmp_path / "out", *common, exit_code=1)
+    out = score(tmp_path / "out", "--model", tiny_llama, "--data", data, "--baseline", baseline, exit_code=1)
     assert f"past --max-drop against {baseline}; results in {tmp_path / 'out'}" in out
     comparison = results(tmp_path / "out")["comparison"]
     assert comparison["verdict"] == "past"
@@ -607,27 +393,7 @@ def test_chats_compare_by_their_texts(chats, tmp_path):
     assert compared["largest_difference"] is None
     assert compared["failed"] == []
     first = samples_of(chats[1])[0]
-    copy = tmp_path / "copy"
-    shutil.copytree(chats[1], copy)
-    (copy / "predictions.jsonl").write_text((copy / "predictions.jsonl").read_text().replace(first["text"], "x", 1))
-    assert "predictions.jsonl: was edited: its digest is not the one in results.json" in problems(copy)
-    assert "predictions.jsonl: other texts than in samples.jsonl" in problems(copy)
-
-
-# Tokenizers
-
-
-def test_a_tokenizers_digest_is_of_what_it_does():
-    one, other = (load_tokenizer(str(demo.MODEL)) for _ in range(2))
-    other(["short", "a longer text"], padding=True, truncation=True, max_length=4)
-    assert tokenizer_digest(one) == tokenizer_digest(other)
-    other.chat_template = "{{ messages }}"
-    assert tokenizer_digest(one) != tokenizer_digest(other)
-    one.add_tokens(["another"])
-    assert tokenizer_digest(one) != tokenizer_digest(load_tokenizer(str(demo.MODEL)))
-
-
-def test_slow_tokenizers_have_one_too():
-    assert not ByT5Tokenizer().is_fast
-    assert tokenizer_digest(ByT5Tokenizer()) == tokenizer_digest(ByT5Tokenizer())
-    assert tokenizer_digest(ByT5Tokenizer()) != tokenizer_digest(ByT5Tokenizer(extra_ids=5))
+    change = (first["text"], "x", 1)
+    found = problems(edited(chats[1], tmp_path / "copy", "predictions.jsonl", lambda text: text.replace(*change)))
+    assert "predictions.jsonl: was edited: its digest is not the one in results.json" in found
+    assert "predictions.jsonl: other texts than in samples.jsonl" in found

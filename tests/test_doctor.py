@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
+import re
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from support.runs import run_command
+from support.runs import run_command, run_process
 from support.waiting import HANG
 
 from cecompile.doctor import machine
@@ -44,32 +42,35 @@ def executable(path: Path, output: str) -> Path:
     return path
 
 
+FILES = {
+    "etc/nv_tegra_release": "# R36 (release), REVISION: 4.7, GCID: 42132812, BOARD: generic, EABI: aarch64, "
+    "DATE: Thu Sep 18 2025\n# KERNEL_VARIANT: oot",
+    "proc/meminfo": "MemTotal:       31434752 kB\nMemFree:         1048576 kB\nMemAvailable:   27262976 kB\n"
+    "SwapTotal:      15717376 kB\nHugePages_Total:       0",
+    "proc/cpuinfo": "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd42",
+    "proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\0",
+    **{f"sys/class/devfreq/17000000.gpu/{name}_freq": "930750000" for name in ("cur", "min", "max")},
+    "sys/class/devfreq/17000000.gpu/governor": "nvhost_podgov",
+    "sys/class/thermal/thermal_zone0/type": "cpu-thermal",
+    "sys/class/thermal/thermal_zone0/temp": "48968",
+    "sys/class/thermal/thermal_zone1/type": "gpu-thermal",
+    "sys/class/thermal/thermal_zone1/temp": "45218",
+}
+TOOLS = {
+    "bin/nvpmodel": "NV Power Mode: MAXN\n0",
+    "bin/g++": "g++ (Ubuntu 11.4.0-1ubuntu1~22.04) 11.4.0",
+    "usr/local/cuda/bin/ptxas": "Cuda compilation tools, release 12.6, V12.6.68",
+}
+
+
 @pytest.fixture
 def orin(tmp_path) -> Path:
     """The files of a Jetson AGX Orin 32GB on Jetson Linux 36.4.7, at MAXN with pinned clocks; tools in `bin`."""
-    write(
-        tmp_path / "etc/nv_tegra_release",
-        "# R36 (release), REVISION: 4.7, GCID: 42132812, BOARD: generic, EABI: aarch64, DATE: Thu Sep 18 2025\n"
-        "# KERNEL_VARIANT: oot\n",
-    )
-    write(
-        tmp_path / "proc/meminfo",
-        "MemTotal:       31434752 kB\nMemFree:         1048576 kB\nMemAvailable:   27262976 kB\n"
-        "SwapTotal:      15717376 kB\nHugePages_Total:       0\n",
-    )
-    write(tmp_path / "proc/cpuinfo", "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n")
-    write(tmp_path / "proc/device-tree/model", "NVIDIA Jetson AGX Orin Developer Kit\0")
-    gpu = tmp_path / "sys/class/devfreq/17000000.gpu"
-    for name, value in (("cur_freq", "930750000"), ("min_freq", "930750000"), ("max_freq", "930750000")):
-        write(gpu / name, value + "\n")
-    write(gpu / "governor", "nvhost_podgov\n")
-    for i, (zone, temperature) in enumerate((("cpu-thermal", "48968"), ("gpu-thermal", "45218"))):
-        write(tmp_path / f"sys/class/thermal/thermal_zone{i}/type", zone + "\n")
-        write(tmp_path / f"sys/class/thermal/thermal_zone{i}/temp", temperature + "\n")
+    for name, text in FILES.items():
+        write(tmp_path / name, text if text.endswith("\0") else text + "\n")
+    for name, output in TOOLS.items():
+        executable(tmp_path / name, output)
     (tmp_path / "dev/nvgpu/igpu0").mkdir(parents=True)
-    executable(tmp_path / "bin/nvpmodel", "NV Power Mode: MAXN\n0")
-    executable(tmp_path / "bin/g++", "g++ (Ubuntu 11.4.0-1ubuntu1~22.04) 11.4.0")
-    executable(tmp_path / "usr/local/cuda/bin/ptxas", "Cuda compilation tools, release 12.6, V12.6.68")
     return tmp_path
 
 
@@ -92,22 +93,14 @@ def fixes(facts: Facts) -> str:
 
 def test_orin_is_read(orin):
     jetson = read_jetson(orin, str(orin / "bin"))
-    assert jetson is not None
-    assert jetson.release == "R36.4.7"
-    assert jetson.power_mode == "MAXN"
-    assert jetson.gpu_clock is not None
+    assert (jetson.release, jetson.power_mode) == ("R36.4.7", "MAXN")
     assert (jetson.gpu_clock.highest, jetson.gpu_clock.governor) == (930_750_000, "nvhost_podgov")
     assert jetson.temperatures == {"cpu-thermal": 48.968, "gpu-thermal": 45.218}
     facts = gather(orin, {"PATH": str(orin / "bin")})
-    assert facts.host.cpu == "NVIDIA Jetson AGX Orin Developer Kit"
-    assert facts.host.total_bytes == 30_698 * 2**20
-    assert facts.host.available_bytes == 26 * GIB
+    assert (facts.host.cpu, facts.host.total_bytes) == ("NVIDIA Jetson AGX Orin Developer Kit", 30_698 * 2**20)
+    assert facts.host.available_bytes == read_meminfo(orin)["MemAvailable"] == 26 * GIB
+    assert read_meminfo(orin)["MemFree"] < 26 * GIB  # the page cache is available too
     assert facts.cuda_driver == "/dev/nvgpu/igpu0"
-
-
-def test_available_memory_counts_page_cache(orin):
-    memory = read_meminfo(orin)
-    assert memory["MemAvailable"] == 26 * GIB > memory["MemFree"]
 
 
 def test_a_healthy_orin_has_no_findings(orin):
@@ -121,19 +114,14 @@ def test_another_machine_is_no_jetson(tmp_path):
 def test_older_name_of_the_gpu_clock(orin):
     directory = orin / "sys/class/devfreq"
     (directory / "17000000.gpu").rename(directory / "17000000.ga10b")
-    jetson = read_jetson(orin, "")
-    assert jetson is not None
-    assert jetson.gpu_clock is not None
-    assert jetson.gpu_clock.current == 930_750_000
+    assert read_jetson(orin, "").gpu_clock.current == 930_750_000
 
 
 def test_a_sensor_that_cannot_be_read_is_left_out(orin):
     sensor = orin / "sys/class/thermal/thermal_zone1/temp"
     sensor.unlink()
     sensor.mkdir()
-    jetson = read_jetson(orin, "")
-    assert jetson is not None
-    assert jetson.temperatures == {"cpu-thermal": 48.968}
+    assert read_jetson(orin, "").temperatures == {"cpu-thermal": 48.968}
 
 
 def test_power_mode_below_maxn(orin):
@@ -150,17 +138,56 @@ def test_power_mode_is_not_known_in_a_container(orin):
 
 def test_clocks_that_are_not_pinned(orin):
     write(orin / "sys/class/devfreq/17000000.gpu/min_freq", "306000000\n")
-    facts = orin_facts(orin)
-    assert fixes(facts) == "sudo jetson_clocks"
+    assert fixes(orin_facts(orin)) == "sudo jetson_clocks"
     write(orin / "sys/class/devfreq/17000000.gpu/governor", "performance\n")
     assert judge(orin_facts(orin)) == []
 
 
-def test_swap_cannot_hold_cuda_memory(orin):
+def host(facts: Facts, **changes) -> Facts:
+    return replace(facts, host=replace(facts.host, **changes))
+
+
+def gpu(facts: Facts, **changes) -> Facts:
+    return replace(facts, devices=(replace(ORIN_GPU, **changes),))
+
+
+def tools(facts: Facts, **changes) -> Facts:
+    return replace(facts, tools=replace(facts.tools, **changes))
+
+
+CPU_BUILD = {"devices": (), "torch_cuda": None}
+WRONG = {  # what is otherwise than on a healthy Orin, and what the problem and the fix must match
+    "swap": (lambda f: host(f, swap_bytes=15 * GIB), r"15\.0 GiB of swap cannot hold CUDA memory", ""),
+    "little memory free": (lambda f: gpu(f, free_bytes=3 * GIB), r"3\.0 GiB free", ""),
+    "little memory of the host": (
+        lambda f: replace(host(f, available_bytes=2 * GIB), cuda_driver=None, **CPU_BUILD), r"2\.0 GiB", ""
+    ),
+    "a CPU build of torch": (lambda f: replace(f, **CPU_BUILD), "CPU build", "CUDA build of torch"),
+    "no device": (lambda f: replace(f, devices=()), "", "--runtime nvidia"),
+    "no kernels": (lambda f: replace(f, torch_architectures=STOCK_BUILD), r"not for Orin \(sm_87\)", "igpu"),
+    "no Triton": (lambda f: replace(f, versions=f.versions | {"triton": None}), "Triton is missing", ""),
+    "no ptxas": (lambda f: tools(f, ptxas=None, ptxas_by=None), "ptxas is missing", ""),
+    "no compiler": (
+        lambda f: tools(f, cxx=None, clang=None), "uncompiled", r"^install g\+\+: sudo apt-get install g\+\+$"
+    ),
+    "clang alone": (lambda f: tools(f, cxx=None, clang="/usr/bin/clang++ 14.0.0"), "", r"^set CXX=clang\+\+"),
+    "no headers of Python": (lambda f: tools(f, python_header=None), r"Python\.h", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_named_with_its_fix(name, orin):
+    change, problem, fix = WRONG[name]
+    facts = change(orin_facts(orin))
+    assert judge(facts) != []
+    assert re.search(problem, problems(facts))
+    assert re.search(fix, fixes(facts))
+
+
+def test_another_gpu_has_no_such_findings(orin):
     facts = orin_facts(orin)
-    host = replace(facts.host, swap_bytes=15 * GIB)
-    assert "15.0 GiB of swap cannot hold CUDA memory" in problems(replace(facts, host=host))
-    assert judge(replace(facts, host=host, devices=(replace(ORIN_GPU, integrated=False),))) == []
+    assert judge(gpu(host(facts, swap_bytes=15 * GIB), integrated=False)) == []
+    assert judge(replace(facts, torch_architectures=STOCK_BUILD, devices=(H100,), jetson=None)) == []
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
@@ -170,7 +197,7 @@ def test_swap_cannot_hold_cuda_memory(orin):
 def test_allocators_that_fail_on_integrated_gpus(orin, name, value):
     facts = orin_facts(orin, **{name: value})
     assert fixes(facts).startswith(f"unset {name}")
-    assert judge(replace(facts, devices=(replace(ORIN_GPU, integrated=False),))) == []
+    assert judge(gpu(facts, integrated=False)) == []
 
 
 def test_allocator_options_that_are_harmless(orin):
@@ -178,35 +205,11 @@ def test_allocator_options_that_are_harmless(orin):
     assert judge(orin_facts(orin, PYTORCH_ALLOC_CONF=harmless)) == []
 
 
-def test_little_memory(orin):
-    facts = orin_facts(orin)
-    assert "3.0 GiB free" in problems(replace(facts, devices=(replace(ORIN_GPU, free_bytes=3 * GIB),)))
-    host = replace(facts.host, available_bytes=2 * GIB)
-    assert "2.0 GiB" in problems(replace(facts, devices=(), torch_cuda=None, cuda_driver=None, host=host))
-
-
-def test_driver_without_a_cuda_build_of_torch(orin):
-    facts = replace(orin_facts(orin), devices=(), torch_cuda=None)
-    assert "CPU build" in problems(facts)
-    assert "CUDA build of torch" in fixes(facts)
-
-
-def test_driver_and_a_cuda_build_but_no_device(orin):
-    assert "--runtime nvidia" in fixes(replace(orin_facts(orin), devices=()))
-
-
 def test_driver_version_is_read(tmp_path):
     assert find_driver(tmp_path) is None
     line = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder)"
     write(tmp_path / "proc/driver/nvidia/version", line + "\nGCC version:  gcc version 12.2.0\n")
     assert find_driver(tmp_path) == "580.95.05"
-
-
-def test_build_of_torch_without_kernels_for_the_device(orin):
-    facts = replace(orin_facts(orin), torch_architectures=STOCK_BUILD)
-    assert "not for Orin (sm_87)" in problems(facts)
-    assert "igpu" in fixes(facts)
-    assert judge(replace(facts, devices=(H100,), jetson=None)) == []
 
 
 @pytest.mark.parametrize(
@@ -230,12 +233,6 @@ def test_which_builds_run_where(capability, integrated, architectures, runs):
     assert has_kernels(device, architectures) is runs
 
 
-def test_missing_triton_and_ptxas(orin):
-    facts = orin_facts(orin)
-    assert "Triton is missing" in problems(replace(facts, versions=facts.versions | {"triton": None}))
-    assert "ptxas is missing" in problems(replace(facts, tools=replace(facts.tools, ptxas=None, ptxas_by=None)))
-
-
 def test_ptxas_is_found_but_triton_has_to_be_told(orin, monkeypatch):
     monkeypatch.setattr(machine, "util", SimpleNamespace(find_spec=lambda _: None))  # no Triton that comes with one
     ptxas = str(orin / "usr/local/cuda/bin/ptxas")
@@ -253,16 +250,6 @@ def test_compiler_is_the_one_torch_looks_for(tmp_path):
     tools = find_tools(tmp_path, search)
     assert (tools.cxx, tools.cxx_wanted) == (None, "g++")
     assert find_tools(tmp_path, search | {"CXX": "clang++"}).cxx == f"{tmp_path / 'bin/clang++'} 14.0.0"
-
-
-def test_no_compiler(orin):
-    facts = orin_facts(orin)
-    without = replace(facts, tools=replace(facts.tools, cxx=None, clang=None))
-    assert "uncompiled" in problems(without)
-    assert fixes(without) == "install g++: sudo apt-get install g++"
-    with_clang = replace(facts, tools=replace(facts.tools, cxx=None, clang="/usr/bin/clang++ 14.0.0"))
-    assert fixes(with_clang).startswith("set CXX=clang++")
-    assert "Python.h" in problems(replace(facts, tools=replace(facts.tools, python_header=None)))
 
 
 def test_json_and_table_say_the_same(orin):
@@ -291,10 +278,7 @@ def test_command_on_this_machine():
 
 
 def test_command_where_there_is_no_compiler():
-    environment = {**os.environ, "PATH": "", "CXX": ""}
-    command = [sys.executable, "-m", "cecompile", "doctor"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    done = run_process("doctor", PATH="", CXX="")
     assert "no C++ compiler" in done.stdout
     assert "fix: install g++" in done.stdout
 

@@ -13,31 +13,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
-from support.checkpoints import tensors_of
-from support.rows import CHATS, ROWS, write_rows
-from support.runs import HOW, Runs, run_command
+from support.checkpoints import WEIGHTS, change_json, tensors_of
+from support.rows import ROWS, write_rows
+from support.runs import Runs, run_command, samples, whole_run
+from transformers import AutoTokenizer
 
 from cecompile import demo
-from cecompile.cli import cli
+from cecompile.engine.decode import Decoder
 from cecompile.engine.forward import Engine
-from cecompile.results.journal import NAME, Journal
+from cecompile.results.journal import ANSWERS, NAME, Journal, read
+from cecompile.run import evaluation
+from cecompile.tasks import read as reading
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 def evaluate(tmp_path: Path, *arguments: object, status: int = 2) -> str:
     """Runs eval; checks the status, one printable line, no traceback and no output directory; returns the line."""
-    output = tmp_path / "out"
-    how = ["eval", "--device", "cpu", "--engine", "eager", "--output", str(output)]
-    result = CliRunner().invoke(cli, [*how, *map(str, arguments)])
-    assert result.exit_code == status, result.output
-    lines = result.output.splitlines()
-    assert len(lines) == 1, result.output
+    how = ("eval", "--device", "cpu", "--engine", "eager", "--output", tmp_path / "out")
+    output = run_command(*how, *arguments, exit_code=status)
+    lines = output.splitlines()
+    assert len(lines) == 1, output
     assert lines[0].isprintable()
     assert "Traceback" not in lines[0]
-    assert not output.exists()
+    assert not (tmp_path / "out").exists()
     return lines[0]
 
 
@@ -60,19 +60,20 @@ def cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
-def shard(model: Path, **index: object) -> None:
-    """Names the weights in an index, as of two files; `index` is put into it."""
+def shard(model: Path, **index: object) -> Path:
+    """Names the weights in an index, as of two files; `index` is put into it. Returns the file that has them."""
     names = dict.fromkeys(load_file(model / WEIGHTS), "one.safetensors")
-    (model / WEIGHTS).rename(model / "one.safetensors")
     (model / INDEX).write_text(json.dumps({"weight_map": names} | index))
+    return (model / WEIGHTS).rename(model / "one.safetensors")
 
 
-def json_file(name: str, **changes: object):
-    def change(model: Path) -> None:
-        path = model / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def index(model: Path, content: bytes) -> None:
+    shard(model)
+    (model / INDEX).write_bytes(content)
 
-    return change
+
+def config(**changes: object):
+    return lambda model: change_json(model / "config.json", **changes)
 
 
 def content_of(name: str, content: bytes):
@@ -85,12 +86,14 @@ def weights_as(model: Path, name: str) -> None:
 
 
 def code_from_the_hub(model: Path) -> None:
-    config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
-    (model / "config.json").write_text(json.dumps(config))
+    classes = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    (model / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": classes}))
     (model / "mine.py").write_text("open('pwned', 'w')")
 
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
+MINE = {"auto_map": {"AutoTokenizer": ["mine.T", None]}, "tokenizer_class": "Mine"}
+NO_INDEX = ["weights: ", INDEX, "not an index"]
 CHECKPOINTS = {
     "an empty file": (lambda m: cut(m / WEIGHTS, 0), ["weights", WEIGHTS]),
     "cut in the header's length": (lambda m: cut(m / WEIGHTS, 5), ["weights", WEIGHTS]),
@@ -105,12 +108,15 @@ CHECKPOINTS = {
     "a tensor's shape": (lambda m: replace(m / WEIGHTS, b'"shape":[64]', b'"shape":[46]'), ["weights"]),
     "a directory for a file": (lambda m: ((m / WEIGHTS).unlink(), (m / WEIGHTS).mkdir()), ["weights"]),
     "a link to nothing": (lambda m: ((m / WEIGHTS).unlink(), (m / WEIGHTS).symlink_to("gone")), ["weights"]),
-    "a shard that is not there": (lambda m: (shard(m), (m / "one.safetensors").unlink()), ["no one.safetensors"]),
-    "a shard cut off": (lambda m: (shard(m), cut(m / "one.safetensors", 999)), ["one.safetensors"]),
-    "an index that is not JSON": (lambda m: (shard(m), cut(m / INDEX, 20)), [INDEX, "not an index"]),
-    "an index that is a list": (lambda m: (shard(m), (m / INDEX).write_text("[]")), [INDEX, "not an index"]),
-    "an index without a map": (lambda m: (shard(m), (m / INDEX).write_text("{}")), [INDEX, "not an index"]),
-    "an index nested deeply": (lambda m: (shard(m), (m / INDEX).write_bytes(DEEP)), [INDEX, "not an index"]),
+    "a shard that is not there": (lambda m: shard(m).unlink(), [f"weights: no one.safetensors, which {INDEX} names"]),
+    "a shard cut off": (lambda m: cut(shard(m), 999), ["weights: one.safetensors: "]),
+    "a shard without its last byte": (lambda m: cut(shard(m), -1), ["weights: one.safetensors: "]),
+    "an empty index": (lambda m: index(m, b""), NO_INDEX),
+    "an index that is not JSON": (lambda m: index(m, b'{"weight_map": {"mod'), NO_INDEX),
+    "an index that is a list": (lambda m: index(m, b"[]"), NO_INDEX),
+    "an index without a map": (lambda m: index(m, b"{}"), NO_INDEX),
+    "an index whose map is a number": (lambda m: index(m, b'{"weight_map": 3}'), NO_INDEX),
+    "an index nested deeply": (lambda m: index(m, DEEP), NO_INDEX),
     "an index that climbs out": (lambda m: shard(m, weight_map={"a": f"../{m.name}/{WEIGHTS}"}), [INDEX, "'../"]),
     "an index of absolute paths": (lambda m: shard(m, weight_map={"a": "/etc/passwd"}), [INDEX, "'/etc/passwd'"]),
     "an index of numbers": (lambda m: shard(m, weight_map={"a": 1}), [INDEX, "names 1"]),
@@ -118,23 +124,17 @@ CHECKPOINTS = {
     "another pickle": (lambda m: weights_as(m, "model.pt"), ["safetensors"]),
     "a GGUF file": (lambda m: weights_as(m, "model.gguf"), ["safetensors"]),
     "code from the hub": (code_from_the_hub, ["config.json"]),
-    "a tokenizer of code from the hub": (
-        json_file("tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.T", None]}, tokenizer_class="Mine"),
-        ["tokenizer"],
-    ),
+    "a tokenizer of code from the hub": (lambda m: change_json(m / "tokenizer_config.json", **MINE), ["tokenizer"]),
     "an empty config": (content_of("config.json", b""), ["config.json"]),
     "a config that is a list": (content_of("config.json", b"[]"), ["config.json"]),
     "a config that is not JSON": (content_of("config.json", b"\xff\xfe{"), ["config.json"]),
     "a config nested deeply": (content_of("config.json", b'{"a":' + DEEP + b"}"), ["config.json"]),
     "a config of no model": (content_of("config.json", b"{}"), ["config.json"]),
     "a config of an unknown model": (content_of("config.json", b'{"model_type": "\\u001b[31m"}'), ["config.json"]),
-    "no layers": (json_file("config.json", num_hidden_layers=-1), ["num_hidden_layers is -1"]),
-    "more layers than stored": (json_file("config.json", num_hidden_layers=3), ["weights", "missing"]),
-    "heads that do not divide": (
-        json_file("config.json", num_attention_heads=3, head_dim=None),
-        ["config.json", "attention heads"],
-    ),
-    "a vocabulary of another size": (json_file("config.json", vocab_size=77), ["tokenizer"]),
+    "no layers": (config(num_hidden_layers=-1), ["num_hidden_layers is -1"]),
+    "more layers than stored": (config(num_hidden_layers=3), ["weights", "missing"]),
+    "heads that do not divide": (config(num_attention_heads=3, head_dim=None), ["config.json", "attention heads"]),
+    "a vocabulary of another size": (config(vocab_size=77), ["tokenizer"]),
     "a tokenizer cut off": (lambda m: cut(m / "tokenizer.json", 1000), ["tokenizer"]),
     "an empty tokenizer": (content_of("tokenizer.json", b""), ["tokenizer"]),
     "a tokenizer that is a list": (content_of("tokenizer.json", b"[]"), ["tokenizer"]),
@@ -154,9 +154,7 @@ def test_damaged_checkpoints(name, model, tmp_path, monkeypatch):
     damage(model)
     monkeypatch.chdir(tmp_path)
     message = evaluate(tmp_path, "--model", model, "--limit", 3)
-    assert str(model)[:200] in message
-    for word in words:
-        assert word in message
+    assert all(word in message for word in (str(model)[:200], *words)), message
     assert not (tmp_path / "pwned").exists()
 
 
@@ -172,11 +170,10 @@ def test_weights_that_are_not_numbers(value, engine, model, tmp_path):
 
 def test_the_question_that_gives_no_number_is_named(babbler, tmp_path):
     """One token's embedding is no number, and one late question has it: what was done before is kept."""
-    from transformers import AutoTokenizer
-
     model = shutil.copytree(babbler, tmp_path / "model")
-    token = AutoTokenizer.from_pretrained(model)("Question Z is", add_special_tokens=False)["input_ids"]
-    usual = set(AutoTokenizer.from_pretrained(model)("".join(map(str, ROWS)))["input_ids"])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    token = tokenizer("Question Z is", add_special_tokens=False)["input_ids"]
+    usual = set(tokenizer("".join(map(str, ROWS)))["input_ids"])
     with tensors_of(model) as tensors:
         tensors["model.embed_tokens.weight"][next(t for t in token if t not in usual)] = float("nan")
     rows = [*ROWS[:3], ROWS[0] | {"id": "the odd one", "query": "Question Z is"}, ROWS[4]]
@@ -194,23 +191,15 @@ def test_the_question_that_gives_no_number_is_named(babbler, tmp_path):
 
 @pytest.fixture(scope="module")
 def trees(babbler, tmp_path_factory) -> Runs:
-    rows, how, _ = HOW["trees"]
-    run = Runs(tmp_path_factory.mktemp("trees"), babbler, rows, *how)
-    assert run("whole").exit_code == 0
-    return run
+    return whole_run(tmp_path_factory.mktemp("trees"), babbler, "trees")
 
 
 def goes_on(run: Runs, name: str, failed, status: int, *words: str) -> None:
     """The run failed with one line that has these words, and can be resumed to the same result."""
-    assert failed.exit_code == status, failed.output
-    assert len(failed.stderr.splitlines()) == 1, failed.output
-    for word in (*words, "; continue with: cecompile eval "):
-        assert word in failed.stderr
+    assert (failed.exit_code, len(failed.stderr.splitlines())) == (status, 1), failed.output
+    assert all(word in failed.stderr for word in (*words, "; continue with: cecompile eval ")), failed.stderr
     assert [p.name for p in (run.directory / name).iterdir()] == [NAME]
-    again = run(name, "--resume")
-    assert again.exit_code == 0, again.output
-    assert run.results(name)["resumed"]
-    assert run.samples(name) == run.samples("whole")
+    assert run.go_on(name)
 
 
 @contextmanager
@@ -226,21 +215,17 @@ def files_of_at_most(size: int):
 
 @pytest.mark.parametrize("records", [1, 3])
 def test_the_disk_is_full_before_the_end(records, trees):
-    from cecompile.results.journal import read
+    """In the middle of a record."""
+    name, add = f"full {records}", Journal.add
 
-    name = f"full {records}"
-    add = Journal.add
-    with pytest.MonkeyPatch.context() as patch:  # the disk fills up in the middle of a record
+    def add_and_fill(self, *record):
+        if self._added == records:
+            size = self.path.stat().st_size + 30
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        add(self, *record)
 
-        def add_and_fill(self, *record):
-            if self._added == records:
-                size = self.path.stat().st_size + 30
-                resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-            add(self, *record)
-
-        patch.setattr(Journal, "add", add_and_fill)
-        with files_of_at_most(resource.RLIM_INFINITY):
-            failed = trees(name)
+    with files_of_at_most(resource.RLIM_INFINITY):
+        failed = trees.patched(name, Journal, "add", add_and_fill)
     assert len(list(read((trees.directory / name / NAME).read_bytes()))) == 1 + records
     goes_on(trees, name, failed, 2, "cannot be written: File too large")
 
@@ -255,42 +240,34 @@ def test_the_disk_is_full_from_the_start(trees):
 
 
 @pytest.mark.parametrize("kind", ["write_samples", "write_results"])
-def test_the_disk_is_full_at_the_end(kind, trees, monkeypatch):
-    from cecompile.run import evaluation
-
+def test_the_disk_is_full_at_the_end(kind, trees):
     write = getattr(evaluation, kind)
 
     def full(*arguments):
         with files_of_at_most(100):
             write(*arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation, kind, full)
-        failed = trees(kind)
+    failed = trees.patched(kind, evaluation, kind, full)
     if kind == "write_results":  # samples.jsonl is whole by then, and written again
         (trees.directory / kind / "samples.jsonl").unlink()
     goes_on(trees, kind, failed, 2, "cannot be written: File too large")
 
 
-def test_a_disk_that_is_really_full(trees, monkeypatch):
+def test_a_disk_that_is_really_full(trees):
     """/dev/full answers every write as a full disk does."""
     before = os.open
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            os,
-            "open",
-            lambda path, *how, **more: before("/dev/full" if str(path).endswith(NAME) else path, *how, **more),
-        )
-        failed = trees("dev full")
-    assert failed.exit_code == 2
-    assert len(failed.output.splitlines()) == 1
+
+    def open_full(path, *how, **more):
+        return before("/dev/full" if str(path).endswith(NAME) else path, *how, **more)
+
+    failed = trees.patched("dev full", os, "open", open_full)
+    assert (failed.exit_code, len(failed.output.splitlines())) == (2, 1)
     assert not (trees.directory / "dev full").exists()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.AcceleratorError, torch.OutOfMemoryError])
-def test_a_device_that_fails(error, trees, monkeypatch):
-    forward, calls = Engine._forward, []
-    name = error.__name__
+def test_a_device_that_fails(error, trees):
+    forward, calls, name = Engine._forward, [], error.__name__
 
     def fail_later(self, slot, readouts):
         calls.append(1)
@@ -298,37 +275,26 @@ def test_a_device_that_fails(error, trees, monkeypatch):
             raise error("CUDA error: an illegal memory access\nCUDA kernel errors might be reported later")
         forward(self, slot, readouts)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_forward", fail_later)
-        failed = trees(name)
+    failed = trees.patched(name, Engine, "_forward", fail_later)
     goes_on(trees, name, failed, 1, "inference failed after", "passes: CUDA error: an illegal memory access")
 
 
-def test_a_device_that_fails_while_decoding(babbler, tmp_path, monkeypatch):
-    from cecompile.engine.decode import Decoder
+def test_a_device_that_fails_while_decoding(babbler, tmp_path):
+    run, decode = whole_run(tmp_path, babbler, "chats"), Decoder.run
 
-    run = Runs(tmp_path, babbler, CHATS, *HOW["chats"][1])
-    assert run("whole").exit_code == 0
-    decode, add = Decoder.run, Journal.add
-    with monkeypatch.context() as patch:
-        answered = []
-        patch.setattr(Journal, "add", lambda self, *r: (add(self, *r), answered.append(r[0] == "answers"))[0])
+    def fail_later(self, step):
+        journal = run.directory / "out" / NAME
+        if any(kind == ANSWERS for kind, *_ in read(journal.read_bytes())):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return decode(self, step)
 
-        def fail_later(self, step):
-            if any(answered):
-                raise RuntimeError("CUDA error: device-side assert triggered")
-            return decode(self, step)
-
-        patch.setattr(Decoder, "run", fail_later)
-        failed = run("out")
+    failed = run.patched("out", Decoder, "run", fail_later)
     goes_on(run, "out", failed, 1, "answers decoded: CUDA error")
 
 
 def test_data_that_changes_while_it_is_read(tmp_path, tiny_llama, monkeypatch):
-    from cecompile.tasks import read
-
     data = write_rows(tmp_path / "rows.jsonl", ROWS[:3])
-    convert = read.to_question
+    convert = reading.to_question
 
     def convert_while_others_write(row, fmt, where, position):
         if position == 1:
@@ -336,7 +302,7 @@ def test_data_that_changes_while_it_is_read(tmp_path, tiny_llama, monkeypatch):
                 file.write(json.dumps(ROWS[0]) + "\n")
         return convert(row, fmt, where, position)
 
-    monkeypatch.setattr(read, "to_question", convert_while_others_write)
+    monkeypatch.setattr(reading, "to_question", convert_while_others_write)
     assert "rows.jsonl: changed while it was read" in evaluate(tmp_path, "--model", tiny_llama, "--data", data)
 
 
@@ -352,24 +318,25 @@ def test_links_that_go_round(tmp_path):
     evaluate(tmp_path, "--model", tmp_path / "a.jsonl")
 
 
-def test_clocks_that_are_set_back(trees, monkeypatch):
+def test_clocks_that_are_set_back(trees):
     """The wall clock may jump, as at the end of summer time: no phase is longer or shorter for it."""
     now, jumps = time.time, iter(range(10_000))
-    monkeypatch.setattr(time, "time", lambda: now() - 86_400 * next(jumps))
-    assert trees("clock").exit_code == 0
+    assert trees.patched("clock", time, "time", lambda: now() - 86_400 * next(jumps)).exit_code == 0
     phases = trees.results("clock")["phases_s"]
     assert all(seconds >= 0 for seconds in phases.values())
     assert sum(phases.values()) < 86_400
     assert trees.samples("clock") == trees.samples("whole")
 
 
-def test_an_output_directory_that_disappears(trees, monkeypatch):
+def test_an_output_directory_that_disappears(trees):
     """Results are written all the same; only the journal is gone."""
-    from cecompile.run import evaluation
-
     write = evaluation.write_samples
-    monkeypatch.setattr(evaluation, "write_samples", lambda to, samples: (shutil.rmtree(to), write(to, samples))[1])
-    assert trees("gone").exit_code == 0
+
+    def write_after_loss(to, samples):
+        shutil.rmtree(to)
+        write(to, samples)
+
+    assert trees.patched("gone", evaluation, "write_samples", write_after_loss).exit_code == 0
     assert trees.samples("gone") == trees.samples("whole")
 
 
@@ -421,13 +388,12 @@ def test_names_in_the_data_are_no_paths(babbler, tmp_path):
     done = run("out")
     assert done.exit_code == 0
     assert "\x1b" not in done.output
-    assert [json.loads(line)["id"] for line in run.samples("out").splitlines()] == [r["id"] for r in rows]
+    assert [sample["id"] for sample in samples(tmp_path / "out")] == [row["id"] for row in rows]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "rows.jsonl"]
 
 
 def test_a_cache_directory_that_is_a_link(tmp_path):
     (tmp_path / "real").mkdir(mode=0o700)
     (tmp_path / "cache").symlink_to(tmp_path / "real")
-    message = evaluate(tmp_path, "--engine", "compiled", "--cache-dir", tmp_path / "cache")
-    assert "is a symbolic link" in message
+    assert "is a symbolic link" in evaluate(tmp_path, "--engine", "compiled", "--cache-dir", tmp_path / "cache")
     assert not list((tmp_path / "real").iterdir())

@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import save_demo_llama
 from support.rows import ROWS, write_rows
-from support.runs import HOW, Runs, run_command
+from support.runs import HOW, Runs, run_command, whole_run
 from support.waiting import HANG, wait_until
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cecompile import Scorer, evaluate, read_questions
 from cecompile.errors import UserError
 from cecompile.interrupt import command_to_resume
 from cecompile.results import journal as journal_module
 from cecompile.results.journal import ANSWERS, NAME, PASSES, Journal, read
+from cecompile.run.runtime import Runtime
 
 RECORDS = [(PASSES, 0, b"first"), (PASSES, 1, b""), (ANSWERS, 7, bytes(range(256)))]
 FACTS = {"model": "m", "plan": [1, 2]}
@@ -43,9 +45,7 @@ def test_what_is_added_is_read_back(tmp_path):
     written(tmp_path)
     assert kept(tmp_path) == RECORDS
     with Journal(tmp_path, resume=True) as journal:
-        assert journal.resumed is not None
-        assert journal.resumed["passes"] == 2
-        assert journal.resumed["answers"] == 1
+        assert (journal.resumed["passes"], journal.resumed["answers"]) == (2, 1)
         journal.begin(FACTS)
         journal.add(PASSES, 2, b"later")
     assert kept(tmp_path, [*RECORDS, (PASSES, 2, b"later")]) == [*RECORDS, (PASSES, 2, b"later")]
@@ -172,10 +172,7 @@ def uninterrupted(babbler, tmp_path_factory):
 
     def get(kind: str) -> Runs:
         if kind not in made:
-            rows, how, _ = HOW[kind]
-            made[kind] = Runs(tmp_path_factory.mktemp("runs"), babbler, rows, *how)
-            done = made[kind]("whole")
-            assert done.exit_code == 0, done.output
+            made[kind] = whole_run(tmp_path_factory.mktemp("runs"), babbler, kind)
             assert made[kind].results("whole")["resumed"] is None
             assert not (made[kind].directory / "whole" / NAME).exists()
         return made[kind]
@@ -183,8 +180,16 @@ def uninterrupted(babbler, tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="module")
+def trees(uninterrupted) -> Runs:
+    return uninterrupted("trees")
+
+
+SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+
+
 @pytest.mark.parametrize("kind", HOW)
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@SIGNALS
 def test_an_interrupted_run_goes_on(kind, number, status, uninterrupted):
     run, records = uninterrupted(kind), HOW[kind][2]
     name = f"stopped {status}"
@@ -213,43 +218,34 @@ def test_an_interrupted_run_goes_on(kind, number, status, uninterrupted):
     assert "no interrupted run to resume" in nothing.output
 
 
-def test_every_point_of_resumption_gives_the_same(uninterrupted):
+def test_every_point_of_resumption_gives_the_same(trees):
     """Stopped after each pass, resumed, stopped again after the next, to the end."""
-    run = uninterrupted("trees")
-    passes = sum(bucket["runs"] for bucket in run.results("whole")["plan"]["buckets"])
+    passes = sum(bucket["runs"] for bucket in trees.results("whole")["plan"]["buckets"])
     assert passes >= 4
-    assert run.stopped("bit by bit", 1).exit_code == 130
+    assert trees.stopped("bit by bit", 1).exit_code == 130
     for _ in range(passes - 1):
-        assert run.stopped("bit by bit", 1, "--resume").exit_code == 130
-    assert run("bit by bit", "--resume").exit_code == 0
-    assert run.results("bit by bit")["resumed"]["passes"] == passes
-    assert run.samples("bit by bit") == run.samples("whole")
+        assert trees.stopped("bit by bit", 1, "--resume").exit_code == 130
+    assert trees.go_on("bit by bit")["passes"] == passes
 
 
 @pytest.mark.parametrize("place", [0.3, 0.6, 0.95])
-def test_from_a_damaged_record_on_all_is_computed_again(place, uninterrupted):
-    run = uninterrupted("trees")
+def test_from_a_damaged_record_on_all_is_computed_again(place, trees):
     name = f"damaged {place}"
-    run.stopped(name, 4)
-    path = run.directory / name / NAME
+    trees.stopped(name, 4)
+    path = trees.directory / name / NAME
     content = bytearray(path.read_bytes())
     ends = [end for *_, end in read(bytes(content))]
     at = ends[0] + int(place * (len(content) - ends[0]))
     content[at] ^= 4
     path.write_bytes(content)
-    done = run(name, "--resume")
-    assert done.exit_code == 0, done.output
-    left = sum(end <= at for end in ends[1:])
-    assert (run.results(name)["resumed"] or {"passes": 0})["passes"] == left
-    assert run.samples(name) == run.samples("whole")
+    assert (trees.go_on(name) or {"passes": 0})["passes"] == sum(end <= at for end in ends[1:])
 
 
 @pytest.fixture(scope="module")
-def stopped(uninterrupted) -> Runs:
+def stopped(trees) -> Runs:
     """A run that was interrupted; its journal is in "stopped"."""
-    run = uninterrupted("trees")
-    assert run.stopped("stopped", 3).exit_code == 130
-    return run
+    assert trees.stopped("stopped", 3).exit_code == 130
+    return trees
 
 
 @pytest.mark.parametrize(
@@ -287,36 +283,27 @@ def test_resume_names_its_output_and_excludes_overwrite(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_only_the_first_of_repeated_runs_is_journaled(uninterrupted, monkeypatch):
-    run = uninterrupted("trees")
-    passes = sum(bucket["runs"] for bucket in run.results("whole")["plan"]["buckets"])
-    added = []
-    add = Journal.add
+def test_only_the_first_of_repeated_runs_is_journaled(trees, monkeypatch):
+    passes = sum(bucket["runs"] for bucket in trees.results("whole")["plan"]["buckets"])
+    added, add = [], Journal.add
     monkeypatch.setattr(Journal, "add", lambda self, *record: (added.append(record[1]), add(self, *record))[1])
-    assert run("repeated", "--repeat", 3).exit_code == 0
+    assert trees("repeated", "--repeat", 3).exit_code == 0
     assert added == list(range(passes))
-    assert run.results("repeated")["inference_s"]["runs"] == 3
+    assert trees.results("repeated")["inference_s"]["runs"] == 3
 
 
-def test_overwriting_an_interrupted_run_starts_anew(uninterrupted):
-    run = uninterrupted("trees")
-    run.stopped("begun", 3)
-    assert run("begun", "--overwrite").exit_code == 0
-    assert run.results("begun")["resumed"] is None
-    assert run.samples("begun") == run.samples("whole")
-
-
-def test_killed_while_writing_leaves_what_the_next_run_clears_away(uninterrupted):
-    run = uninterrupted("trees")
-    run.stopped("killed", 3)
-    (run.directory / "killed" / ".samples.jsonl.1").write_text("half")
-    assert run("killed", "--resume").exit_code == 0
-    assert sorted(p.name for p in (run.directory / "killed").iterdir()) == ["results.json", "samples.jsonl"]
+@pytest.mark.parametrize("how", ["--overwrite", "--resume"])
+def test_what_a_stopped_run_was_writing_is_cleared_away(how, trees):
+    name = f"begun {how}"
+    trees.stopped(name, 3)
+    (trees.directory / name / ".samples.jsonl.1").write_text("half")
+    assert trees(name, how).exit_code == 0
+    assert sorted(p.name for p in (trees.directory / name).iterdir()) == ["results.json", "samples.jsonl"]
+    assert (trees.results(name)["resumed"] is None) == (how == "--overwrite")
+    assert trees.samples(name) == trees.samples("whole")
 
 
 def test_a_model_loaded_elsewhere_is_not_journaled(babbler, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(babbler).eval()
     scorer = Scorer.from_model(model, AutoTokenizer.from_pretrained(babbler), engine="eager")
     questions = read_questions(write_rows(tmp_path / "rows.jsonl", ROWS[:4]))
@@ -326,22 +313,18 @@ def test_a_model_loaded_elsewhere_is_not_journaled(babbler, tmp_path):
     assert evaluate(scorer, questions, output=tmp_path / "out").results["resumed"] is None
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_while_loading_there_is_nothing_to_resume(number, status, uninterrupted, monkeypatch):
-    from cecompile.run.runtime import Runtime
-
-    run = uninterrupted("trees")
+@SIGNALS
+def test_interrupted_while_loading_there_is_nothing_to_resume(number, status, trees):
     load = Runtime.load
 
     def stopped(self, *arguments):
         os.kill(os.getpid(), number)
         return load(self, *arguments)
 
-    monkeypatch.setattr(Runtime, "load", stopped)
-    done = run("early")
+    done = trees.patched("early", Runtime, "load", stopped)
     assert done.exit_code == status
     assert done.output == f"cecompile: interrupted ({signal.Signals(number).name}); nothing to resume\n"
-    assert not (run.directory / "early").exists()
+    assert not (trees.directory / "early").exists()
 
 
 EVENTS = ("click", "torch.nn", "torch", "transformers", "the journal")
@@ -355,17 +338,15 @@ def test_a_process_that_is_stopped_ends_with_one_line(event, babbler, tmp_path):
     Python writes every import to standard error. The run repeats itself until it is stopped.
     """
     log, output = tmp_path / "log", tmp_path / "out"
-    command = [sys.executable, "-X", "importtime", "-m", "cecompile", "eval", "--engine", "eager", "--repeat", "999999"]
-    command += ["--device", "cpu", "--model", str(babbler), "--data", str(write_rows(tmp_path / "rows.jsonl"))]
-    command += ["--output", str(output)]
+    run = Runs(tmp_path, babbler, ROWS, "--engine", "eager", "--repeat", 999999, "--output", output)
+    command = [sys.executable, "-X", "importtime", "-m", "cecompile", "eval", *run.arguments]
 
     def happened() -> bool:
         if event == "the journal":
             path = output / NAME
             return path.exists() and len(list(read(path.read_bytes()))) > 1  # after the header
-        return any(
-            line.startswith("import time:") and line.split()[-1] == event for line in log.read_text().splitlines()
-        )
+        lines = log.read_text().splitlines()
+        return any(line.startswith("import time:") and line.split()[-1] == event for line in lines)
 
     with log.open("w") as written_to:
         pipes = {"stdout": subprocess.PIPE, "stderr": written_to}

@@ -12,18 +12,19 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import save_demo_llama, save_tiny_llama, tensors_of
-from support.models import tiny_model
+from support.models import load, tiny_model
 from support.passes import prepared, random_sequences
 from support.rows import CHATS, MANY_ROWS, write_rows
-from support.runs import results, run_command, stop_after
-from support.torchrun import alone, finished, lines, same, torchrun
+from support.runs import results, run_command
+from support.torchrun import alone, alone_and_by, command, finished, lines, same, torchrun
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from cecompile import Scorer
 from cecompile.cli import cli
 from cecompile.engine.forward import Engine, inputs_are_free
 from cecompile.errors import CheckError, UserError
-from cecompile.model.checkpoint import load_checkpoint, load_config
+from cecompile.model.checkpoint import load_config
 from cecompile.model.structure import LayerRange
 from cecompile.model.unchanged import EQUAL, Proof
 from cecompile.partitioned.pipeline import Place, Stage
@@ -43,11 +44,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = 5
 CPU = torch.device("cpu")
 EAGER = {"engine": "eager", "tokens_per_bucket": 256}
-RUNS = {  # what runs, in how many stages of the four ranks, and whether one process begins
-    "both": ("deep", MANY_ROWS, EAGER, 2, False),
-    "tied": ("tied", MANY_ROWS[:60], EAGER, 4, False),
-    "compiled": ("babbler", MANY_ROWS[:16], EAGER | {"engine": "compiled"}, 2, False),
-    "gone on with": ("deep", MANY_ROWS[:60], EAGER, 2, True),
+RUNS = {  # what runs, in how many stages of the four ranks
+    "both": {"model": "deep", "rows": MANY_ROWS, "how": EAGER, "pipeline": 2},
+    "tied": {"model": "tied", "rows": MANY_ROWS[:60], "how": EAGER, "pipeline": 4},
+    "compiled": {"model": "babbler", "rows": MANY_ROWS[:16], "how": EAGER | {"engine": "compiled"}, "pipeline": 2},
+    "gone on with": {"model": "deep", "rows": MANY_ROWS[:60], "how": EAGER, "pipeline": 2},
 }
 
 
@@ -60,11 +61,6 @@ def models(babbler, tmp_path_factory) -> dict[str, Path]:
     return {"babbler": babbler, "deep": deep, "tied": save_demo_llama(tmp_path_factory.mktemp("tied"), **sizes, **tied)}
 
 
-def command(model: Path, data: Path, how: dict) -> list[str]:
-    size = ["--tokens-per-bucket", str(how["tokens_per_bucket"]), "--engine", how["engine"]]
-    return ["eval", "--model", str(model), "--data", str(data), "--device", "cpu", *size]
-
-
 @pytest.fixture(scope="module")
 def base(models, tmp_path_factory) -> list[str]:
     """`eval` of the deep model in many small passes."""
@@ -72,38 +68,23 @@ def base(models, tmp_path_factory) -> list[str]:
 
 
 @pytest.mark.process
-def test_four_ranks_in_stages_and_one_process_give_the_same(models, tmp_path, monkeypatch):
-    runs = {}
-    for name, (model, rows, how, stages, begun) in RUNS.items():
-        data = write_rows(tmp_path / f"{name}.jsonl", rows)
-        runs[name] = {"model": str(models[model]), "data": str(data), "how": how | {"pipeline": stages}}
-        alone([*command(models[model], data, how), "--output", str(tmp_path / "alone" / name)])
-        if begun:
-            with monkeypatch.context() as patch:
-                stop_after(patch, 3)
-                stopped = [*command(models[model], data, how), "--output", str(tmp_path / name)]
-                assert CliRunner().invoke(cli, stopped).exit_code == 130
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    done = torchrun(4, ["share", str(tmp_path)])
-    assert done.returncode == 0, done.stderr
-    for name, (_, _, how, stages, _) in RUNS.items():
-        same(tmp_path / "alone" / name, tmp_path / name)
+def test_four_ranks_in_stages_and_one_process_give_the_same(models, tmp_path):
+    alone_and_by(4, tmp_path, {name: run | {"model": models[run["model"]]} for name, run in RUNS.items()})
+    for name, run in RUNS.items():
         one, four = results(tmp_path / "alone" / name), results(tmp_path / name)
-        for part in ("engine", "metrics", "plan"):
-            assert four[part] == one[part]
-        bounds = [first for first, _ in four["pipeline"]["layers"]] + [LAYERS if how is EAGER else 2]
-        assert four["pipeline"] == {"stages": stages, "layers": [list(pair) for pair in itertools.pairwise(bounds)]}
+        bounds = [first for first, _ in four["pipeline"]["layers"]] + [LAYERS if run["how"] is EAGER else 2]
+        layers = [list(pair) for pair in itertools.pairwise(bounds)]
+        assert four["pipeline"] == {"stages": run["pipeline"], "layers": layers}
         assert one["pipeline"] is None
         ours, theirs = (found["model"] | {"changed": None} for found in (four, one))
         assert ours == theirs
         assert ours["verified"] == EQUAL
         assert four["model"]["changed"]["replaced_modules"] == []
         ran = [passes > 0 for passes in four["ranks"]["passes"]]
-        assert not any(ran[rank] for rank in range(4) if rank % stages < stages - 1)
+        assert not any(ran[rank] for rank in range(4) if rank % run["pipeline"] < run["pipeline"] - 1)
     compiled = results(tmp_path / "compiled")
     assert compiled["model"]["changed"]["compiled"]["LlamaDecoderLayer"] == 2
     assert compiled["cache"]["state"] == "warm"  # layers are the same whoever compiles them
-    assert results(tmp_path / "gone on with")["resumed"]["passes"] == 3
 
 
 @pytest.mark.process
@@ -168,16 +149,16 @@ def test_who_needs_all_layers_is_refused(models, tmp_path):
 
 
 def test_plan_shows_the_stages(base):
-    plan = ["plan", *base[1:], "--json"]
-    whole, divided = (json.loads(CliRunner().invoke(cli, [*plan, *more]).output) for more in ([], ["--pipeline", "2"]))
+    plan = ["plan", *base[1:]]
+    whole, divided = (json.loads(run_command(*plan, "--json", *more)) for more in ([], ["--pipeline", "2"]))
     assert whole["stages"] is None
     first, second = divided["stages"]
     assert (first["layers"][0], first["layers"][1], second["layers"][1]) == (0, second["layers"][0], LAYERS)
     norm = 64 * 4  # of the model's, which both have
     assert first["weights_bytes"] + second["weights_bytes"] == whole["memory"]["weights"] + norm
     assert divided["memory"]["total"] == max(first["total_bytes"], second["total_bytes"])
-    shown = CliRunner().invoke(cli, ["plan", *base[1:], "--pipeline", "2"]).output
-    assert f"layers {second['layers'][0]} to {LAYERS - 1}, 0.00 GB of weights" in " ".join(shown.split())
+    shown = " ".join(run_command(*plan, "--pipeline", "2").split())
+    assert f"layers {second['layers'][0]} to {LAYERS - 1}, 0.00 GB of weights" in shown
 
 
 # ---- dividing layers
@@ -227,16 +208,10 @@ def test_a_head_that_costs_and_memory_that_is_short_move_layers(tmp_path):
     sizing.room.limit = 1 << 40
     assert layers(0.9, fit=True) == many
     needed = sizing.needs.budgets(Geometry(1, 256, 256, False), "eager")
-    layer = 4 * sum(p.numel() for p in tiny_layer(config).parameters())
+    layer = 4 * sum(p.numel() for p in AutoModelForCausalLM.from_config(config).model.layers[0].parameters())
     assert needed[1].total > needed[0].total + layer
     sizing.room.limit = int((needed[1].total - layer) / 0.92) + 1  # what the last stage needs with one layer less
     assert layers(0.9, fit=True) == [many[0] + 1, many[1] - 1]
-
-
-def tiny_layer(config) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(config).model.layers[0]
 
 
 # ---- in this process
@@ -245,15 +220,15 @@ def tiny_layer(config) -> nn.Module:
 ONLY = Place(None, None)
 
 
-def whole_as_a_stage(kind: str = "llama"):
-    """A model, and it as the only stage of a pipeline; what it is to run."""
-    model = tiny_model(kind)
-    return model, Stage(model, LayerRange(0, 2, 2), ONLY), random_sequences(questions=8)
+def whole_as_a_stage():
+    """A model, the stage that is all of the model, the name of its attention, and sequences to run."""
+    model = tiny_model("llama")
+    stage = Stage(model, LayerRange(0, 2, 2), ONLY)
+    return model, stage, model.config._attn_implementation, random_sequences(questions=8)
 
 
 def test_a_stage_is_held_against_the_stock_model():
-    model, stage, sequences = whole_as_a_stage()
-    stock = model.config._attn_implementation
+    model, stage, stock, sequences = whole_as_a_stage()
     plain, staged = prepared(tiny_model("llama"), sequences, "sdpa", compiled=False)
     engine = Engine(model, plain.buckets, attention="sdpa", compiled=False, readout_chunk=64, stage=stage)
     for ours, theirs in zip(engine.run(staged), plain.run(staged), strict=True):
@@ -265,7 +240,7 @@ def test_a_stage_is_held_against_the_stock_model():
 
 
 def test_a_stage_whose_memory_does_not_suffice_for_the_check_says_so(monkeypatch):
-    model, stage, sequences = whole_as_a_stage()
+    model, stage, stock, sequences = whole_as_a_stage()
     engine, staged = prepared(tiny_model("llama"), sequences, "sdpa", compiled=False)
     engine.stage = stage
 
@@ -274,20 +249,19 @@ def test_a_stage_whose_memory_does_not_suffice_for_the_check_says_so(monkeypatch
 
     stage.reserve(512)
     monkeypatch.setattr(stage, "_head", out_of_memory)
-    assert pipeline_disagreement(engine, stage, model, model.config._attn_implementation, sequences, staged) is None
+    assert pipeline_disagreement(engine, stage, model, stock, sequences, staged) is None
 
 
 @pytest.mark.parametrize(
     ("theirs", "outcome"), [((False, "no compiler"), "ran uncompiled: no compiler"), ((True, "full"), None)]
 )
 def test_what_fails_in_another_stage_fails_in_all(theirs, outcome, monkeypatch):
-    model, stage, _ = whole_as_a_stage()
+    model, stage, stock, _ = whole_as_a_stage()
     said = iter([theirs, None])  # as it compiles, and as it does without
 
     def gather(mine: object) -> list:
         return [mine, 0.0 if isinstance(mine, float) else next(said)]
 
-    stock = model.config._attn_implementation
     warmer = EngineBuilder(model, stock, "sdpa", 64, None, stage, gather)
     ready = StagedPlan(Geometry(1, 128, 64, False), (Bucket(1, 128, 64),))
     monkeypatch.setattr(engine_builder.Engine, "warm_up", lambda *_: None)
@@ -306,13 +280,17 @@ def test_layers_that_may_be_overwritten_are_found_in_a_part_too():
         assert inputs_are_free(model, stage.trial)
 
 
+def in_two_parts(model: Path):
+    """Which layers each of two stages has, and what each loads."""
+    parts = shares([2, LAYERS])
+    return parts, [load(model, share=share, read_all=False) for share in parts]
+
+
 @pytest.mark.parametrize("name", ["deep", "tied"])
 def test_what_is_changed_in_a_part_is_noticed(name, models):
-    config = load_config(str(models[name]))
-    parts = shares([2, LAYERS])
-    loaded = [load_checkpoint(str(models[name]), config, "auto", CPU, share, read_all=False) for share in parts]
+    parts, loaded = in_two_parts(models[name])
     read = {i: digest for one in loaded for i, digest in one.checkpoint.read().items()}
-    whole = load_checkpoint(str(models[name]), config, "auto", CPU)
+    whole = load(models[name])
     for share, one in zip(parts, loaded, strict=True):
         model = one.model
         checkpoint = one.checkpoint.with_read(read)
@@ -324,9 +302,8 @@ def test_what_is_changed_in_a_part_is_noticed(name, models):
         model.base_model.layers[share.first].mlp.act_fn = nn.ReLU()
         assert changed(model, share)["replaced_modules"] == [f"model.layers.{share.first}.mlp.act_fn"]
         model.base_model.layers[share.first] = nn.Identity()
-        assert any(
-            found.startswith(f"model.layers.{share.first}") for found in changed(model, share)["replaced_modules"]
-        )
+        replaced = changed(model, share)["replaced_modules"]
+        assert any(found.startswith(f"model.layers.{share.first}") for found in replaced)
         with pytest.raises(CheckError, match=f"layers.{share.first}.* disappeared"):
             proof.check("it", model)
 
@@ -335,8 +312,7 @@ def test_a_tensor_that_is_no_parameters_is_read_by_the_first_stage(models, tmp_p
     shutil.copytree(models["deep"], tmp_path, dirs_exist_ok=True)
     with tensors_of(tmp_path) as tensors:
         tensors["of.nobody"] = torch.ones(3)
-    config = load_config(str(tmp_path))
-    loaded = [load_checkpoint(str(tmp_path), config, "auto", CPU, s, read_all=False) for s in shares([2, LAYERS])]
+    _, loaded = in_two_parts(tmp_path)
     names = [{one.checkpoint.tensors[i].name for i in one.checkpoint.read()} for one in loaded]
     assert ["of.nobody" in read for read in names] == [True, False]
     assert "model.embed_tokens.weight" in names[0] - names[1]

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from support.rows import CHATS, MANY_ROWS, write_rows
-from support.runs import results, run_command, stop_after
-from support.torchrun import RANK, alone, environment, finished, lines, same, torchrun
+from support.runs import results, run_command
+from support.torchrun import RANK, alone, alone_and_by, command, environment, finished, lines, same, torchrun
 from support.waiting import HANG, wait_until
+from torch.distributed import HashStore
+from transformers import AutoConfig
 
 from cecompile import Scorer, read_questions
-from cecompile.cli import cli
 from cecompile.errors import AlreadyReportedError, UserError
 from cecompile.planning.bucket_size import Sizing
 from cecompile.planning.options import RunOptions
@@ -28,14 +28,13 @@ from cecompile.results.read import read_results
 from cecompile.run.language_model import resolve_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TREES = ["--engine", "eager", "--tokens-per-bucket", "256"]
+EAGER = {"engine": "eager", "tokens_per_bucket": 256}
 
 
 @pytest.fixture(scope="module")
 def base(babbler, tmp_path_factory) -> list[str]:
     """`eval` of the tiny model in many small passes."""
-    data = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", MANY_ROWS)
-    return ["eval", "--model", str(babbler), "--data", str(data), "--device", "cpu", *TREES]
+    return command(babbler, write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", MANY_ROWS), EAGER)
 
 
 @pytest.fixture(scope="module")
@@ -62,34 +61,17 @@ def test_four_ranks_and_one_give_the_same(base, whole, tmp_path):
 
 
 KINDS = {
-    "trees, repeated": (MANY_ROWS[:40], {"engine": "eager", "tokens_per_bucket": 256}, ["--repeat", "3"]),
-    "reference": (MANY_ROWS[:10], {"engine": "reference"}, []),
-    "chats": (CHATS * 4, {"engine": "eager", "tokens_per_bucket": 256, "new_tokens": 6}, ["--max-new-tokens", "6"]),
-    "chats, reference": (CHATS[:3], {"engine": "reference", "new_tokens": 2}, ["--max-new-tokens", "2"]),
-    "gone on with": (MANY_ROWS[:40], {"engine": "eager", "tokens_per_bucket": 256}, []),
+    "trees, repeated": {"rows": MANY_ROWS[:40], "how": EAGER, "repeat": 3},
+    "reference": {"rows": MANY_ROWS[:10], "how": {"engine": "reference"}},
+    "chats": {"rows": CHATS * 4, "how": EAGER | {"new_tokens": 6}},
+    "chats, reference": {"rows": CHATS[:3], "how": {"engine": "reference", "new_tokens": 2}},
+    "gone on with": {"rows": MANY_ROWS[:40], "how": EAGER},
 }
 
 
 @pytest.mark.process
-def test_two_ranks_and_one_give_the_same_whatever_runs(babbler, tmp_path, monkeypatch):
-    runs = {}
-    for name, (rows, how, options) in KINDS.items():
-        data = write_rows(tmp_path / f"{name}.jsonl", [dict(row) for row in rows])
-        runs[name] = {"model": str(babbler), "data": str(data), "how": how, "repeat": 3 if "repeated" in name else 1}
-        command = ["eval", "--model", str(babbler), "--data", str(data), "--device", "cpu", "--engine", how["engine"]]
-        command += ["--tokens-per-bucket", "256", *options]
-        alone([*command, "--output", str(tmp_path / "alone" / name)])
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        assert CliRunner().invoke(cli, [*command, "--output", str(tmp_path / "gone on with")]).exit_code == 130
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    done = torchrun(2, ["share", str(tmp_path)])
-    assert done.returncode == 0, done.stderr
-    for name in KINDS:
-        same(tmp_path / "alone" / name, tmp_path / name)
-        assert results(tmp_path / name)["engine"] == results(tmp_path / "alone" / name)["engine"]
-        assert results(tmp_path / name)["metrics"] == results(tmp_path / "alone" / name)["metrics"]
-    assert results(tmp_path / "gone on with")["resumed"]["passes"] == 3
+def test_two_ranks_and_one_give_the_same_whatever_runs(babbler, tmp_path):
+    alone_and_by(2, tmp_path, {name: run | {"model": babbler} for name, run in KINDS.items()})
     assert results(tmp_path / "chats")["answers"]["decoded_tokens"] > 0
 
 
@@ -107,8 +89,8 @@ def test_a_rank_that_is_killed_ends_the_run_which_one_process_goes_on_with(base,
 
     assert "--resume goes on with it" in run_command(*base, "--output", output, exit_code=2)
     torch.set_num_threads(2)
-    other = CliRunner().invoke(cli, [*base, "--output", str(output), "--resume"])
-    assert "threads (OMP_NUM_THREADS) is 2, was 1" in other.output
+    other = run_command(*base, "--output", output, "--resume", exit_code=2)
+    assert "threads (OMP_NUM_THREADS) is 2, was 1" in other
     torch.set_num_threads(1)
     added, add = [], Journal.add
     monkeypatch.setattr(Journal, "add", lambda self, *record: (added.append(record[1]), add(self, *record))[1])
@@ -200,8 +182,6 @@ def test_what_rank_0_refuses_is_refused_everywhere():
 
 
 def test_ranks_meet_whoever_was_there_before():
-    from torch.distributed import HashStore
-
     store = HashStore()
     store.set("is/1", "killed before anybody else came")
     for before in range(3):
@@ -215,24 +195,18 @@ def test_ranks_meet_whoever_was_there_before():
 
 
 def test_ranks_that_do_not_come_are_not_waited_for(monkeypatch):
-    from torch.distributed import HashStore
-
     monkeypatch.setattr("cecompile.ranks.JOIN", timedelta(seconds=0.1))
     with pytest.raises(RuntimeError, match="not all came"):
         meet(HashStore(), 0, 2)
 
 
 def test_ranks_on_one_device_share_its_memory(babbler, monkeypatch):
-    from transformers import AutoConfig
-
     monkeypatch.setattr("cecompile.device.available", lambda device: 4 << 30)
     how = (str(babbler), AutoConfig.from_pretrained(babbler), torch.device("cpu"), RunOptions())
-    sizing = Sizing(*how, ranks=Two(1 << 30), sharers=2)
-    sizing.fitting(sizing.geometry(100, blocks=False), 100, "eager")
-    assert sizing.room.limit == 1 << 30  # the other has less
-    sizing = Sizing(*how, ranks=Two(3 << 30), sharers=2)
-    sizing.fitting(sizing.geometry(100, blocks=False), 100, "eager")
-    assert sizing.room.limit == 2 << 30
+    for others, limit in ((1 << 30, 1 << 30), (3 << 30, 2 << 30)):  # the least that either has
+        sizing = Sizing(*how, ranks=Two(others), sharers=2)
+        sizing.fitting(sizing.geometry(100, blocks=False), 100, "eager")
+        assert sizing.room.limit == limit
 
 
 def test_more_ranks_than_devices_are_refused(monkeypatch):
@@ -263,19 +237,21 @@ def test_an_environment_that_is_not_complete(monkeypatch):
         Ranks.from_environment()
 
 
-def test_overwriting_removes_what_other_ranks_have_left(base, whole, tmp_path):
-    with Journal(tmp_path, ranks=second()) as journal:
+def left_by_another(directory: Path) -> None:
+    with Journal(directory, ranks=second()) as journal:
         journal.begin({})
         journal.add(PASSES, 0, b"old")
+
+
+def test_overwriting_removes_what_other_ranks_have_left(base, whole, tmp_path):
+    left_by_another(tmp_path)
     alone([*base, "--output", str(tmp_path), "--overwrite"])
     same(whole, tmp_path)
 
 
 def test_before_ranks_may_be_started_again_old_journals_are_removed(tmp_path):
     """For a rank that is started again takes over what it finds."""
-    with Journal(tmp_path, ranks=second()) as journal:
-        journal.begin({})
-        journal.add(PASSES, 0, b"old")
+    left_by_another(tmp_path)
     ranks = Ranks()
     ranks.restarts = 1
     Journal(tmp_path, ranks=ranks)
@@ -284,19 +260,16 @@ def test_before_ranks_may_be_started_again_old_journals_are_removed(tmp_path):
 
 def test_where_another_rank_runs_out_of_memory_all_take_smaller_buckets(base, tmp_path):
     class First(Ranks):
-        asked: list[bool]
-
         def any(self, flag):
-            self.asked.append(flag)
-            return flag or len(self.asked) == 2  # after the attention, the first warm-up
+            asked.append(flag)
+            return flag or len(asked) == 2  # after the attention, the first warm-up
 
-    ranks = First()
-    ranks.asked = []
+    ranks, asked = First(), []
     scorer = Scorer.from_pretrained(base[2], device="cpu", engine="eager", tokens_per_bucket=512, ranks=ranks)
     scores = scorer.score(read_questions(base[4])[:40])
     assert scores.workload.plan.buckets[0].slots == 128  # a quarter, as on any CPU
     assert scorer.runtime.mode.note == "buckets made smaller: memory ran out with 512 tokens"
-    assert ranks.asked[1:] == [False, False]
+    assert asked[1:] == [False, False]
 
 
 def test_the_journal_of_any_rank_is_gone_on_with(tmp_path):

@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("support.runs", "support.torchrun", "support.waiting")
+pytest.register_assert_rewrite("support.documents", "support.runs", "support.torchrun", "support.waiting")

@@ -1,5 +1,6 @@
 """Checkpoints on disk: a random Llama, with the demo's tokenizer or none, and tensors changed in their file."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cecompile import demo
+from support.rows import shared_file
 
 WEIGHTS = "model.safetensors"
 
@@ -33,6 +35,19 @@ def add_tokenizer(directory: Path) -> Path:
 def save_demo_llama(directory: Path, **changes) -> Path:
     """Writes a random two-layer Llama with the demo's tokenizer."""
     return add_tokenizer(save_tiny_llama(directory, 1024, **changes))
+
+
+def add_llama2_tokenizer(directory: Path, **marks: object) -> None:
+    """Puts the Llama-2 tokenizer into a directory; skips the test where the tokenizer is absent."""
+    (directory / "tokenizer.model").write_bytes(shared_file("llama_tokenizer.model").read_bytes())
+    common = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(common | marks))
+
+
+def change_json(path: Path, **changes: object) -> None:
+    """Puts fields into the object of a JSON file; None removes a field."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
 
 
 def copy_without_weights(model: Path, directory: Path) -> Path:

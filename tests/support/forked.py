@@ -29,13 +29,7 @@ def run_command(arguments: list[str], environment: dict[str, str]) -> subprocess
 def run(
     function: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a module's function in a forked process to its end.
-
-    Args:
-        function: what it raises ends the process as it would end a program.
-        arguments: for the function.
-        environment: all variables of the process.
-    """
+    """Runs a module's function in a forked process to its end; an exception ends the process as it ends a program."""
     with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
         place = (os.getcwd(), out.name, err.name)
         process = _CONTEXT.Process(target=_begin, args=(environment, *place, function, arguments))

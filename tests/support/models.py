@@ -1,8 +1,12 @@
 """Tiny random models of every supported architecture."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from cecompile.model.checkpoint import load_checkpoint, load_config
 
 VOCABULARY = 96
 COMMON = {
@@ -67,6 +71,17 @@ def tiny_model(kind: str, **changes):
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **(COMMON | ARCHITECTURES.get(kind, {}) | changes))
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+
+
+def save(path: Path, kind: str, *, shard: str = "50GB", **changes) -> Path:
+    tiny_model(kind, **changes).save_pretrained(path, max_shard_size=shard)
+    return path
+
+
+def load(path: Path, dtype: str = "auto", device: str = "cpu", **how):
+    """Loads a checkpoint as a run does: the first CUDA device is meant by "cuda"."""
+    place = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    return load_checkpoint(str(path), load_config(str(path)), dtype, place, **how)
 
 
 def skip_what_cannot_run(kind: str) -> None:

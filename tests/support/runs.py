@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -42,8 +43,23 @@ def results(directory: Path) -> dict:
     return json.loads((directory / "results.json").read_text())
 
 
+def json_lines(path: Path) -> list:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def samples(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
+    return json_lines(directory / "samples.jsonl")
+
+
+def run_script(path: Path, *arguments: object) -> int:
+    """Runs a Python script in this process; returns the exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [path.name, *map(str, arguments)])
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as end:
+            return end.code
+    return 0
 
 
 class Runs:
@@ -64,11 +80,33 @@ class Runs:
             stop_after(patch, records, number)
             return self(output, *more)
 
+    def patched(self, output: str, *attribute: object):
+        """Runs while an attribute is replaced; the arguments are those of `monkeypatch.setattr`."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*attribute)
+            return self(output)
+
+    def go_on(self, output: str) -> dict | None:
+        """Resumes a run to its end; checks the samples against those of "whole"; returns the counts of records kept."""
+        done = self(output, "--resume")
+        assert done.exit_code == 0, done.output
+        assert self.samples(output) == self.samples("whole")
+        return self.results(output)["resumed"]
+
     def samples(self, output: str) -> bytes:
         return (self.directory / output / "samples.jsonl").read_bytes()
 
     def results(self, output: str) -> dict:
         return results(self.directory / output)
+
+
+def whole_run(directory: Path, model: Path, kind: str) -> Runs:
+    """A kind of run whose results, without a stop, are in "whole"."""
+    rows, how, _ = HOW[kind]
+    run = Runs(directory, model, rows, *how)
+    done = run("whole")
+    assert done.exit_code == 0, done.output
+    return run
 
 
 def stop_after(monkeypatch, records: int, number: int = signal.SIGINT) -> None:
