@@ -66,8 +66,6 @@ INSTRUCTIONS = [
     "Answer the question with one of the choices.\nDo not repeat the question and do not add a word.",
 ]
 
-# --- From a scene to questions, and to text -------------------------------------------------------------------------
-
 
 def context(scene: Scene, opening: str, lead: str) -> str:
     return " ".join(part for part in (opening, scene.facts, lead) if part)
@@ -111,11 +109,8 @@ def held_out_questions(seed: int, seen: set[str]) -> list[dict[str, Any]]:
 def held_out_chats(seed: int, seen: set[str]) -> list[dict[str, Any]]:
     """One row a scene, of scenes that are not in `seen`; adds their names to it."""
     rng = random.Random(f"chats {seed}")
-    rows = [
-        chat_row(rng, scene, rng.choice(scene.asks))
-        for kind in KINDS
-        for scene in new_scenes(rng, kind, seen, CHATS_PER_KIND)
-    ]
+    chosen = (scene for kind in KINDS for scene in new_scenes(rng, kind, seen, CHATS_PER_KIND))
+    rows = [chat_row(rng, scene, rng.choice(scene.asks)) for scene in chosen]
     rng.shuffle(rows)
     return rows
 
@@ -171,9 +166,6 @@ def assert_held_out(texts: list[Text], questions: list[dict[str, Any]], chats: l
         assert asked not in corpus, row
 
 
-# --- Tokenizer ------------------------------------------------------------------------------------------------------
-
-
 def train_tokenizer(texts: list[Text], directory: Path) -> Any:
     """Trains the sentencepiece model, and writes it together with the same tokenizer in transformers' form."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -197,12 +189,8 @@ def train_tokenizer(texts: list[Text], directory: Path) -> Any:
 
 def merges_of(vocab: dict[str, int]) -> list[tuple[str, str]]:
     """Every way to build a piece from two others, in the order in which sentencepiece learnt the pieces."""
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in vocab
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
-    ]
+    splits = ((piece[:cut], piece[cut:]) for piece in vocab for cut in range(1, len(piece)))
+    return [split for split in splits if vocab.keys() >= set(split)]
 
 
 def encode(tokenizer: Any, texts: list[Text]) -> list[tuple[list[int], list[float]]]:
@@ -217,9 +205,6 @@ def encode(tokenizer: Any, texts: list[Text]) -> list[tuple[list[int], list[floa
             ending = [] if chat else [tokenizer.eos_token_id]
             encoded.append((ids + ending, shares + [1.0] * len(ending)))
     return sorted(encoded, key=lambda entry: len(entry[0]))
-
-
-# --- Training -------------------------------------------------------------------------------------------------------
 
 
 def new_model(tokenizer: Any) -> Any:
@@ -308,17 +293,12 @@ def train(model: Any, corpus: Corpus, steps: int, seed: int) -> None:
 
 
 def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
+    ends = [tokenizer.convert_tokens_to_ids(END), tokenizer.eos_token_id]
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[tokenizer.convert_tokens_to_ids(END), tokenizer.eos_token_id],
-        pad_token_id=tokenizer.pad_token_id,
-        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
     model.cpu().save_pretrained(directory)
     (directory / "model.safetensors").chmod(0o644)
-
-
-# --- Held-out scores ------------------------------------------------------------------------------------------------
 
 
 def print_scores(demo: Path) -> None:
@@ -339,9 +319,6 @@ def print_scores(demo: Path) -> None:
     exact = np.mean([text == question.label for text, question in zip(answers, questions, strict=True)])
     verbatim = np.mean([text in question.choices for text, question in zip(answers, questions, strict=True)])
     print(f"chat  {len(questions)} rows  exact match {exact:.4f}  one of the choices {verbatim:.4f}")
-
-
-# --- Command line ---------------------------------------------------------------------------------------------------
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
