@@ -81,23 +81,11 @@ def absent_device(properties: Properties, version: str, found: Callable[[Kernel]
             stack.enter_context(patch)
         active = triton.runtime.driver
         before = getattr(active, "_active", None)
-        active.set_active(_Driver(properties))
+        target = GPUTarget("cuda", properties.major * 10 + properties.minor, properties.warp_size)
+        active.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0))
         stack.callback(setattr, active, "_active", before)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield torch.device("cuda", 0)
-
-
-class _Driver:
-    """Answers the questions that Triton asks its driver while compiling."""
-
-    def __init__(self, properties: Properties) -> None:
-        self._target = GPUTarget("cuda", properties.major * 10 + properties.minor, properties.warp_size)
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
 
 
 class _OnCPU(TorchDispatchMode):

@@ -98,6 +98,8 @@ def test_decodes_as_generate_does(kind):
 def test_what_cannot_be_exact_is_refused_before_loading(name, tmp_path):
     config = config_of(name)
     assert re.search(REFUSED[name][1], refusal(on_meta(config)))
+    with pytest.raises(UserError, match="cannot be scored as trees"):
+        choose_attention(on_meta(config), "auto")
     config.save_pretrained(tmp_path)  # there are no weights at all
     add_tokenizer(tmp_path)
     for kind in (Scorer, Answerer):

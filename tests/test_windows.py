@@ -1,14 +1,13 @@
 """Windows: what a run in windows says is what one in a single piece says, in memory that does not grow with it."""
 
-import csv
 import json
 import tracemalloc
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from support.rows import CHATS, ROWS, write_rows
-from support.runs import Runs, run_command
+from support.rows import CHATS, ROWS, write_rows, write_table
+from support.runs import Runs, run_command, samples
 
 from cecompile import Scorer, evaluate, read_questions
 from cecompile.cli import cli
@@ -51,7 +50,7 @@ def runs(babbler, tmp_path_factory):
 
 
 def samples_of(run: Runs, name: str) -> list[dict]:
-    return [json.loads(line) for line in run.samples(name).splitlines()]
+    return samples(run.directory / name)
 
 
 @pytest.mark.parametrize("kind", HOW)
@@ -174,30 +173,9 @@ def test_a_plan_in_windows(options, runs):
     assert plans[0].keys() - {"windows"} == plans[1].keys()
 
 
-# ---- reading
-
-
-def write_csv(path, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["query", "choices", "gold"])
-        writer.writeheader()
-        writer.writerows(row | {"choices": json.dumps(row["choices"])} for row in rows)
-
-
-def write_parquet(path, rows):
-    from datasets import Dataset as Table
-
-    Table.from_list(rows).to_parquet(path)
-
-
-WRITE = {"jsonl": write_rows, "json": lambda path, rows: path.write_text(json.dumps(rows)), "csv": write_csv}
-WRITE |= {"parquet": write_parquet}
-
-
-@pytest.mark.parametrize("kind", WRITE)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_windows_of_a_file_are_its_questions(kind, tmp_path):
-    path = tmp_path / f"rows.{kind}"
-    WRITE[kind](path, ROWS)
+    path = write_table(tmp_path / f"rows.{kind}")
     questions = read_questions(path)
     large = read_windows(path, "auto", None, 7)
     assert isinstance(large, LargeDataset)
