@@ -224,7 +224,7 @@ def batches(encoded: list[Encoded], pad: int, rng: random.Random, steps: int) ->
             starts = list(range(rng.randrange(BATCH), len(encoded) - BATCH + 1, BATCH))
             rng.shuffle(starts)
         start = starts.pop()
-        ids, shares = zip(*encoded[start : start + BATCH], strict=True)
+        ids, shares = map(list, zip(*encoded[start : start + BATCH], strict=True))
         yield pad_sequence(ids, True, pad).long(), pad_sequence(shares, True, 0).float()
 
 

@@ -139,17 +139,17 @@ def test_bad_rows(name, tmp_path):
 ARRAY = json.dumps([GOOD, GOOD | {"gold": 9}]).encode()
 ONE_CHOICE = b'query,choices,gold\nq,"[""a"", ""b""]",0\nq,"[""a""]",0\n'
 TABLES = {
+    "an array": ("bad.json", ARRAY, "bad.json: item 2: field 'gold': 9 is out of range"),
+    "CSV of one choice": ("bad.csv", ONE_CHOICE, "bad.csv: row 2: field 'choices': 1 choices"),
     "parquet that is not": ("bad.parquet", b"not parquet", "bad.parquet: not readable as parquet"),
     "parquet of nothing": ("bad.parquet", b"", "bad.parquet: not readable as parquet"),
     "parquet cut off": ("bad.parquet", b"PAR1" + bytes(40), "bad.parquet: not readable as parquet"),
-    "an array": ("bad.json", ARRAY, "bad.json: item 2: field 'gold': 9 is out of range"),
     "a text": ("rows.txt", b"{}", "rows.txt: unknown file type"),
     "CSV of nothing": ("bad.csv", b"", "bad.csv: not readable as csv"),
     "CSV of a header alone": ("bad.csv", b"query,choices,gold\n", "bad.csv: not readable as csv"),
     "CSV of other columns": ("bad.csv", b"a,b\n1,2\n", "bad.csv: row 1: fields a, b: no known format"),
     "CSV of uneven rows": ("bad.csv", b"query,choices\na,b\na,b,c,d\n", "bad.csv: not readable as csv"),
     "CSV not in UTF-8": ("bad.csv", b"query,choices\n\xff,b\n", "bad.csv: not readable as csv"),
-    "CSV of one choice": ("bad.csv", ONE_CHOICE, "bad.csv: row 2: field 'choices': 1 choices"),
     "CSV with an open quote": ("bad.csv", b'query,choices\n"a,b\n', "bad.csv"),
 }
 
