@@ -68,12 +68,8 @@ def absent_device(properties: Properties, version: str, found: Callable[[Kernel]
     """While this lasts, `cuda:0` is such a device, and tensors made are fake.
 
     What `torch.compile` compiles is compiled as for the real device, up to the machine code, in every configuration
-    that would be tried; then it runs uncompiled, on fake tensors, which gives shapes only.
-
-    Args:
-        properties: the device's.
-        version: CUDA's, as in `torch.version.cuda`; taken where torch is a CPU build.
-        found: called with every kernel in every configuration.
+    that would be tried, and `found` is called with each; then it runs uncompiled, on fake tensors, which gives shapes
+    only. `version` is CUDA's, as in `torch.version.cuda`; taken where torch is a CPU build.
     """
     _install_guard()
     with contextlib.ExitStack() as stack:

@@ -50,7 +50,12 @@ def main() -> int:
 
 def soak_kill(directory: Path, options: argparse.Namespace) -> int:
     """Kills a run at a random moment, resumes it, compares; again and again."""
-    import_all()  # children are forked from here: they need not import anything, and nothing has computed yet
+    # Children are forked from here: with all that a run imports, and before anything has been computed.
+    import cecompile.cli
+    import cecompile.report.table
+    import cecompile.run.answerer
+    import cecompile.run.evaluation  # noqa: F401
+
     data = directory / "rows.jsonl"
     known = [json.loads(line) for line in demo.HELLASWAG.read_text().splitlines()]
     rows = ((number, known[number % len(known)]) for number in range(options.rows))
@@ -72,33 +77,26 @@ def soak_kill(directory: Path, options: argparse.Namespace) -> int:
         killed, output = Run(directory, name, arguments), directory / name
         killed.kill_after(moment)
         there = (output / journal.NAME).exists()
-        kept = count_records(output / journal.NAME) if there else 0
+        records = len(list(journal.read((output / journal.NAME).read_bytes()))) if there else 0
+        kept = max(0, records - 1)  # the first record is the header
         if not there and (output / "results.json").exists():
             finished += 1
-        elif not there or kept is None:
+        elif not records:
             unstarted += 1
-        recomputed = killed.begun() - (kept or 0) if there else 0
+        recomputed = killed.begun() - kept if there else 0
         worst = max(worst, recomputed)
-        again = Run(directory, name, [*arguments, "--resume" if there and kept is not None else "--overwrite"])
+        again = Run(directory, name, [*arguments, "--resume" if records else "--overwrite"])
         same = again.wait() == 0 and (output / SAMPLES).read_bytes() == expected
         clean = (left := sorted(p.name for p in output.iterdir())) == ["results.json", SAMPLES]
         identical += same and clean
         print(
-            f"kill {number + 1} at {moment:.2f} s: {kept or 0} passes kept, {recomputed} recomputed, "
+            f"kill {number + 1} at {moment:.2f} s: {kept} passes kept, {recomputed} recomputed, "
             f"{again.begun()} run after; {'identical' if same else 'NOT IDENTICAL'}{'' if clean else f', left {left}'}"
         )
         shutil.rmtree(output)
     early = f"{unstarted} killed before there was a journal, {finished} after the end"
     print(f"{identical} of {options.kills} identical, at most {worst} passes recomputed; {early}")
     return 0 if identical == options.kills and worst <= 1 else 1
-
-
-def import_all() -> None:
-    """Everything that a run imports."""
-    import cecompile.cli
-    import cecompile.report.table
-    import cecompile.run.answerer
-    import cecompile.run.evaluation  # noqa: F401
 
 
 class Run:
@@ -148,12 +146,6 @@ class Run:
         forward.Engine.run = noted  # type: ignore[method-assign]
         sys.argv = ["cecompile", *arguments]
         cli.main()
-
-
-def count_records(path: Path) -> int | None:
-    """Passes in a journal; None if not even its header is whole."""
-    records = list(journal.read(path.read_bytes()))
-    return len(records) - 1 if records else None
 
 
 def soak_repeat(directory: Path, options: argparse.Namespace) -> int:

@@ -42,7 +42,6 @@ KINDS = {
     "gemma": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
     "llama, one layer": {"num_hidden_layers": 1},
 }
-SIX = {"n_layer": 6, "num_hidden_layers": 6}
 
 
 def saved(directory: Path, name: str) -> str:
@@ -154,16 +153,18 @@ def test_a_scorer_from_end_to_end(tiny_llama):
     assert said.startswith("beside the layers equal to the checkpoint; layers read from files")
 
 
+SIX_KINDS = {"n_layer": 6, "num_hidden_layers": 6, "scale_attn_by_inverse_layer_idx": True}
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "why"),
     [
-        ("deepseek_v3", None, "its layers hold different tensors"),
-        ("gpt2", SIX | {"scale_attn_by_inverse_layer_idx": True}, "its layers are of 6 kinds"),
+        ("deepseek_v3", EXACT["deepseek_v3"], "its layers hold different tensors"),
+        ("gpt2", SIX_KINDS, "its layers are of 6 kinds"),
     ],
 )
 def test_models_that_cannot_be_streamed_are_refused(kind, changes, why, tmp_path):
-    model = tiny_model(kind, **(changes or EXACT[kind]))
-    model.config.save_pretrained(tmp_path)
+    tiny_model(kind, **changes).config.save_pretrained(tmp_path)
     add_tokenizer(tmp_path)
     with pytest.raises(UserError, match=why):
         Scorer.from_pretrained(tmp_path, device="cpu", stream_weights=True)

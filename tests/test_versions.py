@@ -35,20 +35,19 @@ def decoder_of(model) -> Decoder:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("data", ["rows.csv", "rows.parquet"])
-def test_the_command_prints_its_own_lines_alone(data, tmp_path, tiny_llama):
+@pytest.mark.parametrize(
+    ("name", "data", "own"),
+    [("eval", "rows.csv", r"model +\S*tiny_llama"), ("plan", "rows.parquet", r"useful tokens ")],
+)
+def test_the_command_prints_its_own_lines_alone(name, data, own, tmp_path, tiny_llama):
     """With caches that are empty yet, as where it runs for the first time; compiled, in one case."""
     file = write_table(tmp_path / data, ROWS)
-    if data == "rows.csv":
-        command, own = ["eval", "--output", tmp_path / "out"], r"model +\S*tiny_llama"
-    else:
-        command, own = ["plan"], r"useful tokens "
+    command = [name, *(["--output", tmp_path / "out"] if name == "eval" else [])]
     command += ["--model", tiny_llama, "--data", file, "--device", "cpu", "--cache-dir", tmp_path / "code"]
     environment = {k: v for k, v in os.environ.items() if k != "HF_DATASETS_DISABLE_PROGRESS_BARS"}
-    done = subprocess.run(
-        [sys.executable, "-m", "cecompile", *map(str, command)], capture_output=True, text=True,
-        env=environment | {"HF_HOME": str(tmp_path / "hub")},
-    )  # fmt: skip
+    environment |= {"HF_HOME": str(tmp_path / "hub")}
+    command = [sys.executable, "-m", "cecompile", *map(str, command)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.match(own, done.stdout)
 
