@@ -68,12 +68,8 @@ def absent_device(properties: Properties, version: str, found: Callable[[Kernel]
     """While this lasts, `cuda:0` is such a device, and tensors made are fake.
 
     What `torch.compile` compiles is compiled as for the real device, up to the machine code, in every configuration
-    that would be tried; then it runs uncompiled, on fake tensors, which gives shapes only.
-
-    Args:
-        properties: the device's.
-        version: CUDA's, as in `torch.version.cuda`; taken where torch is a CPU build.
-        found: called with every kernel in every configuration.
+    that would be tried, and `found` is called with each; then it runs uncompiled, on fake tensors, which gives shapes
+    only. `version` is CUDA's, as in `torch.version.cuda`; taken where torch is a CPU build.
     """
     _install_guard()
     with contextlib.ExitStack() as stack:
@@ -81,23 +77,11 @@ def absent_device(properties: Properties, version: str, found: Callable[[Kernel]
             stack.enter_context(patch)
         active = triton.runtime.driver
         before = getattr(active, "_active", None)
-        active.set_active(_Driver(properties))
+        target = GPUTarget("cuda", properties.major * 10 + properties.minor, properties.warp_size)
+        active.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0))
         stack.callback(setattr, active, "_active", before)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield torch.device("cuda", 0)
-
-
-class _Driver:
-    """Answers the questions that Triton asks its driver while compiling."""
-
-    def __init__(self, properties: Properties) -> None:
-        self._target = GPUTarget("cuda", properties.major * 10 + properties.minor, properties.warp_size)
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
 
 
 class _OnCPU(TorchDispatchMode):

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -141,15 +141,20 @@ def prepare(questions: Sequence[Question], tokenizer: Any, model: PreTrainedMode
     began = time.perf_counter()
     sequences = encode(questions, tokenizer, model.config.max_position_embeddings).sequences
     encoded = time.perf_counter()
-    plan = _plan(sequences, options, model.device)
+    tuning = TUNING[model.device.type]
+    geometry = choose_geometry(
+        int(sequences.input_lengths.max()), tokens_per_bucket=options.tokens_per_bucket or tuning.tokens_per_bucket,
+        blocks=options.attention == "flex", readout_chunk=tuning.readout_chunk,
+    )  # fmt: skip
+    plan = make_plan(sequences, geometry)
     staged = list(stage_all(plan))
     phases = {"encode": encoded - began, "plan": time.perf_counter() - encoded}
     return Work(questions, sequences, plan, staged, phases)
 
 
-def rate(row: dict[str, Any]) -> float:
+def rate(row: dict[str, Any], of: str = "questions") -> float:
     """Questions a second; 0 for what failed."""
-    return row["questions"] / row["seconds"] if row.get("seconds") else 0.0
+    return row[of] / row["seconds"] if row.get("seconds") else 0.0
 
 
 def random_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -293,17 +298,6 @@ def or_out_of_memory(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         torch.cuda.empty_cache()
 
 
-def _plan(sequences: Sequences, options: argparse.Namespace, device: torch.device) -> Plan:
-    tuning = TUNING[device.type]
-    geometry = choose_geometry(
-        int(sequences.input_lengths.max()),
-        tokens_per_bucket=options.tokens_per_bucket or tuning.tokens_per_bucket,
-        blocks=options.attention == "flex",
-        readout_chunk=tuning.readout_chunk,
-    )
-    return make_plan(sequences, geometry)
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -318,17 +312,21 @@ def _metrics(questions: Sequence[Question], loglikelihood: Any) -> dict[str, flo
     return metrics(samples)
 
 
+def numbers(*names: str) -> list[Column]:
+    """Columns of a table, on the right."""
+    return [Column(name, justify="right") for name in names]
+
+
 def print_report(report: dict[str, Any]) -> None:
-    """The table: every row's speed, and its ratio to the best lm_eval row and to the floor."""
+    """The table: every row's speed, and its ratio to the floor and to the best lm_eval row, on all questions if any."""
     rows = report["rows"]
-    harness = max((rate(r) for n, r in rows.items() if n.startswith("lm_eval")), default=0.0)
-    whole = [rate(r) for n, r in rows.items() if n.startswith("lm_eval") and r["questions"] == report["questions"]]
-    harness = max(whole, default=harness)
+    theirs = [row for name, row in rows.items() if name.startswith("lm_eval")]
+    whole = [row for row in theirs if row["questions"] == report["questions"]]
+    harness = max(map(rate, whole or theirs), default=0.0)
     floor = rate(rows["GEMM floor"])
-    table = Table(title=f"{report['shape']} {report['dtype']}, {report['questions']} questions, {report['device']}")
-    table.add_column("")
-    for column in ("seconds", "questions/s", "useful tokens/s", "acc", "acc_norm", "x lm_eval", "x floor"):
-        table.add_column(column, justify="right")
+    columns = numbers("seconds", "questions/s", "useful tokens/s", "acc", "acc_norm", "x lm_eval", "x floor")
+    title = f"{report['shape']} {report['dtype']}, {report['questions']} questions, {report['device']}"
+    table = Table("", *columns, title=title)
     for name, row in rows.items():
         seconds, scores = row["seconds"], row.get("metrics")
         if seconds is None:

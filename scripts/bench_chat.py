@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import SHAPES, or_out_of_memory, random_model
+from bench import SHAPES, numbers, or_out_of_memory, random_model, rate
 from rich.console import Console
 from rich.table import Table
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, pipeline
@@ -87,12 +87,11 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         full = write_rows(Path(folder) / "full.jsonl", options, tokenizer)
-        count = len(full.read_text().splitlines())
-        chosen = np.linspace(0, count - 1, min(options.sample or count, count)).astype(int)
-        sample = full if len(chosen) == count else Path(folder) / "sample.jsonl"
-        if sample is not full:
-            lines = full.read_text().splitlines()
-            sample.write_text("\n".join(lines[i] for i in chosen) + "\n")
+        lines = full.read_text().splitlines(keepends=True)
+        sample, count = full, len(lines)
+        if options.sample and options.sample < count:
+            sample = Path(folder) / "sample.jsonl"
+            sample.write_text("".join(lines[i] for i in np.linspace(0, count - 1, options.sample).astype(int)))
         rows = measure(model, tokenizer, full, sample, options)
     print_report(rows, f"{options.shape} {options.dtype}, {count} chat rows on {device}", options)
     if options.output:
@@ -114,7 +113,7 @@ def measure(
     sizes = options.batch_sizes or BATCH_SIZES[model.device.type]
     for size in sizes:
         add(f"generate, batch {size}", sample, functools.partial(time_batches, model, tokenizer, size=size))
-    best = max(sizes, key=lambda size: rate(rows[f"generate, batch {size}"]))
+    best = max(sizes, key=lambda size: rate(rows[f"generate, batch {size}"], "items"))
     if sample is not full:
         add(f"generate, batch {best}, all", full, lambda data: time_batches(model, tokenizer, data, best))
     add("cecompile", full, lambda data: time_ours(model, tokenizer, data, options))
@@ -146,7 +145,8 @@ def time_batches(model: PreTrainedModel, tokenizer: Any, data: Path, size: int) 
     golds = gold_tokens(read_questions(data), tokenizer)
     began = time.perf_counter()
     questions = read_questions(data)
-    prompts = prompts_of(_bare(questions, tokenizer))
+    bare = [ChatQuestion(q.id, q.messages, q.label) for q in questions]
+    prompts = prompts_of(graft(bare, tokenizer, 1 << 20, NEW_TOKENS))
     texts, tokens = [""] * len(questions), 0
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for at in range(0, len(order), size):
@@ -176,13 +176,8 @@ def time_ours(model: PreTrainedModel, tokenizer: Any, data: Path, options: argpa
     questions = read_questions(data)
     golds = gold_tokens(questions, tokenizer)
     likely = answerer.most_likely
-    sequences: list[Sequences] = []
-
-    def forced(staged: Any, readouts: Any) -> Ints:
-        return force(sequences[-1], golds, likely(staged, readouts))
-
-    sequences.append(graft(questions, tokenizer, model.config.max_position_embeddings, NEW_TOKENS))
-    answerer.most_likely = forced
+    sequences = graft(questions, tokenizer, model.config.max_position_embeddings, NEW_TOKENS)
+    answerer.most_likely = lambda staged, readouts: force(sequences, golds, likely(staged, readouts))
     try:
         began = time.perf_counter()
         first = ours.answer(questions)  # compiles and captures
@@ -198,10 +193,8 @@ def time_ours(model: PreTrainedModel, tokenizer: Any, data: Path, options: argpa
     row |= {"first_run_seconds": warmup, "inference_seconds": first.inference_s[0]}
     row |= {"in_tree": sum(a.decoded_tokens == 0 for a in answers), "note": ours.runtime.mode.note}
     row |= {"useful_tokens": plan.useful_tokens, "slots": plan.slots, "prompt_tokens": plan.unshared_tokens}
-    return row | {
-        "predicted_bytes": ours.runtime.planner.predicted_bytes,
-        "peak_bytes": device_memory.peak(model.device),
-    }
+    predicted, peak = ours.runtime.planner.predicted_bytes, device_memory.peak(model.device)
+    return row | {"predicted_bytes": predicted, "peak_bytes": peak}
 
 
 def force(sequences: Sequences, golds: Sequence[list[int]], argmax: Ints) -> Ints:
@@ -229,11 +222,6 @@ def gold_tokens(questions: Sequence[ChatQuestion], tokenizer: Any) -> list[list[
     return out
 
 
-def _bare(questions: Sequence[ChatQuestion], tokenizer: Any) -> Sequences:
-    without = [ChatQuestion(q.id, q.messages, q.label) for q in questions]
-    return graft(without, tokenizer, 1 << 20, NEW_TOKENS)
-
-
 def write_rows(path: Path, options: argparse.Namespace, tokenizer: Any) -> Path:
     """The data as chat rows."""
     lines = []
@@ -251,11 +239,6 @@ def write_rows(path: Path, options: argparse.Namespace, tokenizer: Any) -> Path:
     return path
 
 
-def rate(row: dict[str, Any]) -> float:
-    """Items a second; 0 for what failed."""
-    return row["items"] / row["seconds"] if row.get("seconds") else 0.0
-
-
 def _row(began: float, questions: Sequence[ChatQuestion], texts: Sequence[str], tokens: int) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     right = sum(t.lstrip().replace("\n", "") == q.label for t, q in zip(texts, questions, strict=True))
@@ -264,17 +247,19 @@ def _row(began: float, questions: Sequence[ChatQuestion], texts: Sequence[str], 
 
 def print_report(rows: dict[str, dict[str, Any]], title: str, options: argparse.Namespace) -> None:
     """The table: seconds and tokens per item, and how many times faster ours is."""
-    ours = rate(rows["cecompile"])
-    table = Table(title=title + (f", {options.memory_limit:.0f} GB" if options.memory_limit else ""))
-    for column in ("", "items", "seconds", "s/item", "tokens/item", "exact match", "cecompile is"):
-        table.add_column(column, justify="left" if not column else "right")
+    ours = rate(rows["cecompile"], "items")
+    title += f", {options.memory_limit:.0f} GB" if options.memory_limit else ""
+    columns = numbers("items", "seconds", "s/item", "tokens/item", "exact match", "cecompile is")
+    table = Table("", *columns, title=title)
     for name, row in rows.items():
         if row["seconds"] is None:
             table.add_row(name, str(row["items"]), row["failed"])
             continue
         each = row["seconds"] / row["items"]
         cells = (f"{row['seconds']:.2f}", f"{each:.4f}", f"{row['tokens'] / row['items']:.2f}")
-        table.add_row(name, str(row["items"]), *cells, f"{row['exact_match']:.4f}", f"{ours / rate(row):.2f} x")
+        table.add_row(
+            name, str(row["items"]), *cells, f"{row['exact_match']:.4f}", f"{ours / rate(row, 'items'):.2f} x"
+        )
     Console(width=120).print(table)
     print(json.dumps({k: v for k, v in rows["cecompile"].items() if k != "seconds"}))
 

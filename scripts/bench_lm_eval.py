@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import SHAPES, random_model
+from bench import SHAPES, numbers, random_model
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -112,9 +112,9 @@ def print_report(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -
     """The table: seconds, metrics, how many times faster ours is, and the largest difference."""
     ours = rows["cecompile"]
     name = options.model or options.shape
-    table = Table(title=f"{name} {options.dtype}, {len(ours['values']) // 4} questions, {options.shots} examples")
-    for column in ("", "seconds", "acc", "acc_norm", "cecompile is", "largest difference", "mean error"):
-        table.add_column(column, justify="left" if not column else "right")
+    title = f"{name} {options.dtype}, {len(ours['values']) // 4} questions, {options.shots} examples"
+    columns = numbers("seconds", "acc", "acc_norm", "cecompile is", "largest difference", "mean error")
+    table = Table("", *columns, title=title)
     for name, row in rows.items():
         ratio, apart = row["seconds"] / ours["seconds"], np.abs(row["values"] - ours["values"]).max()
         cells = (f"{row['seconds']:.2f}", f"{row['acc']:.4f}", f"{row['acc_norm']:.4f}", f"{ratio:.2f} x")

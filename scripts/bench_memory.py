@@ -29,9 +29,8 @@ def main() -> None:
         out = options.output / f"{limit:g}"
         command = [sys.executable, "-m", "cecompile", "eval", "--memory-limit", f"{limit}GB", *more]
         done = subprocess.run(
-            [*command, "--output", str(out), "--overwrite"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True, check=False,
-        )  # fmt: skip
+            [*command, "--output", str(out), "--overwrite"], capture_output=True, text=True, check=False
+        )
         row = [f"{limit:g} GB", str(done.returncode)]
         if done.returncode:
             broken += done.returncode != 2

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from bench import LLAMA, SHAPES
 from safetensors.torch import save_file
@@ -52,10 +53,14 @@ def main() -> None:
     print(f"verified: {streamed['model']['verified']}")
     if whole is not None:
         print(f"streamed / in memory: {streamed['latency_s']['inference'] / whole['latency_s']['inference']:.3f}")
-        both = [_samples(options.output / name) for name in ("whole", "streamed")]
-        differing = sum(a[:3] != b[:3] for a, b in zip(*both, strict=True))
-        farthest = max(abs(x - y) for a, b in zip(*both, strict=True) for x, y in zip(a[3], b[3], strict=True))
-        print(f"predictions: {differing} of {len(both[0])} differ; loglikelihoods differ by up to {farthest:.2g}")
+        files = [options.output / name / "samples.jsonl" for name in ("whole", "streamed")]
+        pairs = [
+            [json.loads(line) for line in pair]
+            for pair in zip(*(file.read_text().splitlines() for file in files), strict=True)
+        ]
+        differing = sum(any(a[key] != b[key] for key in ("id", "prediction", "prediction_norm")) for a, b in pairs)
+        farthest = max(np.abs(np.subtract(a["loglikelihoods"], b["loglikelihoods"])).max() for a, b in pairs)
+        print(f"predictions: {differing} of {len(pairs)} differ; loglikelihoods differ by up to {farthest:.2g}")
 
 
 def run(options: argparse.Namespace, name: str, *more: str) -> dict[str, Any]:
@@ -68,12 +73,6 @@ def run(options: argparse.Namespace, name: str, *more: str) -> dict[str, Any]:
     subprocess.run([*command, "--output", str(directory), "--overwrite", *more], check=True, stdout=subprocess.DEVNULL)
     results: dict[str, Any] = json.loads((directory / "results.json").read_text())
     return results
-
-
-def _samples(directory: Path) -> list[tuple[str, int, int, list[float]]]:
-    """Per question: id, both predictions, loglikelihoods."""
-    lines = (json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines())
-    return [(s["id"], s["prediction"], s["prediction_norm"], s["loglikelihoods"]) for s in lines]
 
 
 def make(shape: str, directory: Path, tokenizer: str, device: torch.device) -> None:
@@ -94,9 +93,14 @@ def make(shape: str, directory: Path, tokenizer: str, device: torch.device) -> N
     torch.manual_seed(0)
     index: dict[str, str] = {}
     size = 0
+
+    def drawn(shape: torch.Size) -> torch.Tensor:
+        empty = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        return (empty.fill_(1) if len(shape) == 1 else empty.normal_(std=0.02)).cpu()
+
     for number, group in enumerate(groups):
         file = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {name: _random(name, shapes[name], device).cpu() for name in group}
+        tensors = {name: drawn(shapes[name]) for name in group}
         save_file(tensors, directory / file, {"format": "pt"})
         index |= dict.fromkeys(group, file)
         size += sum(tensor.nbytes for tensor in tensors.values())
@@ -105,12 +109,6 @@ def make(shape: str, directory: Path, tokenizer: str, device: torch.device) -> N
     config.save_pretrained(directory)
     loaded.save_pretrained(directory)
     print(f"{shape}: {size / 1e9:.2f} GB in {directory}, {time.perf_counter() - began:.1f} s")
-
-
-def _random(name: str, shape: torch.Size, device: torch.device) -> torch.Tensor:
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16, device=device)
-    return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=0.02)
 
 
 def _arguments() -> argparse.Namespace:

@@ -28,16 +28,16 @@ def main() -> None:
             for turn in range(1 + options.warm):
                 results = run(options, f"{number}-{turn}", "--cache-dir", cache)
                 samples.add((options.output / f"{number}-{turn}" / "samples.jsonl").read_bytes())
-                phases = results["phases_s"]
+                phases = results["phases_s"] | {"wall": sum(results["phases_s"].values())}
                 cold = cold or phases["warmup"]
-                seconds = (phases["load_model"], phases["warmup"], phases["inference"], sum(phases.values()))
-                load, warmup, inference, wall = (f"{value:.2f} s" for value in seconds)
-                share = f"{phases['warmup'] / cold:.3f}"
-                table.add_row(str(number + 1), results["cache"]["state"], load, warmup, share, inference, wall)
+                load, warmup, *rest = (
+                    f"{phases[name]:.2f} s" for name in ("load_model", "warmup", "inference", "wall")
+                )
+                cells = (results["cache"]["state"], load, warmup, f"{phases['warmup'] / cold:.3f}", *rest)
+                table.add_row(str(number + 1), *cells)
     Console(width=110).print(table)
-    print(
-        f"samples: {'the same' if len(samples) == 1 else 'NOT the same'} in all {options.rounds * (1 + options.warm)}"
-    )
+    said = "the same" if len(samples) == 1 else "NOT the same"
+    print(f"samples: {said} in all {options.rounds * (1 + options.warm)}")
     sys.exit(len(samples) > 1)
 
 

@@ -46,10 +46,8 @@ def rows(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     draw = random.Random(seed)
     for number in range(count):
         who, other = draw.sample(PEOPLE, 2)
-        query = (
-            f"{INSTRUCTION} {who} {draw.choice(ACTS)} {draw.choice(THINGS)} {draw.choice(PLACES)}, and {other} "
-            f"{draw.choice(ACTS)} {draw.choice(NUMBERS)} {draw.choice(GOODS)} {draw.choice(PLACES)}."
-        )
+        query = f"{INSTRUCTION} {who} {draw.choice(ACTS)} {draw.choice(THINGS)} {draw.choice(PLACES)}, and {other} "
+        query += f"{draw.choice(ACTS)} {draw.choice(NUMBERS)} {draw.choice(GOODS)} {draw.choice(PLACES)}."
         if draw.random() < 0.5:
             query += f" {who} {draw.choice(ACTS)} {draw.choice(NUMBERS)} more."
         query += f" Then {draw.choice((who, other))} {draw.choice(ACTS)}"

@@ -19,15 +19,12 @@ from cecompile import Answerer, ChatQuestion, read_questions
 from cecompile.errors import CheckError, UserError
 from cecompile.tasks.chat import NEW_TOKENS
 
-WARM_UP = ChatQuestion(
-    "warm-up",
-    (
-        ("user", "Which fruits go well with bananas? Name two of them."),
-        ("assistant", "Strawberries and mangoes do."),
-        ("user", "Which of them is red?\nchoices: ['Strawberries', 'Mangoes']\n"),
-    ),
-    None,
+WARM_UP_MESSAGES = (
+    ("user", "Which fruits go well with bananas? Name two of them."),
+    ("assistant", "Strawberries and mangoes do."),
+    ("user", "Which of them is red?\nchoices: ['Strawberries', 'Mangoes']\n"),
 )
+WARM_UP = ChatQuestion("warm-up", WARM_UP_MESSAGES, None)
 
 
 def main() -> None:

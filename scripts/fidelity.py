@@ -12,10 +12,10 @@ and random weights, scaled so that its logits vary as those of a trained model d
 import argparse
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
+from bench import numbers
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -44,13 +44,12 @@ def main() -> None:
     options = _arguments()
     with tempfile.TemporaryDirectory() as directory:
         if options.random:
-            options.model = directory
-            write_random_model(Path(directory))
+            options.model = write_random_model(directory)
         compare(options)
 
 
-def write_random_model(directory: Path) -> None:
-    """A checkpoint with random weights whose logits have a standard deviation of about 3."""
+def write_random_model(directory: str) -> str:
+    """Writes a checkpoint with random weights whose logits have a standard deviation of about 3."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
     config = AutoConfig.for_model(
@@ -61,34 +60,27 @@ def write_random_model(directory: Path) -> None:
     model.get_output_embeddings().weight.data.mul_(3)  # final hidden states have unit variance
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return directory
 
 
 def compare(options: argparse.Namespace) -> None:
     """Prints the table."""
     questions = read_questions(options.data, limit=options.questions)
     exact = outcome(questions, options, "reference", "float32")
-    table = Table(title=f"{len(questions)} questions, errors against the stock model in float32")
-    for column in ("dtype", "stock error", "trees error", "ratio", "stock agrees", "trees agree"):
-        table.add_column(column, justify="right")
+    columns = numbers("dtype", "stock error", "trees error", "ratio", "stock agrees", "trees agree")
+    table = Table(*columns, title=f"{len(questions)} questions, errors against the stock model in float32")
     for dtype in options.dtype:
-        stock = outcome(questions, options, "reference", dtype)
-        trees = outcome(questions, options, "compiled", dtype)
-        errors = stock.error(exact), trees.error(exact)
-        table.add_row(
-            dtype,
-            *(f"{e:.4f}" for e in errors),
-            f"{errors[1] / errors[0]:.3f}",
-            *(f"{100 * o.agreement(exact):.2f} %" for o in (stock, trees)),
-        )
+        both = [outcome(questions, options, engine, dtype) for engine in ("reference", "compiled")]
+        stock, trees = (one.error(exact) for one in both)
+        agreements = (f"{100 * one.agreement(exact):.2f} %" for one in both)
+        table.add_row(dtype, f"{stock:.4f}", f"{trees:.4f}", f"{trees / stock:.3f}", *agreements)
     Console(width=100).print(table)
 
 
 def outcome(questions: list[Question], options: argparse.Namespace, engine: str, dtype: str) -> Outcome:
     """Scores the questions with one engine and dtype."""
-    scorer = Scorer.from_pretrained(
-        options.model, device=options.device, dtype=dtype, engine=engine, attention=options.attention
-    )
-    scores = scorer.score(questions).loglikelihoods
+    how = {"device": options.device, "dtype": dtype, "engine": engine, "attention": options.attention}
+    scores = Scorer.from_pretrained(options.model, **how).score(questions).loglikelihoods
     return Outcome(np.concatenate(scores), np.array([int(np.argmax(s)) for s in scores]))
 
 

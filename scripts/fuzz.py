@@ -56,9 +56,8 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"goal": "g", "sol1": "a", "sol2": "b", "label": 0},
     {"message": [{"role": "user", "content": "x\nchoices: ['a', 'b']"}], "answer": "a"},
 )
-TEXT = st.text(max_size=20) | st.sampled_from(
-    ["", " ", "[step]", "[1, 2]", "['a', 'b']", "\x1b[31m", "\u202e", "\ud800"]
-)
+ODD_TEXTS = ("", " ", "[step]", "[1, 2]", "['a', 'b']", "\x1b[31m", "\u202e", "\ud800")
+TEXT = st.text(max_size=20) | st.sampled_from(ODD_TEXTS)
 VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
@@ -174,15 +173,11 @@ def fuzz_journal(records: list[tuple[str, int, bytes]], damage: tuple[int, int, 
 def sequences(draw: Any) -> Sequences:
     """Token sequences over few tokens, so that many begin alike."""
     token = st.integers(0, 2)
-    tokens, predicted, owners = [], [], []
-    for question in range(draw(st.integers(1, 8))):
-        context = draw(st.lists(token, min_size=1, max_size=25))
-        for _ in range(draw(st.integers(1, 6))):
-            choice = draw(st.lists(token, min_size=1, max_size=8))
-            tokens.append(context + choice)
-            predicted.append(len(choice))
-            owners.append(question)
-    return Sequences.of(tokens, predicted, owners)
+    choices = st.lists(st.lists(token, min_size=1, max_size=8), min_size=1, max_size=6)
+    questions = draw(st.lists(st.tuples(st.lists(token, min_size=1, max_size=25), choices), min_size=1, max_size=8))
+    flat = [(number, context, choice) for number, (context, listed) in enumerate(questions) for choice in listed]
+    tokens = [context + choice for _, context, choice in flat]
+    return Sequences.of(tokens, [len(choice) for *_, choice in flat], [number for number, *_ in flat])
 
 
 @given(sequences(), st.sampled_from([128, 256, 1024]), st.booleans())
@@ -229,6 +224,9 @@ RAW: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]]]] = {
 }
 
 
+QUIET: dict[str, Any] = {"database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
 def some_journal() -> bytes:
     """A journal with a few records."""
     with Journal(DIRECTORY) as journal:
@@ -263,8 +261,7 @@ def hypothesis_for(name: str, seconds: int) -> int:
     """Rounds of a thousand examples until the time is up; raises what a target raises, with the smallest input."""
     began = time.monotonic()
     rounds = 0
-    options = settings(max_examples=1000, database=None, deadline=None, suppress_health_check=list(HealthCheck))
-    target = options(TARGETS[name])
+    target = settings(**QUIET, max_examples=1000)(TARGETS[name])
     while time.monotonic() - began < seconds:
         seed(rounds)(target)()
         rounds += 1
@@ -277,9 +274,7 @@ def atheris_for(name: str, seconds: int) -> int:
     if name in RAW:
         one, seeds = RAW[name][0], RAW[name][1]()
     else:
-        options = settings(
-            database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-        )
+        options = settings(**QUIET, phases=[Phase.generate])
         one = options(TARGETS[name]).hypothesis.fuzz_one_input  # type: ignore[attr-defined]
         seeds = [np.random.default_rng(i).bytes(1024) for i in range(50)]
     print(f"{name}: atheris for {seconds} s", flush=True)

@@ -48,14 +48,18 @@ def main() -> int:
         return soak_kill(Path(directory), options) if options.mode == "kill" else soak_repeat(Path(directory), options)
 
 
-# ---- killed and resumed
-
-
 def soak_kill(directory: Path, options: argparse.Namespace) -> int:
     """Kills a run at a random moment, resumes it, compares; again and again."""
-    import_all()  # children are forked from here: they need not import anything, and nothing has computed yet
+    # Children are forked from here: with all that a run imports, and before anything has been computed.
+    import cecompile.cli
+    import cecompile.report.table
+    import cecompile.run.answerer
+    import cecompile.run.evaluation  # noqa: F401
+
     data = directory / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows(options.rows)))
+    known = [json.loads(line) for line in demo.HELLASWAG.read_text().splitlines()]
+    rows = ((number, known[number % len(known)]) for number in range(options.rows))
+    data.write_text("".join(json.dumps(row | {"ctx_a": f"{i}. {row['ctx_a']}"}) + "\n" for i, row in rows))
     arguments = ["eval", "--data", str(data), "--device", "cpu", "--engine", "eager"]
     arguments += ["--tokens-per-bucket", str(options.tokens_per_bucket)]
     began = time.monotonic()
@@ -66,50 +70,33 @@ def soak_kill(directory: Path, options: argparse.Namespace) -> int:
     expected = (directory / "whole" / SAMPLES).read_bytes()
     print(f"{options.rows} rows, {whole.begun()} passes, {seconds:.2f} s uninterrupted")
     moments = random.Random(options.seed)
-    identical = unstarted = finished = 0
-    worst = 0
+    identical = unstarted = finished = worst = 0
     for number in range(options.kills):
         moment = moments.uniform(0, seconds)
         name = f"run{number}"
-        killed = Run(directory, name, arguments)
+        killed, output = Run(directory, name, arguments), directory / name
         killed.kill_after(moment)
-        output = directory / name
         there = (output / journal.NAME).exists()
-        kept = count_records(output / journal.NAME) if there else 0
+        records = len(list(journal.read((output / journal.NAME).read_bytes()))) if there else 0
+        kept = max(0, records - 1)  # the first record is the header
         if not there and (output / "results.json").exists():
             finished += 1
-        elif not there or kept is None:
+        elif not records:
             unstarted += 1
-        recomputed = killed.begun() - (kept or 0) if there else 0
+        recomputed = killed.begun() - kept if there else 0
         worst = max(worst, recomputed)
-        again = Run(directory, name, [*arguments, "--resume" if there and kept is not None else "--overwrite"])
-        status = again.wait()
-        same = status == 0 and (output / SAMPLES).read_bytes() == expected
-        left = sorted(p.name for p in output.iterdir())
-        clean = left == ["results.json", SAMPLES]
+        again = Run(directory, name, [*arguments, "--resume" if records else "--overwrite"])
+        same = again.wait() == 0 and (output / SAMPLES).read_bytes() == expected
+        clean = (left := sorted(p.name for p in output.iterdir())) == ["results.json", SAMPLES]
         identical += same and clean
         print(
-            f"kill {number + 1} at {moment:.2f} s: {kept or 0} passes kept, {recomputed} recomputed, "
+            f"kill {number + 1} at {moment:.2f} s: {kept} passes kept, {recomputed} recomputed, "
             f"{again.begun()} run after; {'identical' if same else 'NOT IDENTICAL'}{'' if clean else f', left {left}'}"
         )
         shutil.rmtree(output)
     early = f"{unstarted} killed before there was a journal, {finished} after the end"
     print(f"{identical} of {options.kills} identical, at most {worst} passes recomputed; {early}")
     return 0 if identical == options.kills and worst <= 1 else 1
-
-
-def rows(count: int) -> list[dict[str, object]]:
-    """The demo's questions, as many as wanted, each with a number of its own."""
-    known = [json.loads(line) for line in demo.HELLASWAG.read_text().splitlines()]
-    return [known[i % len(known)] | {"ctx_a": f"{i}. {known[i % len(known)]['ctx_a']}"} for i in range(count)]
-
-
-def import_all() -> None:
-    """Everything that a run imports."""
-    import cecompile.cli
-    import cecompile.report.table
-    import cecompile.run.answerer
-    import cecompile.run.evaluation  # noqa: F401
 
 
 class Run:
@@ -153,56 +140,47 @@ class Run:
                     os.write(notes, b".")
                     yield one
 
-            return (
-                run(self, passes) if done is None else run(self, each(), done)
-            )  # a check of the warm-up's, or the run
+            checks = done is None  # the warm-up does, and journals nothing
+            return run(self, passes) if checks else run(self, each(), done)
 
         forward.Engine.run = noted  # type: ignore[method-assign]
         sys.argv = ["cecompile", *arguments]
         cli.main()
 
 
-def count_records(path: Path) -> int | None:
-    """Passes in a journal; None if not even its header is whole."""
-    records = list(journal.read(path.read_bytes()))
-    return len(records) - 1 if records else None
-
-
-# ---- again and again
-
-
 def soak_repeat(directory: Path, options: argparse.Namespace) -> int:
     """The demo many times: through the Python API in this process, then as commands."""
+    from cecompile import Scorer
+
     os.environ["TMPDIR"] = str(directory / "tmp")
     (directory / "tmp").mkdir()
     tempfile.tempdir = None
-    wrong = []
-    scorer = None
-    sizes = []
+    wrong, outputs, scorer = [], set(), None
+    sizes, peaks = [], []
     for _ in range(options.runs):
-        scorer = new_scorer() if scorer is None or options.reload else scorer
-        sizes.append(api_run(scorer, directory / "api"))
-    results = {samples for _, samples in sizes}
+        if scorer is None or options.reload:
+            scorer = Scorer.from_pretrained(device="cpu", engine="eager")
+        size, samples = api_run(scorer, directory / "api")
+        sizes.append(size)
+        outputs.add(samples)
     if sizes:
-        base, last = sizes[min(9, len(sizes) - 1)][0], sizes[-1][0]
-        print(
-            f"{options.runs} runs in one process: {base / 1e6:.1f} MB after the tenth, {last / 1e6:.1f} MB after the "
-            f"last ({100 * (last / base - 1):+.2f} %), {len(results)} different results"
-        )
-        if abs(last / base - 1) > 0.05 or len(results) > 1:
+        base, last = sizes[min(9, len(sizes) - 1)], sizes[-1]
+        grown = f"{last / 1e6:.1f} MB after the last ({100 * (last / base - 1):+.2f} %)"
+        print(f"{options.runs} runs in one process: {base / 1e6:.1f} MB after the tenth, ", end="")
+        print(f"{grown}, {len(outputs)} different results")
+        if abs(last / base - 1) > 0.05 or len(outputs) > 1:
             wrong.append("runs in one process")
-    peaks, outputs = [], set()
+    of_commands = set()
     for number in range(options.commands):
         peak, samples = command_run(directory / "command")
         peaks.append(peak)
-        outputs.add(samples)
+        of_commands.add(samples)
         print(f"command {number + 1}: peak {peak / 1e6:.1f} MB", flush=True)
     if peaks:
-        print(
-            f"{options.commands} commands: peaks from {min(peaks) / 1e6:.1f} to {max(peaks) / 1e6:.1f} MB, "
-            f"{len(outputs)} different results"
-        )
-        if max(peaks) / min(peaks) > 1.05 or len(outputs | results) > 1:
+        least, most = min(peaks), max(peaks)
+        print(f"{options.commands} commands: peaks from {least / 1e6:.1f} to {most / 1e6:.1f} MB, ", end="")
+        print(f"{len(of_commands)} different results")
+        if most / least > 1.05 or len(outputs | of_commands) > 1:
             wrong.append("commands")
     left = [str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()]
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
@@ -211,13 +189,6 @@ def soak_repeat(directory: Path, options: argparse.Namespace) -> int:
         wrong.append("leftovers")
     print("all as it must be" if not wrong else f"WRONG: {', '.join(wrong)}")
     return 1 if wrong else 0
-
-
-def new_scorer() -> Any:
-    """Of the demo, not loaded yet."""
-    from cecompile import Scorer
-
-    return Scorer.from_pretrained(device="cpu", engine="eager")
 
 
 def api_run(scorer: Any, output: Path) -> tuple[int, bytes]:

@@ -33,12 +33,14 @@ import sentencepiece
 import torch
 from demo_town import KINDS, OPENINGS, Ask, Scene, name_of, new_scenes, scenes, shuffled
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 from cecompile import Answerer, Scorer, evaluate, read_questions
 from cecompile.tasks.formats import preprocess
 from cecompile.tasks.judge import metrics
 
+Encoded = tuple[torch.Tensor, torch.Tensor]
 TRAINING_TEXTS = 145_000
 TOKENIZER_TEXTS = 20_000
 SCENES_PER_KIND = 20
@@ -66,8 +68,6 @@ INSTRUCTIONS = [
     "Answer the question with one of the choices.\nDo not repeat the question and do not add a word.",
 ]
 
-# --- From a scene to questions, and to text -------------------------------------------------------------------------
-
 
 def context(scene: Scene, opening: str, lead: str) -> str:
     return " ".join(part for part in (opening, scene.facts, lead) if part)
@@ -86,10 +86,6 @@ def chat_row(rng: random.Random, scene: Scene, ask: Ask) -> dict[str, Any]:
     question = context(scene, "", ask.question)
     content = f"\n{rng.choice(INSTRUCTIONS)}\n\nquestion: {question}\nchoices: {shuffled(rng, ask.choices)}\n"
     return {"message": [{"role": "user", "content": content}], "answer": ask.choices[0]}
-
-
-def query_of(row: dict[str, Any]) -> str:
-    return preprocess(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
 
 
 def openings(rng: random.Random, scene: Scene) -> str:
@@ -111,11 +107,8 @@ def held_out_questions(seed: int, seen: set[str]) -> list[dict[str, Any]]:
 def held_out_chats(seed: int, seen: set[str]) -> list[dict[str, Any]]:
     """One row a scene, of scenes that are not in `seen`; adds their names to it."""
     rng = random.Random(f"chats {seed}")
-    rows = [
-        chat_row(rng, scene, rng.choice(scene.asks))
-        for kind in KINDS
-        for scene in new_scenes(rng, kind, seen, CHATS_PER_KIND)
-    ]
+    chosen = (scene for kind in KINDS for scene in new_scenes(rng, kind, seen, CHATS_PER_KIND))
+    rows = [chat_row(rng, scene, rng.choice(scene.asks)) for scene in chosen]
     rng.shuffle(rows)
     return rows
 
@@ -138,7 +131,9 @@ def story(rng: random.Random, scene: Scene) -> Text:
     """The asks of a scene, one after another, the first exactly as it is scored. A recipe asks only once."""
     opening = openings(rng, scene)
     first, *rest = rng.sample(scene.asks, len(scene.asks))
-    parts = [(query_of(hellaswag_row(rng, scene, first, opening)), False), (f" {preprocess(first.endings[0])}", True)]
+    row = hellaswag_row(rng, scene, first, opening)
+    query = preprocess(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+    parts = [(query, False), (f" {preprocess(first.endings[0])}", True)]
     for ask in rest if scene.facts else []:
         parts += [(f" {ask.lead} {ask.subject.capitalize()}", False), (f" {ask.endings[0]}", True)]
     return Text(parts, chat=False)
@@ -171,9 +166,6 @@ def assert_held_out(texts: list[Text], questions: list[dict[str, Any]], chats: l
         assert asked not in corpus, row
 
 
-# --- Tokenizer ------------------------------------------------------------------------------------------------------
-
-
 def train_tokenizer(texts: list[Text], directory: Path) -> Any:
     """Trains the sentencepiece model, and writes it together with the same tokenizer in transformers' form."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -197,29 +189,22 @@ def train_tokenizer(texts: list[Text], directory: Path) -> Any:
 
 def merges_of(vocab: dict[str, int]) -> list[tuple[str, str]]:
     """Every way to build a piece from two others, in the order in which sentencepiece learnt the pieces."""
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in vocab
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
-    ]
+    splits = ((piece[:cut], piece[cut:]) for piece in vocab for cut in range(1, len(piece)))
+    return [split for split in splits if vocab.keys() >= set(split)]
 
 
-def encode(tokenizer: Any, texts: list[Text]) -> list[tuple[list[int], list[float]]]:
-    """Token ids and the share of each that is learnt, a pair a text, the shortest text first."""
+def encode(tokenizer: Any, texts: list[Text]) -> list[Encoded]:
+    """Token ids (int16) and the share of each that is learnt (float16), a pair a text, the shortest text first."""
     encoded = []
     for chat in sorted({text.chat for text in texts}):
         chosen = [text for text in texts if text.chat == chat]
         batch = tokenizer(list(map(str, chosen)), add_special_tokens=not chat, return_offsets_mapping=True)
         for text, ids, offsets in zip(chosen, batch["input_ids"], batch["offset_mapping"], strict=True):
             share_of = [1.0 if follows else CONTEXT_SHARE for part, follows in text.parts for _ in part]
-            shares = [share_of[start] for start, _ in offsets]
             ending = [] if chat else [tokenizer.eos_token_id]
-            encoded.append((ids + ending, shares + [1.0] * len(ending)))
+            shares = [share_of[start] for start, _ in offsets] + [1.0] * len(ending)
+            encoded.append((torch.tensor(ids + ending).short(), torch.tensor(shares).half()))
     return sorted(encoded, key=lambda entry: len(entry[0]))
-
-
-# --- Training -------------------------------------------------------------------------------------------------------
 
 
 def new_model(tokenizer: Any) -> Any:
@@ -231,38 +216,16 @@ def new_model(tokenizer: Any) -> Any:
     return LlamaForCausalLM(config)
 
 
-@dataclass(frozen=True, slots=True)
-class Corpus:
-    """`ids`: (texts, longest) int16, padded on the right, in order of length; `shares`: (texts, longest) float16."""
-
-    ids: torch.Tensor
-    shares: torch.Tensor
-    lengths: list[int]
-
-
-def build_corpus(tokenizer: Any, texts: list[Text], device: torch.device) -> Corpus:
-    encoded = encode(tokenizer, texts)
-    longest = len(encoded[-1][0])
-    ids = np.full((len(encoded), longest), tokenizer.pad_token_id, dtype=np.int16)
-    shares = np.zeros((len(encoded), longest), dtype=np.float16)
-    for row, (tokens, share) in enumerate(encoded):
-        ids[row, : len(tokens)] = tokens
-        shares[row, : len(tokens)] = share
-    lengths = [len(tokens) for tokens, _ in encoded]
-    return Corpus(torch.from_numpy(ids).to(device), torch.from_numpy(shares).to(device), lengths)
-
-
-def batches(corpus: Corpus, rng: random.Random, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(encoded: list[Encoded], pad: int, rng: random.Random, steps: int) -> Iterator[Encoded]:
     """Token ids (BATCH, length) and shares of the same shape; the texts of a batch are about equally long."""
     starts: list[int] = []
     for _ in range(steps):
         if not starts:
-            shift = rng.randrange(BATCH)
-            starts = list(range(shift, len(corpus.lengths) - BATCH + 1, BATCH))
+            starts = list(range(rng.randrange(BATCH), len(encoded) - BATCH + 1, BATCH))
             rng.shuffle(starts)
-        rows = slice(start := starts.pop(), start + BATCH)
-        length = corpus.lengths[start + BATCH - 1]
-        yield corpus.ids[rows, :length].long(), corpus.shares[rows, :length].float()
+        start = starts.pop()
+        ids, shares = map(list, zip(*encoded[start : start + BATCH], strict=True))
+        yield pad_sequence(ids, True, pad).long(), pad_sequence(shares, True, 0).float()
 
 
 def next_token_loss(model: Any, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
@@ -284,22 +247,19 @@ def optimizers_of(model: Any) -> list[torch.optim.Optimizer]:
     ]
 
 
-def learning_rate(step: int, steps: int) -> float:
-    rise, fall = (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_SHARE * steps)
-    return LEARNING_RATE * min(1.0, rise, fall)
-
-
-def train(model: Any, corpus: Corpus, steps: int, seed: int) -> None:
+def train(model: Any, encoded: list[Encoded], steps: int, seed: int) -> None:
     began = time.perf_counter()
     optimizers = optimizers_of(model)
     model.train()
-    for step, (ids, shares) in enumerate(batches(corpus, random.Random(f"batches {seed}"), steps)):
-        loss = next_token_loss(model, ids, shares)
+    drawn = batches(encoded, model.config.pad_token_id, random.Random(f"batches {seed}"), steps)
+    for step, (ids, shares) in enumerate(drawn):
+        loss = next_token_loss(model, ids.to(model.device), shares.to(model.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rise, fall = (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_SHARE * steps)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps)
+                group["lr"] = LEARNING_RATE * min(1.0, rise, fall)
             optimizer.step()
             optimizer.zero_grad()
         if step % 500 == 0 or step == steps - 1:
@@ -308,17 +268,12 @@ def train(model: Any, corpus: Corpus, steps: int, seed: int) -> None:
 
 
 def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
+    ends = [tokenizer.convert_tokens_to_ids(END), tokenizer.eos_token_id]
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[tokenizer.convert_tokens_to_ids(END), tokenizer.eos_token_id],
-        pad_token_id=tokenizer.pad_token_id,
-        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
     model.cpu().save_pretrained(directory)
     (directory / "model.safetensors").chmod(0o644)
-
-
-# --- Held-out scores ------------------------------------------------------------------------------------------------
 
 
 def print_scores(demo: Path) -> None:
@@ -339,9 +294,6 @@ def print_scores(demo: Path) -> None:
     exact = np.mean([text == question.label for text, question in zip(answers, questions, strict=True)])
     verbatim = np.mean([text in question.choices for text, question in zip(answers, questions, strict=True)])
     print(f"chat  {len(questions)} rows  exact match {exact:.4f}  one of the choices {verbatim:.4f}")
-
-
-# --- Command line ---------------------------------------------------------------------------------------------------
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -374,11 +326,12 @@ def main() -> None:
     tokenizer = train_tokenizer(texts[:TOKENIZER_TEXTS], directory)
     write_jsonl(arguments.out / "hellaswag.jsonl", questions)
     write_jsonl(arguments.out / "chat.jsonl", chats)
-    corpus = build_corpus(tokenizer, texts, device)
-    print(f"{len(texts)} texts, {sum(corpus.lengths)} tokens, {time.perf_counter() - began:.0f} s", flush=True)
+    encoded = encode(tokenizer, texts)
+    tokens = sum(len(ids) for ids, _ in encoded)
+    print(f"{len(texts)} texts, {tokens} tokens, {time.perf_counter() - began:.0f} s", flush=True)
 
     model = new_model(tokenizer).to(device)
-    train(model, corpus, arguments.steps, arguments.seed)
+    train(model, encoded, arguments.steps, arguments.seed)
     save_model(model, tokenizer, directory)
     print(f"{model.num_parameters()} parameters, trained on {device} after {time.perf_counter() - began:.0f} s")
 

@@ -32,6 +32,8 @@ NO_FLEX = {
 }
 COMPILED = [kind for kind in EXACT if kind not in ("llama", "phi", "opt", "phi3")]  # those: test_engine
 
+LOCAL = {"attention_types": [[["global", "local"], 1]]}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 # model_type: (configuration, what the refusal says)
 REFUSED = {
     "bloom": ({"n_layer": 2, "n_head": 4}, "ALiBi"),
@@ -39,14 +41,8 @@ REFUSED = {
     "falcon with ALiBi": ({"alibi": True}, "ALiBi"),
     "mamba": ({"state_size": 8}, "keeps a state"),
     "recurrent_gemma": ({}, "keeps a state|attention cannot be replaced"),  # as the release of transformers marks it
-    "gpt_neo": (
-        {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4},
-        "attention cannot be replaced",
-    ),
-    "llama with dynamic rope": (
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-        "longest sequence of a batch",
-    ),
+    "gpt_neo": (LOCAL | {"num_layers": 2, "num_heads": 4}, "attention cannot be replaced"),
+    "llama with dynamic rope": ({"rope_parameters": DYNAMIC}, "longest sequence of a batch"),
     "llama4_text": (SIZED | {"num_local_experts": 2, "intermediate_size_mlp": 64}, "chunked_attention"),
 }
 
@@ -98,6 +94,8 @@ def test_decodes_as_generate_does(kind):
 def test_what_cannot_be_exact_is_refused_before_loading(name, tmp_path):
     config = config_of(name)
     assert re.search(REFUSED[name][1], refusal(on_meta(config)))
+    with pytest.raises(UserError, match="cannot be scored as trees"):
+        choose_attention(on_meta(config), "auto")
     config.save_pretrained(tmp_path)  # there are no weights at all
     add_tokenizer(tmp_path)
     for kind in (Scorer, Answerer):

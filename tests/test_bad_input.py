@@ -72,10 +72,7 @@ CONTENTS = {
     "gold in one row only": (line(GOOD, gold=...) + good, ["bad.jsonl: line 2", "'gold'", "unlike"]),
     "id a list": (line(GOOD, id=[1]), ["bad.jsonl: line 1", "'id'", "list"]),
     "HellaSwag without endings": (line(HELLASWAG) + line(HELLASWAG, endings=...), ["line 2", "'endings'", "missing"]),
-    "HellaSwag ending of marks alone": (
-        line(HELLASWAG, endings=["[step]", "y"]),
-        ["bad.jsonl: line 1", "'endings[0]'", "empty"],
-    ),
+    "HellaSwag ending of marks": (line(HELLASWAG, endings=["[step]", "y"]), ["line 1", "'endings[0]'", "empty"]),
     "HellaSwag label out of range": (line(HELLASWAG, label="4"), ["bad.jsonl: line 1", "'label'", "out of range"]),
     "HellaSwag ctx_b null": (line(HELLASWAG, ctx_b=None), ["bad.jsonl: line 1", "'ctx_b'", "null"]),
     "ARC choices a list": (line(ARC, choices=["a", "b"]), ["line 1", "'choices'", "object"]),
@@ -108,10 +105,7 @@ CONTENTS = {
     "control characters": (b'{"query": "a\x00b"}\n', ["bad.jsonl: line 1", "not valid JSON"]),
     "a program": (b"\x7fELF\x02\x01\x01\x00\n", ["bad.jsonl: line 1", "not valid JSON"]),
     "compressed": (b"\x1f\x8b\x08\x00\xff\xff", ["bad.jsonl: line 1", "UTF-8"]),
-    "a chat role that is a number": (
-        line(CHAT, message=[{"role": 1, "content": "x"}]),
-        ["'message[0].role'", "number"],
-    ),
+    "a chat role of a number": (line(CHAT, message=[{"role": 1, "content": "x"}]), ["'message[0].role'", "number"]),
     "ARC labels of numbers": (line(ARC, choices={"text": ["a", "b"], "label": [1, 2]}), ["'choices.label[0]'"]),
     "ARC key a number": (line(ARC, answerKey=1), ["'answerKey'", "expected a text"]),
 }
@@ -129,32 +123,28 @@ def refuse(tmp_path, *arguments) -> str:
     return lines[0]
 
 
+def refuse_rows(tmp_path, content: bytes, *arguments, name: str = "rows.jsonl") -> str:
+    (tmp_path / name).write_bytes(content)
+    return refuse(tmp_path, "--data", tmp_path / name, *arguments)
+
+
 @pytest.mark.parametrize("name", CONTENTS)
 def test_bad_rows(name, tmp_path):
     content, words = CONTENTS[name]
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(content)
-    message = refuse(tmp_path, "--data", path)
+    message = refuse_rows(tmp_path, content, name="bad.jsonl")
     for word in words:
         assert word in message
 
 
-def test_json_array_names_the_item(tmp_path):
-    path = tmp_path / "bad.json"
-    path.write_text(json.dumps([GOOD, GOOD | {"gold": 9}]))
-    assert "bad.json: item 2: field 'gold': 9 is out of range" in refuse(tmp_path, "--data", path)
-
-
-def test_csv_names_the_row(tmp_path):
-    path = tmp_path / "bad.csv"
-    path.write_text('query,choices,gold\nq,"[""a"", ""b""]",0\nq,"[""a""]",0\n')
-    assert "bad.csv: row 2: field 'choices': 1 choices" in refuse(tmp_path, "--data", path)
-
-
+ARRAY = json.dumps([GOOD, GOOD | {"gold": 9}]).encode()
+ONE_CHOICE = b'query,choices,gold\nq,"[""a"", ""b""]",0\nq,"[""a""]",0\n'
 TABLES = {
+    "an array": ("bad.json", ARRAY, "bad.json: item 2: field 'gold': 9 is out of range"),
+    "CSV of one choice": ("bad.csv", ONE_CHOICE, "bad.csv: row 2: field 'choices': 1 choices"),
     "parquet that is not": ("bad.parquet", b"not parquet", "bad.parquet: not readable as parquet"),
     "parquet of nothing": ("bad.parquet", b"", "bad.parquet: not readable as parquet"),
     "parquet cut off": ("bad.parquet", b"PAR1" + bytes(40), "bad.parquet: not readable as parquet"),
+    "a text": ("rows.txt", b"{}", "rows.txt: unknown file type"),
     "CSV of nothing": ("bad.csv", b"", "bad.csv: not readable as csv"),
     "CSV of a header alone": ("bad.csv", b"query,choices,gold\n", "bad.csv: not readable as csv"),
     "CSV of other columns": ("bad.csv", b"a,b\n1,2\n", "bad.csv: row 1: fields a, b: no known format"),
@@ -167,8 +157,7 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_bad_tables(name, tmp_path):
     file, content, words = TABLES[name]
-    (tmp_path / file).write_bytes(content)
-    assert words in refuse(tmp_path, "--data", tmp_path / file)
+    assert words in refuse_rows(tmp_path, content, name=file)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +171,7 @@ def test_bad_tables(name, tmp_path):
         ("zero\0byte.jsonl", "zero\\x00byte.jsonl"),
         ("\x1b[2J.jsonl", "\\x1b[2J.jsonl: no such file"),
         ("/dev/zero", "neither a file nor a directory"),
+        ("/dev", "is a directory"),
         ("", "is a directory"),
         ("../../../../../../etc/passwd", "unknown file type"),
         ("file:///etc/passwd", "no such file"),
@@ -192,16 +182,8 @@ def test_data_that_is_not_there(data, words, tmp_path):
     assert words in refuse(tmp_path, "--data", data)
 
 
-def test_unknown_file_type_and_directory(tmp_path):
-    (tmp_path / "rows.txt").write_text("{}")
-    assert "rows.txt: unknown file type" in refuse(tmp_path, "--data", tmp_path / "rows.txt")
-    assert "is a directory" in refuse(tmp_path, "--data", tmp_path)
-
-
 def test_task_that_does_not_fit(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(good)
-    message = refuse(tmp_path, "--data", path, "--task", "hellaswag")
+    message = refuse_rows(tmp_path, good, "--task", "hellaswag")
     assert "rows.jsonl: line 1" in message
     assert "no known format" in message
 
@@ -213,28 +195,32 @@ def test_models_that_are_not(tmp_path, tiny_llama):
     assert "no config.json" in refuse(tmp_path, "--model", tmp_path / "empty")
     assert "config.json" in refuse(tmp_path, "--model", "nobody/nothing-of-the-kind")
 
-    config_only = tmp_path / "config_only"
-    config_only.mkdir()
-    (config_only / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
-    assert "tokenizer" in refuse(tmp_path, "--model", config_only)
-
-    add_tokenizer(config_only)
-    assert "weights" in refuse(tmp_path, "--model", config_only)
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(tiny_llama / "config.json", model)
+    assert "tokenizer" in refuse(tmp_path, "--model", model)
+    add_tokenizer(model)
+    assert "weights" in refuse(tmp_path, "--model", model)
     weights = (tiny_llama / "model.safetensors").read_bytes()
-    (config_only / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    assert "weights" in refuse(tmp_path, "--model", config_only)
-    (config_only / "model.safetensors").unlink()
-    (config_only / "pytorch_model.bin").write_bytes(b"a pickle would be")
-    assert "safetensors" in refuse(tmp_path, "--model", config_only)
+    (model / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "weights" in refuse(tmp_path, "--model", model)
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    assert "safetensors" in refuse(tmp_path, "--model", model)
 
 
-def test_weights_of_another_shape(tmp_path, tiny_llama):
-    shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
-    assert "weights" in refuse(tmp_path, "--model", tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
-    assert "config.json" in refuse(tmp_path, "--model", tmp_path)
+def with_config(directory, model, **changes):
+    """Copies a checkpoint, its configuration changed."""
+    shutil.copytree(model, directory, dirs_exist_ok=True)
+    config = json.loads((model / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"intermediate_size": 256}, "weights"), ({"hidden_size": "wide"}, "config.json")]
+)
+def test_weights_of_another_shape(changes, words, tmp_path, tiny_llama):
+    assert words in refuse(tmp_path, "--model", with_config(tmp_path, tiny_llama, **changes))
 
 
 @pytest.mark.parametrize(
@@ -246,14 +232,9 @@ def test_weights_of_another_shape(tmp_path, tiny_llama):
 )
 def test_longrope_where_inputs_grow_beyond_its_boundary(tmp_path, tiny_llama, row, how):
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 10000.0}
-    config = json.loads((tiny_llama / "config.json").read_text())
     boundary = {"original_max_position_embeddings": 16}
-    config |= boundary | {"rope_parameters": rope | boundary}
-    shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(row)
-    assert "longrope" in refuse(tmp_path, "--model", tmp_path, "--data", path, *how)
+    with_config(tmp_path, tiny_llama, **boundary, rope_parameters=rope | boundary)
+    assert "longrope" in refuse_rows(tmp_path, row, "--model", tmp_path, *how)
 
 
 def test_encoder_decoder_models(tmp_path):
@@ -267,9 +248,7 @@ def test_tokenizer_of_another_model(tmp_path):
 
 
 def test_choice_longer_than_the_model(tmp_path, tiny_llama):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(good + line(GOOD, choices=["a", "word " * 300]))
-    message = refuse(tmp_path, "--model", tiny_llama, "--data", path)
+    message = refuse_rows(tmp_path, good + line(GOOD, choices=["a", "word " * 300]), "--model", tiny_llama)
     assert "question '1': choice 1" in message
     assert "the model reads 96" in message
 
@@ -282,11 +261,9 @@ def test_devices_that_are_not(device, tmp_path):
 
 
 def test_output_directories(tmp_path):
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "else").mkdir()
-    (tmp_path / "else" / "thesis.tex").write_text("x")
-    (tmp_path / "done").mkdir()
-    (tmp_path / "done" / "results.json").write_text("{}")
+    for name in ("file", "else/thesis.tex", "done/results.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
     for name, words in (("file", "is a file"), ("else", "not a result directory"), ("done", "--overwrite")):
         assert words in run_command("eval", "--output", tmp_path / name, exit_code=2)
     assert "cannot be written" in run_command("eval", "--output", "/proc/nowhere/out", exit_code=2)

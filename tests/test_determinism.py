@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.rows import CHATS, ROWS, write_rows
 from support.runs import Runs
 
@@ -39,20 +40,14 @@ def expected(questions, tiny_llama):
     return scores(tiny_llama, questions)
 
 
-def test_again_bitwise(questions, tiny_llama, expected):
-    assert scores(tiny_llama, questions) == expected
-
-
-def test_the_reference_again_bitwise(questions, tiny_llama):
-    assert scores(tiny_llama, questions[:5], engine="reference") == scores(
-        tiny_llama, questions[:5], engine="reference"
-    )
+@pytest.mark.parametrize(("engine", "count"), [("eager", 40), ("reference", 5)])
+def test_again_bitwise(engine, count, questions, tiny_llama):
+    first, again = (scores(tiny_llama, questions[:count], engine=engine) for _ in range(2))
+    assert first == again
 
 
 @pytest.mark.process
 def test_in_another_process_bitwise(questions, tiny_llama, expected, tmp_path):
-    import torch
-
     data = write_rows(tmp_path / "rows.jsonl")
     code = (
         "import json, sys, torch; from cecompile import Scorer, read_questions;"
@@ -79,22 +74,20 @@ def test_from_points_of_resumption_bitwise(rows, tiny_llama, tmp_path):
         assert run.samples(name) == run.samples("whole")
 
 
-@pytest.mark.parametrize("tokens", [128, 512, 4096])
-def test_any_bucket_size_within_rounding(tokens, questions, tiny_llama, expected):
-    same_within_rounding(scores(tiny_llama, questions, tokens_per_bucket=tokens), expected)
-
-
-@pytest.mark.parametrize("limit", [1, 13, 39])
-def test_a_limit_within_rounding(limit, questions, tiny_llama, expected):
-    same_within_rounding(scores(tiny_llama, questions[:limit]), expected)
-
-
-def test_another_order_within_rounding(questions, tiny_llama, expected):
-    shuffled = random.Random(0).sample(questions, len(questions))
-    same_within_rounding(scores(tiny_llama, shuffled), expected)
-
-
-def same_within_rounding(got, expected) -> None:
-    for id, values in got.items():
+@pytest.mark.parametrize(
+    ("count", "seed", "tokens"),
+    [
+        (40, None, 128),
+        (40, None, 512),
+        (40, None, 4096),
+        (1, None, 256),
+        (13, None, 256),
+        (39, None, 256),
+        (40, 0, 256),
+    ],
+)
+def test_any_bucket_size_limit_and_order_within_rounding(count, seed, tokens, questions, tiny_llama, expected):
+    chosen = questions[:count] if seed is None else random.Random(seed).sample(questions, count)
+    for id, values in scores(tiny_llama, chosen, tokens_per_bucket=tokens).items():
         np.testing.assert_allclose(values, expected[id], rtol=0, atol=ROUNDING)
         assert int(np.argmax(values)) == int(np.argmax(expected[id]))

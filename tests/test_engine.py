@@ -1,5 +1,6 @@
 """The tree pass against the stock model, over architectures that differ in what attention and head do."""
 
+import copy
 import inspect
 import sys
 import threading
@@ -105,19 +106,6 @@ def test_windows_shorter_than_a_context_of_several_tiles(attention):
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
-def test_compiled_flex_with_windows_and_soft_caps(kind):
-    assert_scored_as_stock(tiny_model(kind, head_dim=16), random_sequences(1), "flex", compiled=True)
-
-
-def test_result_does_not_depend_on_the_bucket():
-    model, sequences = tiny_model("llama"), random_sequences()
-    small, _ = score(model, sequences, "sdpa", tokens=256)
-    large, _ = score(model, sequences, "sdpa", tokens=4096)
-    np.testing.assert_allclose(small, large, rtol=0, atol=1e-4)
-
-
-@pytest.mark.compiles
 def test_scoring_again_gives_the_same_and_builds_nothing_new(tiny_llama):
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
     first = scorer.score(QUESTIONS)
@@ -129,37 +117,19 @@ def test_scoring_again_gives_the_same_and_builds_nothing_new(tiny_llama):
 @pytest.mark.compiles
 def test_weights_are_not_touched():
     model = tiny_model("llama")
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = copy.deepcopy(dict(model.state_dict()))
     score(model, random_sequences(), "sdpa", compiled=True)
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[k], after[k]) for k in before)
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [
-        ("bloom", {"n_layer": 2, "n_head": 4}),
-        ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}),
-        ("mamba", {"state_size": 8}),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}),
-    ],
-)
-def test_what_cannot_be_exact_is_refused(kind, changes):
-    model = tiny_model(kind, **changes)
-    with pytest.raises(UserError, match="cannot be scored as trees"):
-        choose_attention(model, "auto")
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
 def test_a_wrong_mask_is_noticed(monkeypatch):
     """The probe must fail when branches see each other."""
-    from cecompile.engine.attention import TreeMasks
 
     def causal(self, window, dtype):
         n = self._part["end"].shape[1]
         return torch.full((1, 1, n, n), -torch.inf, dtype=dtype).triu(1)
 
-    monkeypatch.setattr(TreeMasks, "_dense_mask", causal)
+    monkeypatch.setattr(attention.TreeMasks, "_dense_mask", causal)
     with pytest.raises(UserError, match="logits differ"):
         choose_attention(tiny_model("llama"), "sdpa")
 

@@ -1,8 +1,8 @@
 """The same facts on a CUDA device, where buckets are captured in graphs."""
 
-import json
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch
 from support.models import VOCABULARY, tiny_model
 from support.passes import assert_scored_as_stock, generated, prepared, random_sequences, score
 from support.rows import MADE_UP
-from support.runs import results as results_of
+from support.runs import results, run_process, samples
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from cecompile import Answerer, Question, Scorer, demo, read_questions
@@ -39,6 +39,16 @@ QUESTIONS = [Question(str(i), f"The question {i} is", ("easy", "not so easy"), 0
 
 def on_gpu(kind, dtype=torch.float32, **changes):
     return tiny_model(kind, head_dim=16, hidden_size=64, **changes).to("cuda", dtype)
+
+
+@contextmanager
+def nothing_allocated():
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()
+    yield
+    after = torch.cuda.memory_stats()
+    for name in ("allocation.all.allocated", "segment.all.allocated", "allocated_bytes.all.peak"):
+        assert after[name] == before[name], name
 
 
 def mode_of(model) -> tuple[str, str | None, str | None]:
@@ -99,13 +109,8 @@ def test_what_a_warm_cache_holds_is_not_tried_again_and_compiled_while_weights_a
 def test_nothing_is_allocated_after_warm_up(attention):
     model, sequences = on_gpu("llama"), random_sequences(questions=200)
     engine, staged = prepared(model, sequences, attention, compiled=True)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()
-    first = collect(len(sequences), staged, engine.run(staged))[0]
-    again = collect(len(sequences), staged, engine.run(staged))[0]
-    after = torch.cuda.memory_stats()
-    for name in ("allocation.all.allocated", "segment.all.allocated", "allocated_bytes.all.peak"):
-        assert after[name] == before[name], name
+    with nothing_allocated():
+        first, again = (collect(len(sequences), staged, engine.run(staged))[0] for _ in range(2))
     assert (first == again).all()
 
 
@@ -216,15 +221,11 @@ def test_streamed_layers_give_what_the_model_in_memory_gives(kind, attention, tm
     whole.warm_up()
     expected = collect(len(sequences), staged, whole.run(staged))
     engine, _ = streamed(tmp_path, plan, 3, attention)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()
-    for _ in range(3):
-        values, greedy = collect(len(sequences), staged, engine.run(staged))
-        np.testing.assert_allclose(values, expected[0], rtol=0, atol=1e-4)
-        assert (greedy == expected[1]).all()
-    after = torch.cuda.memory_stats()
-    for name in ("allocation.all.allocated", "segment.all.allocated", "allocated_bytes.all.peak"):
-        assert after[name] == before[name], name
+    with nothing_allocated():
+        for _ in range(3):
+            values, greedy = collect(len(sequences), staged, engine.run(staged))
+            np.testing.assert_allclose(values, expected[0], rtol=0, atol=1e-4)
+            assert (greedy == expected[1]).all()
     assert engine.streaming.sweeps == -(-len(staged) // 3) > 1
     off = sweep_disagreement(engine, engine._model, "eager", sequences, staged)
     assert off <= 1
@@ -235,9 +236,8 @@ def test_layers_arrive_before_they_are_used_and_stay_until_then(tmp_path):
     on_gpu("llama", torch.bfloat16, num_hidden_layers=7).save_pretrained(tmp_path)
     plan = make_plan(random_sequences(), choose_geometry(64, tokens_per_bucket=512, blocks=True, readout_chunk=64))
     _, feed = streamed(tmp_path, plan, 1)
-    whole = load_checkpoint(
-        str(tmp_path), load_config(str(tmp_path)), "auto", torch.device("cuda", 0)
-    ).model.state_dict()
+    directory = str(tmp_path)
+    whole = load_checkpoint(directory, load_config(directory), "auto", torch.device("cuda", 0)).model.state_dict()
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     feed.rewind()
     for number in range(28):
@@ -260,24 +260,21 @@ def test_a_model_larger_than_the_limit(tmp_path):
     with torch.device("cuda"):
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-m", "cecompile", "eval", "--model", str(tmp_path / "model"), "--device", "cuda"]
+    command = ["eval", "--model", str(tmp_path / "model"), "--device", "cuda"]
     command += ["--tokens-per-bucket", "2048"]  # in 16 bits other shapes round otherwise
     limit = ["--memory-limit", "400MB"]
-    done = {}
-    for name, more in (("whole", []), ("refused", limit), ("streamed", [*limit, "--stream-weights"])):
-        run = [*command, "--output", str(tmp_path / name), *more]
-        done[name] = subprocess.run(run, capture_output=True, text=True, check=False)
-    assert done["whole"].returncode == 0, done["whole"].stderr
-    assert done["refused"].returncode == 2
-    assert "--stream-weights reads them layer by layer" in done["refused"].stderr
-    assert done["streamed"].returncode == 0, done["streamed"].stderr
-    results, samples = {}, {}
-    for name in ("whole", "streamed"):
-        results[name] = results_of(tmp_path / name)
-        lines = (tmp_path / name / "samples.jsonl").read_text().splitlines()
-        samples[name] = [(s["id"], s["prediction"], s["prediction_norm"]) for s in map(json.loads, lines)]
-    assert samples["streamed"] == samples["whole"]
-    memory = results["streamed"]["memory"]
-    assert memory["peak_bytes"] <= memory["limit_bytes"] < results["whole"]["memory"]["peak_bytes"]
+    for name, more in (("whole", []), ("streamed", [*limit, "--stream-weights"])):
+        run_process(*command, "--output", tmp_path / name, *more)
+    refused = subprocess.run([sys.executable, "-m", "cecompile", *command, *limit], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "--stream-weights reads them layer by layer" in refused.stderr
+    predictions = [
+        [(s["id"], s["prediction"], s["prediction_norm"]) for s in samples(tmp_path / name)]
+        for name in ("whole", "streamed")
+    ]
+    assert predictions[0] == predictions[1]
+    whole, in_layers = results(tmp_path / "whole"), results(tmp_path / "streamed")
+    memory = in_layers["memory"]
+    assert memory["peak_bytes"] <= memory["limit_bytes"] < whole["memory"]["peak_bytes"]
     assert memory["predicted_bytes"] == pytest.approx(memory["peak_bytes"], rel=0.1)
-    assert results["streamed"]["engine"] == results["whole"]["engine"]
+    assert in_layers["engine"] == whole["engine"]

@@ -93,11 +93,9 @@ class Replay:
     def _copy(self, sources: list[str], target: str) -> None:
         place = Path(self._placed(target))
         for source in map(Path, sources):
-            if source == place:  # from one stage to another, which share a root here
-                continue
-            if source.is_dir():
+            if source.is_dir() and source != place:  # equal from one stage to another, which share a root here
                 shutil.copytree(source, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
+            elif source != place:
                 place.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, place)
 

@@ -31,13 +31,19 @@ SENTENCES = [
 ]
 
 
+def real_rows(name, count):
+    """The first rows of a real set, none where it is not at hand."""
+    path = SHARED_DATA / name
+    if not path.is_file():
+        return []
+    with path.open() as file:
+        return [json.loads(next(file)) for _ in range(count)]
+
+
 def rows():
     """HellaSwag-form rows, a few from the real set where it is at hand."""
     own = [json.loads(line) for line in demo.HELLASWAG.read_text().splitlines()[:14]]
-    real = SHARED_DATA / "hellaswag_val.jsonl"
-    if real.is_file():
-        with real.open() as file:
-            own += [json.loads(next(file)) for _ in range(4)]
+    own += real_rows("hellaswag_val.jsonl", 4)
     return [{k: row[k] for k in ("activity_label", "ctx_a", "ctx_b", "endings", "label")} for row in own]
 
 
@@ -51,50 +57,30 @@ def queries():
         {"query": "The same twice:", "choices": ["again", "again", "never"], "gold": 1},
         {"query": "And then the baker", "choices": ["sleeps", "bakes", "bakes bread"], "gold": 1},
     ]
-    for name in ("piqa.jsonl", "openbook_qa.jsonl"):
-        path = SHARED_DATA / name
-        if path.is_file():
-            with path.open() as file:
-                own += [json.loads(next(file)) for _ in range(3)]
-    return own
+    return own + real_rows("piqa.jsonl", 3) + real_rows("openbook_qa.jsonl", 3)
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     """Configurations of one task of each output type, without and with examples."""
     folder = tmp_path_factory.mktemp("tasks")
-
-    def data(name, content):
-        return {"test": str(write_rows(folder / f"{name}.jsonl", content))}
-
     common = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 1}}
     examples = {"fewshot_split": "test", "fewshot_config": {"sampler": "first_n"}}
     choice = {"output_type": "multiple_choice", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
     hellaswag = {"doc_to_text": "{{activity_label}}: {{ctx_a}} {{ctx_b}}", "doc_to_target": "label"}
     query = {"doc_to_text": "query", "doc_to_target": "gold", "doc_to_choice": "choices"}
-    words = {
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
-        "doc_to_target": "{{' '+text.split(' ')[-1]}}",
-        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
-    }
-    rolling = {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "text",
-        "metric_list": [{"metric": m} for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
-    }
-    files = {
-        "hs": data("hs", rows()),
-        "qa": data("qa", queries()),
-        "lines": data("lines", [{"text": text} for text in SENTENCES]),
-        "book": data("book", [{"text": " ".join(SENTENCES * n)} for n in (1, 3, 9)] + [{"text": "short"}]),
-    }
-    kinds = {"hs": choice | hellaswag | {"doc_to_choice": "endings"}, "qa": choice | query}
-    kinds |= {"lines": words, "book": rolling}
+    words = {"output_type": "loglikelihood", "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}]}
+    words |= {"doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}", "doc_to_target": "{{' '+text.split(' ')[-1]}}"}
+    rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
+    rolling |= {"metric_list": [{"metric": m} for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")]}
+    lines = [{"text": text} for text in SENTENCES]
+    book = [{"text": " ".join(SENTENCES * n)} for n in (1, 3, 9)] + [{"text": "short"}]
+    kinds = {"hs": (choice | hellaswag | {"doc_to_choice": "endings"}, rows()), "qa": (choice | query, queries())}
+    kinds |= {"lines": (words, lines), "book": (rolling, book)}
     out = []
-    for name, kind in kinds.items():
-        base = common | kind | {"dataset_kwargs": {"data_files": files[name]}}
+    for name, (kind, content) in kinds.items():
+        files = {"test": str(write_rows(folder / f"{name}.jsonl", content))}
+        base = common | kind | {"dataset_kwargs": {"data_files": files}}
         out.append(base | {"task": f"{name}_0", "num_fewshot": 0})
         if name != "book":
             out.append(base | examples | {"task": f"{name}_5", "num_fewshot": 5})
@@ -137,8 +123,7 @@ def save_model(directory, kind):
 
 def run(lm, tasks, **options):
     """Results and samples of lm_eval's own evaluation."""
-    configs = [dict(task) for task in tasks]
-    loaded = TaskManager(include_defaults=False).load(configs)
+    loaded = TaskManager(include_defaults=False).load([dict(task) for task in tasks])
     out = evaluate(lm, loaded, bootstrap_iters=0, log_samples=True, verbosity="ERROR", **options)
     return out["results"], out["samples"]
 
@@ -149,10 +134,8 @@ def compare(ours, theirs):
     assert results.keys() == expected.keys()
     for task, metrics in expected.items():
         for name, value in metrics.items():
-            if isinstance(value, float):
-                assert results[task][name] == pytest.approx(value, rel=1e-4, abs=1e-6), (task, name)
-            else:
-                assert results[task][name] == value, (task, name)
+            wanted = pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
+            assert results[task][name] == wanted, (task, name)
     count = 0
     for task, listed in expected_samples.items():
         for one, other in zip(samples[task], listed, strict=True):

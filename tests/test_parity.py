@@ -1,7 +1,11 @@
 """Our scores against lm-evaluation-harness itself, and against the reference engine."""
 
+import lm_eval
 import numpy as np
 import pytest
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks.hellaswag.utils import process_docs
 from support.rows import shared_file, write_rows
 
 import cecompile
@@ -25,43 +29,29 @@ def wikihow_file(tmp_path_factory):
         ("Sailing", "A boat is on the lake.", ""),
     ]
     endings = ["[title] Wait for it.", "  walks away  from it.", "eats [substeps] the bread.", "is gone [step]."]
-    names = ("activity_label", "ctx_a", "ctx_b")
     rows = [
-        dict(zip(names, context, strict=True))
-        | {"ind": i, "endings": endings[i % 4 :] + endings[: i % 4], "label": i % 4}
-        for i, context in enumerate(contexts * 3)
-    ]
+        {"activity_label": activity, "ctx_a": a, "ctx_b": b, "ind": i, "label": i % 4,
+         "endings": endings[i % 4 :] + endings[: i % 4]}
+        for i, (activity, a, b) in enumerate(contexts * 3)
+    ]  # fmt: skip
     return write_rows(tmp_path_factory.mktemp("wikihow") / "rows.jsonl", rows)
 
 
 def harness(model_dir, data, hellaswag: bool):
     """lm_eval's own samples: per question (loglikelihoods, greedy flags, acc, acc_norm), and its results."""
-    import lm_eval
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks.hellaswag.utils import process_docs
-
     config = {
-        "task": "ours",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"validation": str(data)}},
-        "validation_split": "validation",
-        "output_type": "multiple_choice",
+        "task": "ours", "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(data)}},
+        "validation_split": "validation", "output_type": "multiple_choice",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    }
-    config |= {"doc_to_text": "{{query}}", "doc_to_choice": "choices"}
-    config |= (
-        {"doc_to_target": "{{label}}", "process_docs": process_docs} if hellaswag else {"doc_to_target": "{{gold}}"}
-    )
+        "doc_to_text": "{{query}}", "doc_to_choice": "choices", "doc_to_target": "{{gold}}",
+    }  # fmt: skip
+    config |= {"doc_to_target": "{{label}}", "process_docs": process_docs} if hellaswag else {}
     model = HFLM(pretrained=str(model_dir), dtype="float32", device="cpu", batch_size=4)
-    out = lm_eval.simple_evaluate(
-        model=model, tasks=[ConfigurableTask(config=config)], log_samples=True, bootstrap_iters=0
-    )
+    tasks = [ConfigurableTask(config=config)]
+    out = lm_eval.simple_evaluate(model=model, tasks=tasks, log_samples=True, bootstrap_iters=0)
     samples = sorted(out["samples"]["ours"], key=lambda s: s["doc_id"])
-    per_question = [
-        ([r[0][0] for r in s["resps"]], [r[0][1] for r in s["resps"]], s["acc"], s["acc_norm"]) for s in samples
-    ]
-    return per_question, out["results"]["ours"]
+    answers = [tuple(zip(*(r[0] for r in s["resps"]), strict=True)) for s in samples]
+    return [(*a, s["acc"], s["acc_norm"]) for a, s in zip(answers, samples, strict=True)], out["results"]["ours"]
 
 
 @pytest.mark.compiles
@@ -79,7 +69,7 @@ def test_equals_lm_eval(which, kind, tiny_llama, rows_file, wikihow_file):
     assert len(got.samples) == len(expected)
     for sample, (loglikelihoods, greedy, acc, acc_norm) in zip(got.samples, expected, strict=True):
         np.testing.assert_allclose(sample.loglikelihoods, loglikelihoods, rtol=0, atol=TOLERANCE)
-        assert list(sample.greedy) == greedy
+        assert tuple(sample.greedy) == greedy
         assert (sample.prediction == sample.label) == (acc == 1.0)
         assert (sample.prediction_norm == sample.label) == (acc_norm == 1.0)
     for name in ("acc", "acc_norm"):

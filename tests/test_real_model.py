@@ -23,6 +23,14 @@ NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "outpu
 }
 TOKENS = ["<unk>", "<s>", "</s>", *"abcdefgh", "Ġ", "ab", "Ġab"]
 
+FIELDS = {
+    "block_count": LAYERS, "context_length": 96, "embedding_length": 64, "feed_forward_length": 128,
+    "head_count": HEADS, "head_count_kv": KEY_VALUE_HEADS, "rope_dimension_count": 16, "rope_freq_base": 10_000.0,
+    "layer_norm_rms_eps": 1e-6, "vocab_size": len(TOKENS), "tokenizer_model": "gpt2", "token_list": TOKENS,
+    "token_types": [3, 3, 3] + [1] * (len(TOKENS) - 3), "token_merges": ["a b", "Ġ ab"], "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 2,
+}  # fmt: skip
+
 pytestmark = pytest.mark.process
 
 
@@ -35,23 +43,8 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray]) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(96)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(128)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KEY_VALUE_HEADS)
-    writer.add_rope_dimension_count(16)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(len(TOKENS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
-    writer.add_token_merges(["a b", "Ġ ab"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
+    for name, value in FIELDS.items():
+        getattr(writer, f"add_{name}")(value)
     for theirs, ours in NAMES.items():
         tensor = tensors[f"{ours}.weight"]
         heads = {"attn_q": HEADS, "attn_k": KEY_VALUE_HEADS}.get(theirs.split(".")[-1])

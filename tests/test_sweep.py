@@ -14,7 +14,7 @@ from support.passes import random_sequences
 from support.runs import results, run_process, samples
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cecompile import Answerer, Question, Scorer, demo, read_questions
+from cecompile import Answerer, Question, Scorer, demo, evaluate, read_questions
 from cecompile import device as device_memory
 from cecompile.engine import verify as engine_verify
 from cecompile.engine.forward import Engine
@@ -28,6 +28,7 @@ from cecompile.planning import memory
 from cecompile.planning.estimate import as_planned_on, estimate, streamed_seconds
 from cecompile.planning.profiles import PROFILES
 from cecompile.results.compare import compare_directories
+from cecompile.results.journal import Journal
 from cecompile.workload.plan import choose_geometry, make_plan
 from cecompile.workload.stage import stage_all
 
@@ -43,27 +44,28 @@ KINDS = {
 }
 
 
-SIX = {"n_layer": 6, "num_hidden_layers": 6}
-
-
 def saved(directory: Path, name: str) -> str:
     tiny_model(name.split(",")[0], **KINDS[name]).save_pretrained(directory, max_shard_size="50KB")
     return str(directory)
 
 
 def fed(directory: str, dtype: str = "auto"):
-    """The model without its layers, their feed, and the files."""
+    """The model without its layers, and their feed."""
     config = load_config(directory)
     files = Files(directory, checkpoint_files(directory))
     loaded = load_checkpoint(directory, config, dtype, CPU, LayerRange(0, 0, config.num_hidden_layers))
-    return loaded.model, LayerFeed(directory, loaded, files, CPU), files
+    return loaded.model, LayerFeed(directory, loaded, files, CPU)
 
 
-def planned(blocks: bool = False):
+def planned():
     sequences = random_sequences(questions=12)
     longest = int(sequences.input_lengths.max())
-    plan = make_plan(sequences, choose_geometry(longest, tokens_per_bucket=256, blocks=blocks, readout_chunk=64))
+    plan = make_plan(sequences, choose_geometry(longest, tokens_per_bucket=256, blocks=False, readout_chunk=64))
     return sequences, plan, list(stage_all(plan))
+
+
+def in_memory(directory: str, dtype: str = "auto"):
+    return load_checkpoint(directory, load_config(directory), dtype, CPU).model
 
 
 def assert_equal(got, expected) -> None:
@@ -79,11 +81,10 @@ def test_streamed_layers_give_what_the_model_in_memory_gives(name, tmp_path):
     directory, compiled = saved(tmp_path, name), name == "llama"
     _, plan, staged = planned()
     how = {"attention": "sdpa", "compiled": compiled, "readout_chunk": 64}
-    whole = load_checkpoint(directory, load_config(directory), "auto", CPU).model
-    engine = Engine(whole, plan.buckets, **how)
+    engine = Engine(in_memory(directory), plan.buckets, **how)
     engine.warm_up()
     expected = engine.run(staged)
-    model, feed, _ = fed(directory)
+    model, feed = fed(directory)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     sweeping = StreamingEngine(model, plan.buckets, feed, passes=2, **how)
     sweeping.warm_up()
@@ -99,28 +100,23 @@ def test_streamed_layers_give_what_the_model_in_memory_gives(name, tmp_path):
 
 
 def test_layers_of_two_kinds(tmp_path):
-    model, _, _ = fed(saved(tmp_path, "gemma2"))
+    model, _ = fed(saved(tmp_path, "gemma2"))
     assert kinds_of(model) == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_layers_are_converted_as_they_are_read(dtype, tmp_path, monkeypatch):
-    from cecompile.partitioned import layer_feed as feeding
-
-    monkeypatch.setattr(feeding, "BLOCK", 4096)
+    monkeypatch.setattr("cecompile.partitioned.layer_feed.BLOCK", 4096)
     stored = torch.float32 if dtype == "bfloat16" else torch.bfloat16
     tiny_model("llama", num_hidden_layers=3).to(stored).save_pretrained(tmp_path)
-    whole = load_checkpoint(str(tmp_path), load_config(str(tmp_path)), dtype, CPU).model.state_dict()
-    _, feed, _ = fed(str(tmp_path), dtype)
-    feed.rewind()
-    for layer in (0, 1, 2, 0, 1):
-        views = feed.layout.views(feed.places[feed.take()])
-        for name, tensor in views.items():
-            assert torch.equal(tensor, whole[f"model.layers.{layer}.{name}"])
-        feed.give_back()
-    feed.rewind()
-    name, tensor = next(iter(feed.layout.views(feed.places[feed.take()]).items()))
-    assert torch.equal(tensor, whole[f"model.layers.0.{name}"])
+    whole = in_memory(str(tmp_path), dtype).state_dict()
+    _, feed = fed(str(tmp_path), dtype)
+    for layers in ((0, 1, 2, 0, 1), (0,)):
+        feed.rewind()
+        for layer in layers:
+            for name, tensor in feed.layout.views(feed.places[feed.take()]).items():
+                assert torch.equal(tensor, whole[f"model.layers.{layer}.{name}"])
+            feed.give_back()
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "opt"])
@@ -129,10 +125,10 @@ def test_held_against_the_stock_model_in_a_sweep(kind, tmp_path):
     directory = saved(tmp_path, kind)
     sequences, plan, staged = planned()
     how = {"attention": "sdpa", "compiled": False, "readout_chunk": 64}
-    whole = load_checkpoint(directory, load_config(directory), "auto", CPU).model
+    whole = in_memory(directory)
     stock = whole.config._attn_implementation
     engine = Engine(whole, plan.buckets, **how)
-    model, feed, _ = fed(directory)
+    model, feed = fed(directory)
     sweeping = StreamingEngine(model, plan.buckets, feed, passes=len(staged), **how)
     off = verify.sweep_disagreement(sweeping, model, stock, sequences, staged)
     assert off == pytest.approx(engine_verify.disagreement(engine, whole, stock, sequences, staged))
@@ -157,16 +153,18 @@ def test_a_scorer_from_end_to_end(tiny_llama):
     assert said.startswith("beside the layers equal to the checkpoint; layers read from files")
 
 
+SIX_KINDS = {"n_layer": 6, "num_hidden_layers": 6, "scale_attn_by_inverse_layer_idx": True}
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "why"),
     [
-        ("deepseek_v3", None, "its layers hold different tensors"),
-        ("gpt2", SIX | {"scale_attn_by_inverse_layer_idx": True}, "its layers are of 6 kinds"),
+        ("deepseek_v3", EXACT["deepseek_v3"], "its layers hold different tensors"),
+        ("gpt2", SIX_KINDS, "its layers are of 6 kinds"),
     ],
 )
 def test_models_that_cannot_be_streamed_are_refused(kind, changes, why, tmp_path):
-    model = tiny_model(kind, **(changes or EXACT[kind]))
-    model.config.save_pretrained(tmp_path)
+    tiny_model(kind, **changes).config.save_pretrained(tmp_path)
     add_tokenizer(tmp_path)
     with pytest.raises(UserError, match=why):
         Scorer.from_pretrained(tmp_path, device="cpu", stream_weights=True)
@@ -179,12 +177,18 @@ def test_what_needs_the_whole_model_is_refused(tiny_llama):
         Answerer.from_pretrained(tiny_llama, device="cpu", stream_weights=True)
 
 
-def test_a_checkpoint_that_changes_during_the_run_is_found_out(tiny_llama, tmp_path):
+@pytest.fixture
+def streaming(tiny_llama, tmp_path):
+    """A scorer that has streamed its layers once, and the file that holds them."""
     directory = shutil.copytree(tiny_llama, tmp_path / "model")
     scorer = Scorer.from_pretrained(directory, device="cpu", engine="eager", stream_weights=True)
     scorer.score(QUESTIONS[:3])
+    return scorer, directory / "model.safetensors"
+
+
+def test_a_checkpoint_that_changes_during_the_run_is_found_out(streaming):
+    scorer, weights = streaming
     scorer.runtime.weights.verify()
-    weights = directory / "model.safetensors"
     with weights.open("r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"\0\0\0\0")
@@ -192,12 +196,10 @@ def test_a_checkpoint_that_changes_during_the_run_is_found_out(tiny_llama, tmp_p
         scorer.runtime.weights.verify()
 
 
-def test_a_file_that_becomes_shorter_is_one_line(tiny_llama, tmp_path):
-    directory = shutil.copytree(tiny_llama, tmp_path / "model")
-    scorer = Scorer.from_pretrained(directory, device="cpu", engine="eager", stream_weights=True)
-    scorer.score(QUESTIONS[:3])
+def test_a_file_that_becomes_shorter_is_one_line(streaming):
+    scorer, weights = streaming
     scorer.runtime.weights.feed.settle()
-    os.truncate(directory / "model.safetensors", 20_000)
+    os.truncate(weights, 20_000)
     scorer.score(QUESTIONS[:3])  # its two layers had been read before
     with pytest.raises(UserError, match="became shorter while it was read"):
         scorer.score(QUESTIONS[:3])
@@ -253,14 +255,8 @@ def test_a_model_that_memory_does_not_hold(deep_llama, held, tmp_path):
 
 
 def test_an_interrupted_run_goes_on(tiny_llama, tmp_path, monkeypatch):
-    from cecompile import evaluate as evaluated
-    from cecompile.results.journal import Journal
-
-    def scorer():
-        how = {"device": "cpu", "engine": "eager", "stream_weights": True, "tokens_per_bucket": 128}
-        return Scorer.from_pretrained(tiny_llama, **how)
-
-    whole = evaluated(scorer(), QUESTIONS)
+    how = {"engine": "eager", "stream_weights": True, "tokens_per_bucket": 128}
+    whole = evaluate(Scorer.from_pretrained(tiny_llama, device="cpu", **how), QUESTIONS)
     monkeypatch.setattr("cecompile.planning.needs.Needs.passes_at_once", lambda *_: 2)
     count = 0
 
@@ -270,10 +266,14 @@ def test_an_interrupted_run_goes_on(tiny_llama, tmp_path, monkeypatch):
         if count == 3:
             raise KeyboardInterrupt
 
-    with Journal(tmp_path / "out", False) as journal, pytest.raises(KeyboardInterrupt):
-        evaluated(scorer(), QUESTIONS, output=tmp_path / "out", journal=journal, progress=stops)
-    with Journal(tmp_path / "out", True) as journal:
-        resumed = evaluated(scorer(), QUESTIONS, output=tmp_path / "out", journal=journal)
+    def run(**more):
+        with Journal(tmp_path / "out", "progress" not in more) as journal:
+            scorer = Scorer.from_pretrained(tiny_llama, device="cpu", **how)
+            return evaluate(scorer, QUESTIONS, output=tmp_path / "out", journal=journal, **more)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=stops)
+    resumed = run()
     assert resumed.results["resumed"]["passes"] >= 2
     assert resumed.samples == whole.samples
 

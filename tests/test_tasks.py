@@ -1,16 +1,16 @@
 """Rows become the text that lm-evaluation-harness would make of them, and answers are judged as it would."""
 
-import csv
 import json
 import math
 import tempfile
 
 import pytest
+from support.rows import write_table
 
 from cecompile import read_questions
 from cecompile.tasks.judge import judge, metrics
 from cecompile.tasks.question import Question, digest
-from cecompile.tasks.read import read_dataset
+from cecompile.tasks.read import _hub_rows, read_dataset
 
 
 def read(tmp_path, *rows, name="rows.jsonl", **options):
@@ -62,27 +62,19 @@ def test_limit_is_a_count_or_a_fraction(tmp_path):
 
 
 def test_limit_reads_no_further(tmp_path):
-    good = json.dumps({"query": "q", "choices": ["a", "b"], "gold": 0})
     path = tmp_path / "rows.jsonl"
-    path.write_text(good + "\nnot JSON\n")
+    path.write_text(json.dumps({"query": "q", "choices": ["a", "b"], "gold": 0}) + "\nnot JSON\n")
     assert len(read_questions(path, limit=1)) == 1
 
 
 def test_every_file_type_gives_the_same_questions(tmp_path):
-    from datasets import Dataset
-
     rows = [{"query": f"q{i}", "choices": ["a", "b,c"], "gold": i % 2} for i in range(5)]
     expected = read(tmp_path, *rows)
     array = tmp_path / "rows.json"
     array.write_text("\n  " + json.dumps(rows, indent=1))
-    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    with (tmp_path / "rows.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(row | {"choices": json.dumps(row["choices"])} for row in rows)
-    for name in ("rows.json", "rows.parquet", "rows.csv"):
-        assert read_questions(tmp_path / name) == expected
-        assert digest(read_questions(tmp_path / name)) == digest(expected)
+    for path in (array, *(write_table(tmp_path / f"rows.{kind}", rows) for kind in ("parquet", "csv"))):
+        assert read_questions(path) == expected
+        assert digest(read_questions(path)) == digest(expected)
 
 
 @pytest.mark.parametrize("content", [{"query": "q", "choices": ["a", "b"]}, [{"query": "q", "choices": ["a", "b"]}]])
@@ -101,8 +93,7 @@ def test_csv_keeps_empty_texts_and_texts_that_look_missing(tmp_path):
 def test_task_option_settles_what_is_ambiguous(tmp_path):
     row = {"query": "q", "choices": ["a", "b"], "gold": 0}
     row |= {"activity_label": "l", "ctx_a": "a", "ctx_b": "b", "endings": ["x", "y"], "label": 0}
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row))
+    path = write_table(tmp_path / "rows.jsonl", [row])
     assert read_dataset(path, "hellaswag").questions[0].choices == ("x", "y")
     assert read_dataset(path, "choices").questions[0].choices == ("a", "b")
 
@@ -124,21 +115,17 @@ def test_without_a_place_for_a_cache_tables_are_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("writable", [True, False])
 def test_hub_data_set(writable, tmp_path, monkeypatch):
     """A hub id goes to `datasets`, which also loads directories of that shape; its cache need not be writable."""
-    from datasets import Dataset, config
+    from datasets import config
 
     (tmp_path / "file").write_text("")
     place = tmp_path / "cache" if writable else tmp_path / "file" / "cache"
     for name in ("HF_DATASETS_CACHE", "HF_CACHE_HOME"):
         monkeypatch.setattr(config, name, place)
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    Dataset.from_list([{"query": "q", "choices": ["a", "b"], "gold": 1}]).to_parquet(
-        tmp_path / "owner" / "name" / "validation.parquet"
-    )
+    row = {"query": "q", "choices": ["a", "b"], "gold": 1}
+    write_table(tmp_path / "owner" / "name" / "validation.parquet", [row])
     monkeypatch.chdir(tmp_path)
-    from cecompile.tasks.read import _hub_rows
-
-    rows = list(_hub_rows("owner/name", "owner/name", None, None))
-    assert rows == [("owner/name: row 1", {"query": "q", "choices": ["a", "b"], "gold": 1})]
+    assert list(_hub_rows("owner/name", "owner/name", None, None)) == [("owner/name: row 1", row)]
 
 
 def test_first_of_equals_wins_and_norm_divides_by_characters():

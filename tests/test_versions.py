@@ -1,6 +1,5 @@
 """Internals of torch and transformers that the engine needs are found by trying; one line says if one is absent."""
 
-import csv
 import os
 import re
 import subprocess
@@ -8,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from datasets import Dataset
 from support.models import tiny_model
 from support.passes import prepared, random_sequences
+from support.rows import write_table
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -36,24 +35,19 @@ def decoder_of(model) -> Decoder:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("data", ["rows.csv", "rows.parquet"])
-def test_the_command_prints_its_own_lines_alone(data, tmp_path, tiny_llama):
+@pytest.mark.parametrize(
+    ("name", "data", "own"),
+    [("eval", "rows.csv", r"model +\S*tiny_llama"), ("plan", "rows.parquet", r"useful tokens ")],
+)
+def test_the_command_prints_its_own_lines_alone(name, data, own, tmp_path, tiny_llama):
     """With caches that are empty yet, as where it runs for the first time; compiled, in one case."""
-    if data == "rows.csv":
-        with (tmp_path / data).open("w", newline="") as file:
-            writer = csv.DictWriter(file, ROWS[0])
-            writer.writeheader()
-            writer.writerows(ROWS)
-        command, own = ["eval", "--output", tmp_path / "out"], r"model +\S*tiny_llama"
-    else:
-        Dataset.from_list(ROWS).to_parquet(tmp_path / data)
-        command, own = ["plan"], r"useful tokens "
-    command += ["--model", tiny_llama, "--data", tmp_path / data, "--device", "cpu", "--cache-dir", tmp_path / "code"]
+    file = write_table(tmp_path / data, ROWS)
+    command = [name, *(["--output", tmp_path / "out"] if name == "eval" else [])]
+    command += ["--model", tiny_llama, "--data", file, "--device", "cpu", "--cache-dir", tmp_path / "code"]
     environment = {k: v for k, v in os.environ.items() if k != "HF_DATASETS_DISABLE_PROGRESS_BARS"}
-    done = subprocess.run(
-        [sys.executable, "-m", "cecompile", *map(str, command)], capture_output=True, text=True,
-        env=environment | {"HF_HOME": str(tmp_path / "hub")},
-    )  # fmt: skip
+    environment |= {"HF_HOME": str(tmp_path / "hub")}
+    command = [sys.executable, "-m", "cecompile", *map(str, command)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.match(own, done.stdout)
 
@@ -67,10 +61,8 @@ def test_a_name_that_is_gone_is_one_line_with_the_versions():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    line = (
-        r"cecompile: cannot import name 'GradientCheckpointingLayer' .*; installed: torch \S+, transformers \S+, .*\n"
-    )
-    assert re.fullmatch(line, done.stderr)
+    versions = r"installed: torch \S+, transformers \S+, .*\n"
+    assert re.fullmatch(rf"cecompile: cannot import name 'GradientCheckpointingLayer' .*; {versions}", done.stderr)
 
 
 def test_tables_without_the_library_that_reads_them(tmp_path, monkeypatch):
@@ -102,7 +94,7 @@ def test_attention_of_which_nothing_is_said_is_refused(monkeypatch):
 def test_options_that_torch_does_not_know_leave_a_run_uncompiled(monkeypatch, tiny_llama):
     monkeypatch.setattr(torch._inductor, "list_options", lambda: [])
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
-    scorer.score([Question(str(i), row["query"], tuple(row["choices"]), row["gold"]) for i, row in enumerate(ROWS)])
+    scorer.score([Question("0", "Question 0 is", ("short", "rather longer"), 0)])
     note = r"ran uncompiled: torch \S+ has no Inductor option post_grad_custom_pre_pass"
     assert re.fullmatch(note, scorer.runtime.mode.note)
 

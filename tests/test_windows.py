@@ -1,17 +1,14 @@
 """Windows: what a run in windows says is what one in a single piece says, in memory that does not grow with it."""
 
-import csv
 import json
 import tracemalloc
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from support.rows import CHATS, ROWS, write_rows
-from support.runs import Runs, run_command
+from support.rows import CHATS, ROWS, write_rows, write_table
+from support.runs import Runs, run_command, samples
 
 from cecompile import Scorer, evaluate, read_questions
-from cecompile.cli import cli
 from cecompile.errors import UserError
 from cecompile.results.check import problems
 from cecompile.results.compare import compare_directories
@@ -51,7 +48,7 @@ def runs(babbler, tmp_path_factory):
 
 
 def samples_of(run: Runs, name: str) -> list[dict]:
-    return [json.loads(line) for line in run.samples(name).splitlines()]
+    return samples(run.directory / name)
 
 
 @pytest.mark.parametrize("kind", HOW)
@@ -103,9 +100,8 @@ def test_an_interrupted_run_in_windows_goes_on(kind, records, runs):
     resumed = run.results(name)["resumed"]
     assert sum(n for kind, n in resumed.items() if kind != "from") == records + 1
     assert run.samples(name) == run.samples("windows")
-    assert sorted(p.name for p in (run.directory / name).iterdir()) == sorted(
-        p.name for p in (run.directory / "windows").iterdir()
-    )
+    files = [{p.name for p in (run.directory / one).iterdir()} for one in (name, "windows")]
+    assert files[0] == files[1]
 
 
 def test_a_later_window_that_is_planned_otherwise_is_not_gone_on_with(runs, monkeypatch):
@@ -148,9 +144,8 @@ def test_questions_in_memory_are_run_in_windows_too(babbler, tmp_path, runs):
     assert done.results["metrics"] == runs("trees").results("windows")["metrics"]
     assert done.results["inference_s"]["runs"] == 2
     assert [one.id for one in done.samples] == [q.id for q in questions]
-    assert [list(one.loglikelihoods) for one in done.samples] == [
-        one["loglikelihoods"] for one in samples_of(runs("trees"), "windows")
-    ]
+    expected = [one["loglikelihoods"] for one in samples_of(runs("trees"), "windows")]
+    assert [list(one.loglikelihoods) for one in done.samples] == expected
     assert evaluate(scorer, questions).results["plan"].keys() == runs("trees").results("whole")["plan"].keys()
 
 
@@ -165,8 +160,8 @@ def test_a_baseline_and_a_comparison(runs):
 @pytest.mark.parametrize("options", [[], ["--profile", "h100"]])
 def test_a_plan_in_windows(options, runs):
     run = runs("trees")
-    how = ["--model", str(run.arguments[1]), "--data", str(run.data), "--tokens-per-bucket", "256", "--json", *options]
-    plans = [json.loads(CliRunner().invoke(cli, ["plan", *how, "--window", str(n)]).output) for n in (7, 40)]
+    how = ["--model", run.arguments[1], "--data", run.data, "--tokens-per-bucket", "256", "--json", *options]
+    plans = [json.loads(run_command("plan", *how, "--window", n)) for n in (7, 40)]
     assert plans[0]["windows"] == 6
     assert plans[0]["unshared_tokens"] == plans[1]["unshared_tokens"]
     assert plans[0]["slots"] == sum(b["rows"] * b["length"] * b["runs"] for b in plans[0]["buckets"])
@@ -174,30 +169,9 @@ def test_a_plan_in_windows(options, runs):
     assert plans[0].keys() - {"windows"} == plans[1].keys()
 
 
-# ---- reading
-
-
-def write_csv(path, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["query", "choices", "gold"])
-        writer.writeheader()
-        writer.writerows(row | {"choices": json.dumps(row["choices"])} for row in rows)
-
-
-def write_parquet(path, rows):
-    from datasets import Dataset as Table
-
-    Table.from_list(rows).to_parquet(path)
-
-
-WRITE = {"jsonl": write_rows, "json": lambda path, rows: path.write_text(json.dumps(rows)), "csv": write_csv}
-WRITE |= {"parquet": write_parquet}
-
-
-@pytest.mark.parametrize("kind", WRITE)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_windows_of_a_file_are_its_questions(kind, tmp_path):
-    path = tmp_path / f"rows.{kind}"
-    WRITE[kind](path, ROWS)
+    path = write_table(tmp_path / f"rows.{kind}")
     questions = read_questions(path)
     large = read_windows(path, "auto", None, 7)
     assert isinstance(large.questions, Windows)
@@ -244,13 +218,10 @@ def test_planning_takes_no_more_memory_for_three_times_the_rows(babbler, tmp_pat
     scorer = Scorer.from_pretrained(babbler)
     peaks = []
     for count in (8_000, 24_000):
-        path = tmp_path / f"{count}.jsonl"
-        with path.open("w") as file:
-            for i in range(count):
-                file.write(json.dumps({"query": f"Number {i}", "choices": ["a", "an"], "gold": i % 2}) + "\n")
+        rows = ({"query": f"Number {i}", "choices": ["a", "an"], "gold": i % 2} for i in range(count))
+        path = write_rows(tmp_path / f"{count}.jsonl", rows)
         tracemalloc.start()
-        large = read_windows(path, "auto", None, 2000)
-        totals, sequences = plan_in_windows(scorer, large.questions, fit=False)
+        totals, sequences = plan_in_windows(scorer, read_windows(path, "auto", None, 2000).questions, fit=False)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert sequences == 2 * count

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.rows import random_questions
 
 from cecompile.workload.order import sort_sequences
 from cecompile.workload.plan import MAX_BUCKETS, Geometry, choose_geometry, make_plan
@@ -21,21 +22,25 @@ def datasets(draw) -> Sequences:
     parts, readouts, owners = [], [], []
     for q in range(draw(st.integers(1, 12))):
         context = draw(st.sampled_from([[], shared])) + draw(st.lists(token, min_size=1, max_size=30))
-        for _ in range(draw(st.integers(1, 5))):
-            choice = draw(st.lists(token, min_size=1, max_size=12))
-            parts.append(context + choice)
-            readouts.append(len(choice))
-            owners.append(q)
+        choices = draw(st.lists(st.lists(token, min_size=1, max_size=12), min_size=1, max_size=5))
+        parts += [context + choice for choice in choices]
+        readouts += map(len, choices)
+        owners += [q] * len(choices)
     return Sequences.of(parts, readouts, owners)
 
 
-def geometries(sequences: Sequences):
+def geometry_of(sequences: Sequences, blocks: bool, tokens: int) -> Geometry:
     longest = int(sequences.input_lengths.max())
+    return choose_geometry(longest, tokens_per_bucket=tokens, blocks=blocks, readout_chunk=4)
+
+
+def geometries(sequences: Sequences):
     for blocks, tokens in ((True, 256), (True, 1024), (False, 128), (False, 512)):
-        yield choose_geometry(longest, tokens_per_bucket=tokens, blocks=blocks, readout_chunk=4)
+        yield geometry_of(sequences, blocks, tokens)
 
 
-def staged_with_views(plan):
+def staged_with_views(sequences: Sequences, geometry: Geometry):
+    plan = make_plan(sequences, geometry)
     for one in stage_all(plan):
         bucket = plan.buckets[one.bucket]
         yield one, bucket, views(one.data, bucket, plan.geometry.blocks)
@@ -46,7 +51,7 @@ def staged_with_views(plan):
 def test_every_token_of_every_choice_is_once_on_its_path(sequences):
     for geometry in geometries(sequences):
         seen = np.zeros(len(sequences), dtype=int)
-        for one, bucket, part in staged_with_views(make_plan(sequences, geometry)):
+        for one, bucket, part in staged_with_views(sequences, geometry):
             token_ids, depth, end = (part[n].reshape(-1) for n in ("token_ids", "depth", "end"))
             for choice in np.unique(one.choice):
                 of_choice = np.flatnonzero(one.choice == choice)
@@ -68,8 +73,7 @@ def test_every_token_of_every_choice_is_once_on_its_path(sequences):
 @settings(max_examples=60)
 @given(datasets())
 def test_mask_is_the_ancestor_relation(sequences):
-    geometry = choose_geometry(int(sequences.input_lengths.max()), tokens_per_bucket=256, blocks=False, readout_chunk=4)
-    for _, bucket, part in staged_with_views(make_plan(sequences, geometry)):
+    for _, bucket, part in staged_with_views(sequences, geometry_of(sequences, False, 256)):
         for depth, end in zip(part["depth"], part["end"], strict=True):
             ancestors: list[set[int]] = []  # from the depths alone: the parent is the last node one level up
             last_at_depth: dict[int, int] = {}
@@ -85,15 +89,13 @@ def test_mask_is_the_ancestor_relation(sequences):
 @settings(max_examples=60)
 @given(datasets())
 def test_tile_index_covers_what_is_visible_and_full_tiles_hide_nothing(sequences):
-    geometry = choose_geometry(int(sequences.input_lengths.max()), tokens_per_bucket=640, blocks=True, readout_chunk=4)
-    for _, bucket, part in staged_with_views(make_plan(sequences, geometry)):
+    for _, bucket, part in staged_with_views(sequences, geometry_of(sequences, True, 640)):
         slot, tiles = np.arange(bucket.length), bucket.length // TILE
         visible = (slot[None, :] <= slot[:, None]) & (slot[:, None] < part["end"][0][None, :])
         tile = visible.reshape(tiles, TILE, tiles, TILE).transpose(0, 2, 1, 3).reshape(tiles, tiles, -1)
         for q in range(tiles):
-            partial, full = (
-                set(part[f"{n}_index"][0, q, : part[f"{n}_count"][0, q]].tolist()) for n in ("partial", "full")
-            )
+            names = ("partial", "full")
+            partial, full = (set(part[f"{n}_index"][0, q, : part[f"{n}_count"][0, q]].tolist()) for n in names)
             assert not partial & full
             assert partial | full == set(np.flatnonzero(tile[q].any(-1)).tolist())
             assert full == set(np.flatnonzero(tile[q].all(-1)).tolist())
@@ -102,9 +104,8 @@ def test_tile_index_covers_what_is_visible_and_full_tiles_hide_nothing(sequences
 @settings(max_examples=60)
 @given(datasets())
 def test_counts_are_what_a_set_of_prefixes_says(sequences):
-    prefixes = {
-        tuple(sequences.inputs(i)[:n]) for i in range(len(sequences)) for n in range(1, len(sequences.inputs(i)) + 1)
-    }
+    inputs = [tuple(sequences.inputs(i)) for i in range(len(sequences))]
+    prefixes = {tokens[:n] for tokens in inputs for n in range(1, len(tokens) + 1)}
     for geometry in geometries(sequences):
         plan = make_plan(sequences, geometry)
         assert plan.prefix_tree_tokens == len(prefixes)
@@ -122,19 +123,6 @@ def test_plans_are_deterministic(sequences):
     for geometry in geometries(sequences):
         first, second = (list(stage_all(make_plan(sequences, geometry))) for _ in range(2))
         assert all((a.data == b.data).all() and a.bucket == b.bucket for a, b in zip(first, second, strict=True))
-
-
-def random_questions(count: int, seed: int, context: tuple[int, int], prefix: int = 0) -> Sequences:
-    random = np.random.default_rng(seed)
-    common = random.integers(0, 1000, prefix)
-    parts, readouts = [], []
-    for _ in range(count):
-        trunk = np.concatenate([common, random.integers(0, 1000, random.integers(*context))])
-        for _ in range(4):
-            n = int(random.integers(5, 40))
-            parts.append(np.concatenate([trunk, random.integers(0, 1000, n)]))
-            readouts.append(n)
-    return Sequences.of(parts, readouts, np.repeat(np.arange(count), 4))
 
 
 @pytest.mark.parametrize("prefix", [0, 600])

@@ -9,15 +9,15 @@ Absolute times on shared machines lie, so ratios are asserted, of times taken in
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from alternate import assert_at_most, timed
-from support.rows import shared_file
+from support.rows import random_questions, shared_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cecompile import Scorer, demo, read_questions
 from cecompile.engine.forward import Engine
+from cecompile.engine.head import readout_of
 from cecompile.engine.reference import score_one_by_one
 from cecompile.workload.encode import encode, max_input_length
 from cecompile.workload.plan import Geometry, make_plan
@@ -32,25 +32,15 @@ GEOMETRY = Geometry(rows=4, length=512, readout_chunk=CHUNK, blocks=ATTENTION ==
 
 @pytest.fixture(scope="module")
 def sequences() -> Sequences:
-    """120 questions of HellaSwag's proportions, random tokens."""
-    random = np.random.default_rng(0)
-    parts, predicted = [], []
-    for _ in range(120):
-        trunk = random.integers(3, 8000, random.integers(10, 80))
-        for _ in range(4):
-            n = int(random.integers(8, 36))
-            parts.append(np.concatenate([trunk, random.integers(3, 8000, n)]))
-            predicted.append(n)
-    return Sequences.of(parts, predicted, np.repeat(np.arange(120), 4))
+    """120 questions of about HellaSwag's proportions, random tokens."""
+    return random_questions(120, 0, (10, 80), vocabulary=8000)
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4, vocab_size=8000
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False).to(DEVICE)
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=8000, **sizes)).eval().requires_grad_(False).to(DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +71,6 @@ def test_one_pass(benchmark, model, plan, compiled):
 
 
 def test_head(benchmark, model):
-    from cecompile.engine.head import readout_of
-
     readout = readout_of(model)
     hidden = torch.randn(CHUNK, model.config.hidden_size, device=DEVICE)
     target = torch.zeros(CHUNK, 4, dtype=torch.int32, device=DEVICE)
@@ -98,8 +86,14 @@ def test_demo_from_questions_to_scores(benchmark):
     assert len(benchmark.pedantic(scorer.score, (questions,), rounds=3).loglikelihoods) == 100
 
 
-def planning_takes(limit: float, questions, scorer, benchmark, ratios: bool) -> None:
-    """Asserts that encoding and planning take at most `limit` times as long as the bare tokenizer for every choice."""
+@pytest.mark.parametrize("data", ["demo", "hellaswag"])
+def test_encoding_and_planning_take_the_time_of_a_tokenizer(data, request, benchmark, ratios):
+    """At most 1.5 times as long as the bare tokenizer for every choice, for the demo and for all of HellaSwag."""
+    if data == "demo":
+        scorer, questions = Scorer.from_pretrained(device="cpu"), read_questions(demo.HELLASWAG)
+    else:
+        scorer = Scorer.from_pretrained(request.getfixturevalue("llama_tokenizer_dir"), device="cpu")
+        questions = read_questions(shared_file("hellaswag_val.jsonl"))
     longest = max_input_length(scorer.runtime.config, scorer.tokenizer)
     texts = [q.context + choice for q in questions for choice in q.choices]
 
@@ -108,17 +102,7 @@ def planning_takes(limit: float, questions, scorer, benchmark, ratios: bool) -> 
         assert plan.slots <= 1.1 * plan.useful_tokens
 
     benchmark.pedantic(prepare, rounds=3, warmup_rounds=1)
-    assert_at_most(limit, timed(prepare), timed(lambda: scorer.tokenizer(texts)), ratios)
-
-
-def test_the_demo_is_encoded_and_planned_in_the_time_of_a_tokenizer(benchmark, ratios):
-    scorer = Scorer.from_pretrained(device="cpu")
-    planning_takes(1.5, read_questions(demo.HELLASWAG), scorer, benchmark, ratios)
-
-
-def test_all_of_hellaswag_is_encoded_and_planned_in_the_time_of_a_tokenizer(llama_tokenizer_dir, benchmark, ratios):
-    scorer = Scorer.from_pretrained(llama_tokenizer_dir, device="cpu")
-    planning_takes(1.5, read_questions(shared_file("hellaswag_val.jsonl")), scorer, benchmark, ratios)
+    assert_at_most(1.5, timed(prepare), timed(lambda: scorer.tokenizer(texts)), ratios)
 
 
 @pytest.mark.compiles

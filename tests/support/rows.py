@@ -1,11 +1,14 @@
 """Rows of data: made ones, files of them, and the real inputs where they are at hand."""
 
+import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cecompile import ChatQuestion
+from cecompile.workload.sequences import Sequences
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 ROWS = [
@@ -32,6 +35,38 @@ def shared_file(name: str) -> Path:
 def write_rows(path: Path, rows=ROWS) -> Path:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
+
+
+def write_table(path: Path, rows=ROWS) -> Path:
+    """Writes rows in the form that the file's name ends in: .jsonl, .json, .csv or .parquet."""
+    if path.suffix == ".jsonl":
+        write_rows(path, rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(row | {"choices": json.dumps(row["choices"])} for row in rows)
+    else:
+        from datasets import Dataset
+
+        Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+def random_questions(count: int, seed: int, context: tuple[int, int], prefix: int = 0, vocabulary=1000) -> Sequences:
+    """Questions of four choices of 5 to 39 random tokens; the contexts' lengths are drawn, after a shared prefix."""
+    random = np.random.default_rng(seed)
+    common = random.integers(0, vocabulary, prefix)
+    parts, readouts = [], []
+    for _ in range(count):
+        trunk = np.concatenate([common, random.integers(0, vocabulary, random.integers(*context))])
+        for _ in range(4):
+            n = int(random.integers(5, 40))
+            parts.append(np.concatenate([trunk, random.integers(0, vocabulary, n)]))
+            readouts.append(n)
+    return Sequences.of(parts, readouts, np.repeat(np.arange(count), 4))
 
 
 def ask(text: str, id: str = "0", label: str | None = None, before=()) -> ChatQuestion:
