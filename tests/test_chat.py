@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import add_llama2_tokenizer, add_tokenizer, change_json, save_tiny_llama
@@ -20,6 +21,7 @@ from support.runs import samples as samples_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from cecompile import Answerer, ChatQuestion, demo, read_questions
+from cecompile.cli import cli
 from cecompile.engine import decode as decode_module
 from cecompile.engine.stock_pipeline import stop_tokens
 from cecompile.errors import UserError
@@ -324,8 +326,10 @@ def test_eval_writes_predictions_as_the_pipeline_does_and_warm_prepares_it(tmp_p
     out = tmp_path / "out"
     same = ["--task", "chat", "--limit", 8, "--device", "cpu", "--max-new-tokens", 30]
     same += ["--cache-dir", tmp_path / "cache"]
-    assert "decoding" in run_command("warm", *same)
-    assert "exact_match" in run_command("eval", *same, "--require-warm", "--output", out)
+    for command, word, more in (("warm", "decoding", ()), ("eval", "exact_match", ("--require-warm", "--output", out))):
+        done = CliRunner().invoke(cli, [command, *map(str, (*same, *more))])
+        assert done.exit_code == 0, done.output
+        assert word in done.stdout
 
     results, samples, questions = results_of(out), samples_of(out), read_questions(demo.CHAT, limit=8)
     assert (results["task"], results["cache"]["state"]) == ("chat", "warm")

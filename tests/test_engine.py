@@ -106,6 +106,12 @@ def test_windows_shorter_than_a_context_of_several_tiles(attention):
 
 
 @pytest.mark.compiles
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_compiled_flex_with_windows_and_soft_caps(kind):
+    assert_scored_as_stock(tiny_model(kind, head_dim=16), random_sequences(1), "flex", compiled=True)
+
+
+@pytest.mark.compiles
 def test_scoring_again_gives_the_same_and_builds_nothing_new(tiny_llama):
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu")
     first = scorer.score(QUESTIONS)
