@@ -13,6 +13,7 @@ import click
 from cecompile import demo
 from cecompile.cli_options import pipeline_option, selection
 from cecompile.errors import AlreadyReportedError, CheckError, UserError, first_line
+from cecompile.imports import import_transformers
 from cecompile.interrupt import Interrupted, command_to_resume, signals_raise
 from cecompile.model import prefetch
 from cecompile.planning.profiles import PROFILES
@@ -126,6 +127,7 @@ def eval_command(
     clock.enter("preprocess")
     dataset = read_windows(name, task, limit, window)
     clock.enter("load_model")
+    import_transformers()
     from rich.console import Console
 
     from cecompile.compile_cache.store import remove_workspaces
@@ -189,6 +191,7 @@ def plan_command(
     from cecompile.tasks.read import read_windows
 
     dataset = read_windows(_named(data, task), task, limit, window)
+    import_transformers()
     from rich.console import Console
 
     from cecompile.planning.estimate import as_planned_on, estimate, weights_fit
@@ -247,10 +250,12 @@ def warm_command(
     if max_depth is not None and (data is not None or tune):
         raise UserError("--max-depth: is for data not yet seen; leave out --data and --tune")
     _prefetch(how)
-    from cecompile.run.warm_cache import warm
     from cecompile.tasks.read import read_windows
 
     dataset = None if max_depth is not None else read_windows(_named(data, task), task, limit, window)
+    import_transformers()
+    from cecompile.run.warm_cache import warm
+
     model = _model(how, task if dataset is None else dataset.task)
     questions = None if dataset is None else dataset.questions
     with progress_bars(Console(stderr=True)) as progress:

@@ -24,7 +24,7 @@ from cecompile.model.safetensors_reader import digest_of, host_buffers
 from cecompile.model.support import rope_type
 
 THREADS = min(8, os.cpu_count() or 1)  # nothing else runs meanwhile
-BLOCK = 4 * 2**20  # bytes copied out at once; each thread has two such buffers
+BLOCK = 2**20  # bytes copied out at once; each thread has two such buffers
 EQUAL = "equal to the checkpoint"
 Together = Callable[[dict[Any, Any]], dict[Any, Any]]
 
