@@ -166,6 +166,16 @@ def test_decodes_as_generate_does(kind, attention, compiled):
         assert decode(decoder, prompts, [12] * len(prompts), frozenset([stop])) == expected
 
 
+@pytest.mark.parametrize("kind", ["llama", "phi3", "granite", "gemma2"])
+def test_decodes_over_as_many_slots_as_a_step_has_grouped_queries(kind):
+    """Two query heads share a key head, so that a step of 256 tokens asks 512 times."""
+    model, prompts = tiny_model(kind), random_prompts([40, 7, 23])
+    expected = [generated(model, prompt, 12, None) for prompt in prompts]
+    engine, _ = prepared(model, random_sequences(), "sdpa", compiled=False)
+    decoder = engine.decoder(DecodeShape(512, 3, (256, 3)))
+    assert decode(decoder, prompts, [12] * len(prompts), frozenset()) == expected
+
+
 @pytest.mark.parametrize("longest", [40, 200, 300])
 def test_decodes_over_the_least_cache_where_memory_is_short(longest):
     """It holds the longest prompt and answer, and more slots than a step has tokens."""
@@ -195,7 +205,8 @@ def babbler(request, tmp_path_factory):
     if request.param == "llama":
         return save_tiny_llama(directory, 1024, max_position_embeddings=4096)
     positions = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
-    return save(directory, "phi3", vocab_size=1024, pad_token_id=3, **positions)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.3}  # so that no two tokens are near
+    return save(directory, "phi3", vocab_size=1024, pad_token_id=3, **positions, **sizes)
 
 
 def stock_texts(model, questions, new_tokens):
