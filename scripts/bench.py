@@ -55,10 +55,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"num_key_value_heads": 4},
     "llama-7b": LLAMA
     | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "phi3-medium": {
+    "phi3-medium": {  # as published with microsoft/Phi-3-medium-4k-instruct
         "model_type": "phi3", "vocab_size": 32_064, "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096, "hidden_size": 5120, "intermediate_size": 17_920,
-        "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 10,
+        "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 10, "sliding_window": 2047,
+        "rope_theta": 10_000.0, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 32_000,
+        "pad_token_id": 32_000, "tie_word_embeddings": False,
     },
     "opt-1b": {
         "model_type": "opt", "vocab_size": 50_272, "max_position_embeddings": 2048, "hidden_size": 2048,

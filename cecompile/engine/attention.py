@@ -93,6 +93,11 @@ class Masks:
             _active = before
 
 
+def reaching(window: int | None, slots: int) -> int | None:
+    """`window`, or None where the window hides nothing: no two of `slots` tokens are as far apart as the window."""
+    return None if window is None or slots <= window else window
+
+
 def dense(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask for dense attention, (rows, 1, queries, keys): 0 where `visible` (without the 1), else -infinity."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)[:, None]
@@ -111,7 +116,11 @@ class TreeMasks(Masks):
         self._made: dict[tuple[int | None, torch.dtype], Tensor | BlockMask] = {}
 
     def get(self, window: int | None, dtype: torch.dtype) -> Tensor | BlockMask:
-        """See `Masks`. Block-sparse masks are views of the buffers, made once; dense masks are made once per pass."""
+        """See `Masks`. Block-sparse masks are views of the buffers, made once; dense masks are made once per pass.
+
+        Rows no longer than the window get the mask of the whole path, so that tiles without hidden pairs stay unmasked.
+        """
+        window = reaching(window, self._part["end"].shape[1])
         key = (window, dtype)
         if key not in self._made:
             self._made[key] = self._block_mask(window) if self._blocks else self._dense_mask(window, dtype)

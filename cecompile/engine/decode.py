@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from cecompile.engine.attention import Masks, dense
+from cecompile.engine.attention import Masks, dense, reaching
 from cecompile.engine.cuda_graph import capture
 from cecompile.engine.head import Readout
 from cecompile.engine.longrope import Frequencies
@@ -163,6 +163,7 @@ class _StepMasks(Masks):
         key = torch.arange(self._slots, device=self._slot.device, dtype=self._slot.dtype)
         slot, first = self._slot[:, None], self._first[:, None]
         visible = (first <= key) & (key <= slot)
+        window = reaching(window, self._slots)
         if window is not None:
             visible &= slot - key < window
         return dense(visible[None], dtype)
