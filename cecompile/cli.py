@@ -12,6 +12,7 @@ import click
 
 from cecompile import demo
 from cecompile.cli_options import pipeline_option, selection
+from cecompile.contest import contest_command
 from cecompile.errors import AlreadyReportedError, CheckError, UserError, first_line
 from cecompile.imports import import_transformers
 from cecompile.interrupt import Interrupted, command_to_resume, signals_raise
@@ -295,6 +296,9 @@ def report_command(directory: Path, png: Path | None, pdf: Path | None, lang: st
 
     for path in make_report(directory, png=png, pdf=pdf, languages=[lang], overwrite=overwrite):
         click.echo(path)
+
+
+cli.add_command(contest_command)
 
 
 @cli.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})

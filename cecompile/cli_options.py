@@ -17,23 +17,40 @@ def _limit(ctx: click.Context, param: click.Parameter, value: float | None) -> f
     return value
 
 
+new_tokens_option = click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=NEW_TOKENS, show_default=True,
+    help="Longest answer to a chat question.",
+)  # fmt: skip
+
+
 def selection(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options that choose the questions, the model and how the model runs."""
-    options = [
+    options: list[Callable[..., Any]] = [
         click.option("--model", metavar="DIR|HUB_ID", help="The checkpoint. Default: the embedded demo model."),
         click.option("--data", metavar="FILE|HUB_ID[:SPLIT]", help="The questions. Default: the embedded demo's."),
         click.option(
             "--task", type=click.Choice(("auto", *TASKS)), default="auto", help="Row format; auto tells by the fields."
         ),
-        click.option(
-            "--max-new-tokens", type=click.IntRange(1), default=NEW_TOKENS, show_default=True,
-            help="Longest answer to a chat question.",
-        ),
+        new_tokens_option,
         click.option(
             "--window", type=click.IntRange(1), default=WINDOW, show_default=True,
             help="Questions in memory at a time; where there are more, prefixes are shared within a window.",
         ),
         click.option("--limit", type=float, callback=_limit, help="First N questions, or a fraction below 1."),
+        running,
+        click.option(
+            "--stream-weights", is_flag=True,
+            help="Read the layers' weights anew for each sweep of passes: for models larger than memory.",
+        ),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def running(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of how a model that fits into memory runs."""
+    options = [
         click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
         click.option(
             "--dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")), default="auto",
@@ -45,10 +62,6 @@ def selection(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--memory-limit", metavar="SIZE", callback=_size,
             help="What a run may take, such as 28GB or 26GiB. Default: what the device has.",
-        ),
-        click.option(
-            "--stream-weights", is_flag=True,
-            help="Read the layers' weights anew for each sweep of passes: for models larger than memory.",
         ),
         click.option(
             "--cache-dir", type=click.Path(path_type=Path),

@@ -6,7 +6,8 @@ card.png                              inference time and accuracy as a picture, 
 report.pdf                            the document on the method, in Korean and then in English
 results.json, samples.jsonl, ...      the result's own files, byte for byte
 COMMAND.txt                           the command that made the result
-IMAGE.txt                             the commands that build, name and push the Docker image
+IMAGE.txt                             the commands that build, name and push the Docker image; for chats, also the one
+                                      that runs the contest's script in it
 """
 
 import argparse
@@ -62,7 +63,7 @@ def hand_in(result: Path, out: Path, image: str | None) -> list[Path]:
                     shutil.copyfile(result / name, folder / name)
             note = "" if recorded else "# put together from results.json, which records no command\n"
             (folder / COMMAND).write_text(f"{note}{command}\n", encoding="utf-8")
-            (folder / IMAGE).write_text(image_commands(image), encoding="utf-8")
+            (folder / IMAGE).write_text(image_commands(image, (result / PREDICTIONS).is_file()), encoding="utf-8")
             folder.chmod(0o755)
             folder.replace(out)
         finally:
@@ -72,11 +73,13 @@ def hand_in(result: Path, out: Path, image: str | None) -> list[Path]:
     return sorted(out.iterdir())
 
 
-def image_commands(image: str | None) -> str:
-    """The commands for a shell in the repository's root."""
+def image_commands(image: str | None, chats: bool) -> str:
+    """The commands for a shell in the repository's root. For `chats`, the last one answers the contest's rows."""
     fill_in = "" if image else f"# Put your own address in the place of {PLACEHOLDER}, here and where you hand it in.\n"
     tag = image or PLACEHOLDER
-    return f"{fill_in}docker build --tag cecompile .\ndocker tag cecompile {tag}\ndocker push {tag}\n"
+    places = '-v cecompile-cache:/cache -v "$PWD/model:/model:ro" -v "$PWD/data:/data:ro"'
+    run = f"docker run --rm --runtime nvidia {places} {tag} contest /model /data/test_dataset.jsonl\n" if chats else ""
+    return f"{fill_in}docker build --tag cecompile .\ndocker tag cecompile {tag}\ndocker push {tag}\n{run}"
 
 
 if __name__ == "__main__":

@@ -1,24 +1,20 @@
 """Chat questions: what is read from them, and that answers are those of transformers' text-generation pipeline."""
 
-import json
-import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import add_llama2_tokenizer, add_tokenizer, change_json, save_tiny_llama
 from support.models import ARCHITECTURES, VOCABULARY, save, tiny_model
-from support.passes import generated, prepared, random_sequences
+from support.passes import generated, prepared, random_sequences, stock_texts
 from support.rows import MADE_UP, ask, shared_file
-from support.runs import json_lines, run_command, run_script
+from support.runs import json_lines, run_command
 from support.runs import results as results_of
 from support.runs import samples as samples_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cecompile import Answerer, ChatQuestion, demo, read_questions
 from cecompile.cli import cli
@@ -32,7 +28,6 @@ from cecompile.tasks.chat import find_choices, judge_answer
 from cecompile.workload.chat_tree import graft, prompts_of, walk
 from cecompile.workload.decode_schedule import DecodeSchedule, DecodeShape
 
-CONTEST = Path(__file__).parents[1] / "scripts" / "contest_2024.py"
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -209,14 +204,6 @@ def babbler(request, tmp_path_factory):
     return save(directory, "phi3", vocab_size=1024, pad_token_id=3, **positions, **sizes)
 
 
-def stock_texts(model, questions, new_tokens):
-    """Returns the official loop's answers: one conversation after another goes through the pipeline."""
-    pipe = pipeline("text-generation", model=str(model), tokenizer=str(model), device="cpu", dtype=torch.float32)
-    options = {"max_new_tokens": new_tokens, "return_full_text": False, "do_sample": False}
-    chats = [[{"role": role, "content": content} for role, content in q.messages] for q in questions]
-    return [pipe(chat, **options)[0]["generated_text"] for chat in chats]
-
-
 def test_babble_equals_the_pipelines(babbler):
     """Nothing is in the tree: all is decoded outside."""
     questions = [*MADE_UP, *read_questions(demo.CHAT, limit=4)]
@@ -380,36 +367,3 @@ def test_a_loaded_model_is_taken_as_it_is(tmp_path):
     assert [a.text for a in answers] == stock_texts(demo.MODEL, questions, 20)
     with pytest.raises(UserError, match="engine 'fast': one of"):
         Answerer.from_model(model, tokenizer, engine="fast")
-
-
-@pytest.mark.parametrize("engine", ["eager", "reference"])
-def test_the_contests_script(engine, tmp_path, monkeypatch, capsys):
-    rows = demo.CHAT.read_text().splitlines()[:6]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    monkeypatch.chdir(tmp_path)
-    how = (
-        "--engine",
-        engine,
-        "--device",
-        "cpu",
-        "--predictions",
-        "out.jsonl",
-        "--longest",
-        300,
-        "--max-new-tokens",
-        30,
-    )
-    assert run_script(CONTEST, demo.MODEL, "rows.jsonl", *how) == 0
-    printed = capsys.readouterr().out.splitlines()
-    texts = stock_texts(demo.MODEL, read_questions("rows.jsonl"), 30)
-    answers = printed.index("===== Answers =====")
-    assert printed[answers + 1 : answers + 8] == [*texts, "===== Perf result ====="]
-    assert re.fullmatch(r"Elapsed_time:  \d+\.\d+", printed[answers + 8])
-    right = sum(text == json.loads(row)["answer"] for text, row in zip(texts, rows, strict=True))
-    assert printed[answers + 9 :] == [f"Correctness: {right}/6"]
-    assert json_lines(Path("out.jsonl")) == [[{"generated_text": text}] for text in texts]
-
-
-def test_the_contests_script_says_what_is_wrong(tmp_path, capsys):
-    assert run_script(CONTEST, tmp_path / "none", "rows.jsonl") == 2
-    assert capsys.readouterr().err.splitlines() == [f"contest_2024: {tmp_path / 'none'}: no such directory"]

@@ -114,6 +114,8 @@ def test_submission(answered, tmp_path, capsys):
         "docker build --tag cecompile .",
         "docker tag cecompile docker.io/me/cecompile:final",
         "docker push docker.io/me/cecompile:final",
+        'docker run --rm --runtime nvidia -v cecompile-cache:/cache -v "$PWD/model:/model:ro" -v "$PWD/data:/data:ro" '
+        "docker.io/me/cecompile:final contest /model /data/test_dataset.jsonl",
     ]
     assert [p.name for p in out.parent.iterdir()] == ["hand-in"]
 

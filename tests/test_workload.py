@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from support.rows import random_questions
 
 from cecompile.workload.order import sort_sequences
-from cecompile.workload.plan import MAX_BUCKETS, Geometry, choose_geometry, make_plan
+from cecompile.workload.plan import (
+    BLOCK,
+    ENOUGH_FILL,
+    MAX_BUCKETS,
+    SPARE,
+    Geometry,
+    choose_geometry,
+    every_bucket,
+    make_plan,
+)
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import TILE, stage_all, views
 from cecompile.workload.tree import TARGETS
@@ -155,10 +164,89 @@ def test_siblings_are_read_out_together():
     assert row.target.tolist() == [[1, 2, 3, 4], [5, 0, 0, 0]]
 
 
+def shapes(plan) -> list[tuple[int, int]]:
+    return [bucket.shape for bucket in plan.buckets]
+
+
 def test_few_questions_use_a_small_bucket():
     sequences = random_questions(1, 0, (10, 11))
-    plan = make_plan(sequences, Geometry(rows=8, length=1024, readout_chunk=64, blocks=False))
-    assert [(b.rows, b.length) for b in plan.buckets] == [(1, 1024)]
+    geometry = Geometry(rows=8, length=1024, readout_chunk=64, blocks=False)
+    assert shapes(make_plan(sequences, geometry, tight=False)) == [(1, 1024)]
+    assert shapes(make_plan(sequences, geometry)) == [(1, BLOCK)]
+
+
+@settings(max_examples=40)
+@given(datasets())
+def test_tight_buckets_are_as_full_as_whole_blocks_allow_and_no_more_in_number(sequences):
+    for geometry in geometries(sequences):
+        loose, plan = (make_plan(sequences, geometry, tight=tight) for tight in (False, True))
+        assert plan.slots <= loose.slots
+        assert len(plan.buckets) <= len(loose.buckets)
+        assert plan.useful_tokens == loose.useful_tokens
+        assert all(bucket.length % BLOCK == 0 for bucket in plan.buckets)
+        if loose.slots <= ENOUGH_FILL * loose.useful_tokens:
+            assert shapes(plan) == shapes(loose)
+            continue
+        for i, bucket in enumerate(plan.buckets):
+            passes = [one.rows for one in plan.passes if one.bucket == i]
+            fullest = max(len(row.token_ids) for rows in passes for row in rows)
+            assert max(map(len, passes)) == bucket.rows
+            assert bucket.length - BLOCK < fullest <= bucket.length
+
+
+@settings(max_examples=40)
+@given(datasets(), st.data())
+def test_compiled_shapes_are_taken_where_they_are_about_as_good(sequences, data):
+    for geometry in geometries(sequences):
+        loose, tight = make_plan(sequences, geometry, tight=False), make_plan(sequences, geometry)
+        assert shapes(make_plan(sequences, geometry, compiled=shapes(loose))) in (shapes(loose), shapes(tight))
+        assert shapes(make_plan(sequences, geometry, compiled=shapes(tight))) == shapes(tight)
+        kinds = [b.shape for b in (*loose.buckets, *tight.buckets, *every_bucket(geometry))]
+        compiled = data.draw(st.sets(st.sampled_from(kinds)))
+        plan = make_plan(sequences, geometry, compiled=compiled)
+        assert plan.slots <= loose.slots
+        assert len(plan.buckets) <= len(loose.buckets)
+        if not set(shapes(loose)) & compiled:
+            assert plan.slots <= SPARE * tight.slots
+
+
+def test_a_shape_that_is_compiled_saves_compiling_another():
+    """A row of 18 blocks in buckets of 64, 32, ...: a compiled shape up to a tenth larger is taken, or that of 32."""
+    one = Sequences.of([np.arange(18 * BLOCK + 1)], [1], [0])
+    geometry = Geometry(rows=1, length=64 * BLOCK, readout_chunk=1, blocks=True)
+    for blocks, taken in {17: 18, 18: 18, 19: 19, 20: 18, 32: 32, 64: 18}.items():
+        plan = make_plan(one, geometry, compiled=[(1, blocks * BLOCK)])
+        assert shapes(plan) == [(1, taken * BLOCK)], blocks
+
+
+@settings(max_examples=30)
+@given(datasets())
+def test_buckets_for_data_not_yet_seen_are_the_same_whatever_the_data(sequences):
+    for geometry in geometries(sequences):
+        plan = make_plan(sequences, geometry, all_buckets=True)
+        assert shapes(plan) == [bucket.shape for bucket in every_bucket(geometry)]
+        assert plan.slots <= make_plan(sequences, geometry, tight=False).slots
+
+
+@pytest.mark.parametrize("tokens", [1024, 2048, 4096, 8192])
+@pytest.mark.parametrize("all_buckets", [False, True])
+def test_thirty_short_prompts_fill_nine_tenths_of_their_slots(tokens, all_buckets):
+    """Trees as large as the contest's public rows are: a common start of 45 tokens, 2,790 tokens in all."""
+    random = np.random.default_rng(0)
+    start = random.integers(0, 1000, 45)
+    parts = [[*start, *random.integers(0, 1000, 92)] for _ in range(30)]
+    sequences = Sequences.of(parts, [1] * 30, range(30))
+    geometry = choose_geometry(136, tokens_per_bucket=tokens, blocks=True, readout_chunk=64)
+    plan = make_plan(sequences, geometry, all_buckets=all_buckets)
+    assert plan.useful_tokens >= 0.9 * plan.slots
+
+
+def test_a_large_set_keeps_the_shapes_of_its_geometry():
+    sequences = random_questions(600, 5, (10, 150))
+    geometry = Geometry(rows=1, length=2048, readout_chunk=256, blocks=True)
+    plan = make_plan(sequences, geometry)
+    assert shapes(plan) == shapes(make_plan(sequences, geometry, tight=False))
+    assert set(shapes(plan)) <= {bucket.shape for bucket in every_bucket(geometry)}
 
 
 def test_sorting_puts_each_questions_sequences_side_by_side():

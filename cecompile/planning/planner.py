@@ -92,11 +92,9 @@ class Planner:
             UserError: nothing fits, or trees of this length are not exact.
         """
         self._check_rope(longest, answer)
-        recorded = self._recorded()
-        recorded = self._ranks.broadcast({name: recorded.get(name) or () for name in ("tuned", "geometries")})
         sizing = sizing or self.sizing
         blocks = self._mode.attention == "flex"
-        geometry = sizing.geometry(longest, blocks=blocks, recorded=recorded, shared=shared)
+        geometry = sizing.geometry(longest, blocks=blocks, recorded=self._in_cache(), shared=shared)
         if fit:
             geometry = sizing.fitting(geometry, longest, self._mode.engine, answer)
         return geometry, sizing.decoding(geometry, self._mode.engine, answer, fit, all_answers)
@@ -129,9 +127,11 @@ class Planner:
             shared, known = order.typically_shared(sequences), ()
             geometry, decoding = ahead or self.shapes(longest, answer, fit, sizing, shared, all_answers)
         boundary = boundary_of(self.config)
+        compiled = [tuple(shape) for shape in self._in_cache()["buckets"] if len(shape) == 2]  # others are decoders'
         plan = make_plan(
-            sequences, geometry, all_buckets=ahead is not None, order=order, buckets=known, boundary=boundary
-        )
+            sequences, geometry, all_buckets=ahead is not None, order=order, buckets=known, boundary=boundary,
+            tight=not self._same_shapes, compiled=compiled,
+        )  # fmt: skip
         plan = replace(plan, decoding=decoding)
         if self._same_shapes and sizing is None and ahead is None:
             self._before = plan = with_room(plan, known)
@@ -197,6 +197,11 @@ class Planner:
         sweeps, size = windows * -(-due // passes), streamed.layer_bytes
         read = sweeps * streamed.layers * size
         return {"sweeps": sweeps, "passes_per_sweep": passes, "layer_bytes": size, "read_bytes": read}
+
+    def _in_cache(self) -> dict[str, Any]:
+        """What the compile cache has recorded of this model and device, the same on all ranks; empty for another."""
+        recorded = {} if self.sizing.options.target_device else self._recorded()
+        return self._ranks.broadcast({name: recorded.get(name) or () for name in ("tuned", "geometries", "buckets")})
 
     def _check_rope(self, longest: int, answer: int) -> None:
         """longrope picks one set of frequencies for a whole input, by its length: a longer answer changes the set."""

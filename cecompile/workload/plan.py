@@ -1,5 +1,6 @@
 """The plan: which sequences run together, in which fixed shapes."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,10 @@ MAX_BUCKETS = 4
 ROWS_AT_ONCE = 512  # rows that are laid out together; bounds the memory taken besides the result
 ROOM = 1.25  # readouts of buckets for later windows, relative to the first window's
 ENOUGH_FILL = 1.03  # slots per useful token below which a further bucket shape is not worth its compilation
+FEW_PASSES = 8  # up to this many are also packed in shorter rows, for the least padding in shapes that are given
+SPARE = 1.1  # slots of a compiled shape, relative to a tight one, up to which the compiled one is taken
+
+Shape = tuple[int, int]  # rows, and length in tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +116,7 @@ def choose_geometry(
 
 def make_plan(
     sequences: Sequences, geometry: Geometry, *, all_buckets: bool = False, order: Order | None = None,
-    buckets: tuple[Bucket, ...] = (), boundary: int | None = None,
+    buckets: tuple[Bucket, ...] = (), boundary: int | None = None, tight: bool = True, compiled: Collection[Shape] = (),
 ) -> Plan:  # fmt: skip
     """Sorts, merges and packs all sequences. Deterministic; near n log n in the number of tokens.
 
@@ -122,6 +127,9 @@ def make_plan(
         buckets: the buckets of an earlier plan of this geometry. The plan includes all of them, with more readouts
             where needed, and adds a shape only for rows that are longer than all buckets'.
         boundary: sequences of more inputs than this share no tokens and no pass with the others.
+        tight: where padding would not be small, make shapes no larger than their passes need. `all_buckets` and
+            `buckets` rule this out: their shapes are for other data too.
+        compiled: shapes that are compiled already; a tight shape is not compiled where one of these is about as good.
 
     Raises:
         ValueError: a sequence is longer than a row.
@@ -131,12 +139,9 @@ def make_plan(
     order = order or sort_sequences(sequences)
     shaped: Shaped = []
     for side in [order] if boundary is None else order.sides(sequences, boundary):
-        items = split_items(sequences, side, geometry.length)
-        filled = fill_rows(items, geometry.length)
-        parts = (filled[at : at + ROWS_AT_ONCE] for at in range(0, len(filled), ROWS_AT_ONCE))
-        rows = [row for part in parts for row in _rows(sequences, side, items.start, part)]
-        rows.sort(key=lambda row: -len(row.token_ids))
-        shaped += _cover(rows, geometry, buckets)
+        shaped += _shaped(sequences, side, geometry, buckets, all_buckets)
+    if tight and not all_buckets and not buckets:
+        shaped = _tightened(shaped, compiled)
     readouts = {b.shape: b.readouts for b in (every_bucket(geometry) if all_buckets else buckets)}
     for shape, part in shaped:
         readouts[shape] = max(readouts.get(shape, 1), sum(len(row.position) for row in part))
@@ -148,6 +153,60 @@ def make_plan(
     unshared = int(sequences.input_lengths.sum())
     in_question_trees = unshared - int(order.shared[same_question].sum())
     return Plan(geometry, buckets, passes, useful, unshared, in_question_trees, order.prefix_tree_tokens)
+
+
+Shaped = list[tuple[Shape, tuple[TreeLayout, ...]]]  # the shape and the rows in use of each pass
+
+
+def _shaped(
+    sequences: Sequences, order: Order, geometry: Geometry, buckets: tuple[Bucket, ...], all_buckets: bool
+) -> Shaped:
+    """The passes over an order's sequences. With `all_buckets`, few passes are packed in rows of each bucket's length.
+
+    A long row that is half empty then becomes two shorter rows, where these have less padding.
+    """
+    best = _cover(_packed(sequences, order, geometry.length), geometry, buckets)
+    if not all_buckets or len(best) > FEW_PASSES or _slots(best) <= ENOUGH_FILL * _useful(best):
+        return best
+    longest = int(sequences.input_lengths[order.sequence].max())
+    shorter = sorted({length for _, length in ladder(geometry) if longest <= length < geometry.length})
+    packings = [best, *(_cover(_packed(sequences, order, length), geometry, buckets) for length in shorter)]
+    return min(packings, key=lambda one: (_slots(one), len(one)))
+
+
+def _packed(sequences: Sequences, order: Order, length: int) -> list[TreeLayout]:
+    """Rows of at most `length` tokens over an order's sequences, fullest first."""
+    items = split_items(sequences, order, length)
+    filled = fill_rows(items, length)
+    parts = (filled[at : at + ROWS_AT_ONCE] for at in range(0, len(filled), ROWS_AT_ONCE))
+    rows = [row for part in parts for row in _rows(sequences, order, items.start, part)]
+    return sorted(rows, key=lambda row: -len(row.token_ids))
+
+
+def _tightened(shaped: Shaped, compiled: Collection[Shape]) -> Shaped:
+    """The passes in shapes that hold no more than their fullest pass needs; unchanged where padding is small.
+
+    There are never more shapes nor more slots than before.
+    """
+    if _slots(shaped) <= ENOUGH_FILL * _useful(shaped):
+        return shaped
+    tight: dict[Shape, Shape] = {}
+    for shape in {shape for shape, _ in shaped}:
+        parts = [part for of, part in shaped if of == shape]
+        rows, fullest = max(map(len, parts)), max(len(row.token_ids) for part in parts for row in part)
+        length = -(-fullest // BLOCK) * BLOCK
+        most = min(SPARE * rows * length, shape[0] * shape[1])
+        known = [c for c in compiled if rows <= c[0] and length <= c[1] and (c == shape or c[0] * c[1] <= most)]
+        tight[shape] = min(known, key=lambda c: (c[0] * c[1], c), default=(rows, length))
+    return [(tight[shape], part) for shape, part in shaped]
+
+
+def _slots(shaped: Shaped) -> int:
+    return sum(rows * length for (rows, length), _ in shaped)
+
+
+def _useful(shaped: Shaped) -> int:
+    return sum(len(row.token_ids) for _, part in shaped for row in part)
 
 
 def _rows(sequences: Sequences, order: Order, start: Longs, filled: list[list[int]]) -> list[TreeLayout]:
@@ -164,9 +223,6 @@ def _rows(sequences: Sequences, order: Order, start: Longs, filled: list[list[in
     return lay_out(sequences, members, shared, first)
 
 
-Shaped = list[tuple[tuple[int, int], tuple[TreeLayout, ...]]]  # ((rows, length), the rows in use) of each pass
-
-
 def _cover(rows: list[TreeLayout], geometry: Geometry, buckets: tuple[Bucket, ...]) -> Shaped:
     """Passes over rows, fullest first, in the shapes of `buckets`; for longer rows, in the geometry's shape too.
 
@@ -180,7 +236,7 @@ def _cover(rows: list[TreeLayout], geometry: Geometry, buckets: tuple[Bucket, ..
     useful = sum(len(r.token_ids) for r in rows)
     shapes = ladder(geometry)
     candidates = [_cover_with(rows, shapes[: n + 1]) for n in range(len(shapes))]
-    slots = [sum(height * length for (height, length), _ in c) for c in candidates]
+    slots = [_slots(c) for c in candidates]
     good_enough = [c for c, s in zip(candidates, slots, strict=True) if s <= ENOUGH_FILL * useful]
     if good_enough:
         return min(good_enough, key=lambda c: len({shape for shape, _ in c}))
@@ -198,8 +254,8 @@ def with_room(plan: Plan, known: tuple[Bucket, ...]) -> Plan:
     return replace(plan, buckets=tuple(b if b in known else roomy(b) for b in plan.buckets))
 
 
-def ladder(geometry: Geometry) -> list[tuple[int, int]]:
-    """The shapes (rows, length) that a plan of this geometry may use: the bucket, halved by rows, then by length."""
+def ladder(geometry: Geometry) -> list[Shape]:
+    """The shapes that a plan of this geometry starts from: the bucket, halved by rows, then by length."""
     out = [(geometry.rows, geometry.length)]
     while len(out) < MAX_BUCKETS:
         height, length = out[-1]
@@ -211,7 +267,7 @@ def ladder(geometry: Geometry) -> list[tuple[int, int]]:
 
 
 def every_bucket(geometry: Geometry) -> tuple[Bucket, ...]:
-    """All buckets that a plan of this geometry may use, with a readout for every slot."""
+    """All buckets that a plan for data not yet seen may use, with a readout for every slot."""
     return tuple(Bucket(r, n, _padded(r * n, geometry)) for r, n in ladder(geometry))
 
 
@@ -219,7 +275,7 @@ def _padded(readouts: int, geometry: Geometry) -> int:
     return -(-readouts // geometry.readout_chunk) * geometry.readout_chunk
 
 
-def _cover_with(rows: list[TreeLayout], shapes: list[tuple[int, int]]) -> Shaped:
+def _cover_with(rows: list[TreeLayout], shapes: list[Shape]) -> Shaped:
     """The passes of least padding, then the fewest, by dynamic programming over rows sorted fullest first."""
     best = [(0, 0, shapes[0])] * (len(rows) + 1)  # of rows[at:]: slots, passes, and the first pass's shape
     for at in reversed(range(len(rows))):

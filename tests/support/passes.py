@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from transformers import pipeline
 
 from cecompile.engine.forward import Engine
 from cecompile.engine.reference import score_one_by_one
@@ -61,3 +62,11 @@ def generated(model, prompt, new_tokens, stop):
         pad_token_id=0,
     )  # fmt: skip
     return out[0, len(prompt) :].tolist()
+
+
+def stock_texts(model, questions, new_tokens):
+    """Returns the official loop's answers: one conversation after another goes through the pipeline."""
+    pipe = pipeline("text-generation", model=str(model), tokenizer=str(model), device="cpu", dtype=torch.float32)
+    options = {"max_new_tokens": new_tokens, "return_full_text": False, "do_sample": False}
+    chats = [[{"role": role, "content": content} for role, content in q.messages] for q in questions]
+    return [pipe(chat, **options)[0]["generated_text"] for chat in chats]
