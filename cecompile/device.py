@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import torch
 
-from cecompile.procfs import memory_left, read_status
+from cecompile import procfs
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 OUT_OF_MEMORY = (  # in messages
@@ -20,13 +20,13 @@ OUT_OF_MEMORY = (  # in messages
 def available(device: torch.device) -> int:
     """Bytes of the device's memory that this process may still take; on a CUDA device, what torch holds counts in.
 
-    On the CPU and on an integrated GPU, these are the bytes of `memory_left`: `torch.cuda.mem_get_info` counts the page
-    cache as used, though the system gives up the page cache when asked.
+    On the CPU and on an integrated GPU, these are the bytes of `procfs.memory_left`: `torch.cuda.mem_get_info` counts
+    the page cache as used, though the system gives up the page cache when asked.
     """
     if device.type == "cpu":
-        return memory_left()
+        return procfs.memory_left()
     free = torch.cuda.mem_get_info(device)[0]  # creates the CUDA context, which takes memory
-    return (memory_left() if is_integrated(device) else free) + torch.cuda.memory_reserved(device)
+    return (procfs.memory_left() if is_integrated(device) else free) + torch.cuda.memory_reserved(device)
 
 
 def give_back(device: torch.device) -> None:
@@ -45,7 +45,7 @@ def is_the_hosts(device: torch.device) -> bool:
 
 def used_already(device: torch.device) -> int:
     """Bytes that this process holds before loading a model: on the CPU the interpreter and its libraries."""
-    return 0 if device.type == "cuda" else read_status().get("VmRSS", 0)
+    return 0 if device.type == "cuda" else procfs.read_status().get("VmRSS", 0)
 
 
 def peak(device: torch.device) -> int:
@@ -56,7 +56,7 @@ def peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return read_status().get("VmHWM", most if sys.platform == "darwin" else most * 1024)
+    return procfs.read_status().get("VmHWM", most if sys.platform == "darwin" else most * 1024)
 
 
 def parse_size(text: str) -> int:

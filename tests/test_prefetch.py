@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants as hub
 
+from cecompile import procfs
 from cecompile.model import prefetch
 
 
@@ -60,10 +61,10 @@ def two_files(tmp_path, monkeypatch):
 
 
 def test_files_are_read_ahead_where_memory_holds_them_twice(two_files, monkeypatch):
-    monkeypatch.setattr(prefetch, "memory_left", lambda: 16 * 2**20 - 1)
+    monkeypatch.setattr(procfs, "memory_left", lambda: 16 * 2**20 - 1)
     prefetch.begin(str(two_files[0].parent))
     assert not prefetch._running
-    monkeypatch.setattr(prefetch, "memory_left", lambda: 16 * 2**20)
+    monkeypatch.setattr(procfs, "memory_left", lambda: 16 * 2**20)
     prefetch.begin(str(two_files[0].parent))
     prefetch._running[0].join()
     assert [cached(file) for file in two_files] == [[True] * 4] * 2

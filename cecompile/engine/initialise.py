@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cecompile.device import is_integrated
+from cecompile import device as device_memory
 from cecompile.engine.inductor_cpu import quote_paths
 
 WORKERS = "TORCHINDUCTOR_COMPILE_THREADS"  # torch's own variable: processes that compile
@@ -30,7 +30,7 @@ def begin(device: torch.device) -> threading.Thread:
 
     Where the GPU's memory is the host's, this process alone compiles: on one H200 idle workers took 0.6 GB.
     """
-    if is_integrated(device) and WORKERS not in os.environ:
+    if device_memory.is_integrated(device) and WORKERS not in os.environ:
         torch._inductor.config.compile_threads = 1
     if device.type == "cpu":  # not in the thread: of two that import at once, each may see half of a module
         with contextlib.suppress(ImportError):
@@ -68,5 +68,5 @@ def _read_sources() -> None:
 
 
 def _set_up_cublas(device: torch.device) -> None:
-    some = torch.ones(8, 8, device=device)
+    some = torch.ones(8, 8, device=device, dtype=torch.bfloat16)  # as models are: each dtype loads kernels of its own
     torch.mm(some, some)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from cecompile.procfs import memory_left
+from cecompile import procfs
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PIECE = 32 * 2**20  # bytes read at once
@@ -54,7 +54,7 @@ def begin(model: str) -> None:
     """Starts to read the checkpoint in a directory or in the hub's cache, if memory holds the checkpoint twice."""
     with suppress(Exception):  # faults of a damaged checkpoint are reported later, by loading
         files = _files(model)
-        if 0 < sum(file.stat().st_size for file in files) <= CACHED * memory_left():
+        if 0 < sum(file.stat().st_size for file in files) <= CACHED * procfs.memory_left():
             _running.append(Prefetch(files))
             _running[-1].start()
 

@@ -18,14 +18,14 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from cecompile.device import is_integrated
+from cecompile import device as device_memory
+from cecompile import procfs
 from cecompile.errors import CheckError, UserError, file_errors
 from cecompile.model.layer_layout import PLACES, Layout, layer_layout
 from cecompile.model.load import Loaded
 from cecompile.model.prefetch import CACHED
 from cecompile.model.safetensors_reader import StoredTensor, read_into
 from cecompile.model.structure import decoder_layers
-from cecompile.procfs import memory_left
 
 BLOCK = 8 * 2**20  # most bytes read at once, as stored and as converted
 BUFFERS = 2  # pinned, per thread: one is filled while the other is copied from
@@ -79,7 +79,7 @@ def _state(found: os.stat_result) -> tuple[int, int, int, int]:
 
 def worth_keeping(size: int, device: torch.device) -> bool:
     """Whether to keep files of `size` bytes in the page cache: all fit in memory, and the device has its own memory."""
-    return not is_integrated(device) and size <= CACHED * memory_left()
+    return not device_memory.is_integrated(device) and size <= CACHED * procfs.memory_left()
 
 
 class LayerFeed:

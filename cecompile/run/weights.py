@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cecompile.device import give_back, is_integrated
+from cecompile import device as device_memory
 from cecompile.engine.attention import attention_before, take_back
 from cecompile.engine.forward import Engine
 from cecompile.engine.parts import compiled_parts
@@ -87,8 +87,8 @@ class Weights:
                 raise UserError(f"{self._name}: weights: {other}")
             self.model, self.checkpoint = loaded.model, loaded.checkpoint
             self._planner.loaded = True
-            if is_integrated(self._device):  # what reading took is room for the passes
-                give_back(self._device)
+            if device_memory.is_integrated(self._device):  # what reading took is room for the passes
+                device_memory.give_back(self._device)
             self.stock_attention = attention_before(self.model)
             buffers, self.precompiled = ({}, None) if overlap is None else overlap.made
             self._proof = Proof(self.model, loaded, buffers)
