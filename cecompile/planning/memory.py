@@ -35,9 +35,9 @@ BUCKETS = 2  # all buckets' hidden states, in those of the largest: each is at m
 SPARE, FEEDING = {"cuda": 4, "cpu": 0}, {"cuda": 38 * MiB, "cpu": 0}
 USABLE = {"cuda": 0.985, "cpu": 0.92}  # the share of the memory that a prediction may fill
 # Bytes that stay free of torch's allocations where the GPU's memory is the host's: those that the process takes beside
-# the allocator once its room is known (CUDA modules 0.3 GB, the compiler's Python and buffers 0.6 GB, measured on an
+# the allocator once its room is known (CUDA modules 0.3 GB, the compiler's Python and buffers 0.7 GB, measured on an
 # H200 by scripts/unified_memory.py), and 0.3 GB for the system.
-UNIFIED_RESERVE = 1_250_000_000
+UNIFIED_RESERVE = 1_400_000_000
 
 
 @dataclass(frozen=True, slots=True)
