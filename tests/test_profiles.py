@@ -11,6 +11,7 @@ from support.runs import run_command
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cecompile.planning.bucket_size import TUNING
 from cecompile.planning.estimate import (
     MEASURED,
     inference_seconds,
@@ -158,9 +159,10 @@ def test_plan_with_a_profile_is_labelled_an_estimate(weightless):
     assert estimate["model_error"] == model_error()
     assert "an estimate, not measured" in estimate["label"]
     assert "no run on orin-32gb was measured" in estimate["label"]
-    assert max(b["rows"] * b["length"] for b in plan["buckets"]) <= PROFILES["orin-32gb"].tokens_per_bucket
+    assert estimate["weights"]["desktop_bytes"] == PROFILES["orin-32gb"].memory - 1.5e9
     shown = plan_table(weightless, "--profile", "orin-32gb")
     assert "estimate on orin-32gb" in shown
+    assert "29.4 GB" in shown
     assert "an estimate, not measured" in shown
 
 
@@ -182,7 +184,7 @@ def test_memory_is_that_of_the_device_planned_for_whatever_this_one_has(weightle
         plan = plan_json(tmp_path, "--limit", "320", "--profile", "h100", "--memory-limit", f"{limit}GB")
         assert plan["memory"]["total"] <= limit * 1e9
         slots[limit] = max(b["rows"] * b["length"] for b in plan["buckets"])
-    assert slots[2.1] < slots[2.5] < slots[4000.0] == PROFILES["h100"].tokens_per_bucket
+    assert slots[2.1] < slots[2.5] < slots[4000.0] == TUNING["cuda"].tokens_per_bucket
     command = ("plan", "--model", tmp_path, "--device", "cpu", "--profile", "h100", "--memory-limit", "1.5GB")
     assert "1.5 GB are there on h100" in run_command(*command, exit_code=2)
 

@@ -70,8 +70,6 @@ class Sizing:
         self._kind = device.type if target is None else target.kind
         self._dtype = options.dtype if target is None else "bfloat16"
         self.tuning = TUNING[self._kind]
-        if target is not None:
-            self.tuning = replace(self.tuning, tokens_per_bucket=target.tokens_per_bucket)
         self.needs = Needs(config, self._kind, self._dtype, options)
         self.room = Room(device, options, ranks, sharers)
         self._ceiling: int | None = None  # slots, once memory has run out on more

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from cecompile.errors import UserError
 from cecompile.model.prefetch import CACHED
-from cecompile.planning.memory import USABLE, TargetDevice
+from cecompile.planning.memory import STARTED, UNIFIED_RESERVE, USABLE, TargetDevice
 from cecompile.planning.profiles import PROFILES, Profile
 from cecompile.planning.sizes import Sizes, model_sizes
 from cecompile.workload.plan import BLOCK, Bucket, Plan
@@ -157,6 +157,9 @@ def estimate(
         streamed = streamed_seconds(profile, streaming, sizes.layers, phases["inference"])
         phases["inference"] = streamed.pop("inference")
     weights, fit = sizes.parameters * VALUE, weights_fit(name, sizes.parameters)
+    held = {"bytes": weights, "memory_bytes": profile.memory, "fit": fit}
+    if profile.unified:
+        held["desktop_bytes"] = profile.memory - profile.desktop
     return {
         "profile": name,
         "device": profile.title,
@@ -164,7 +167,7 @@ def estimate(
         "streaming": streamed,
         "model_error": error,
         "label": f"an estimate, not measured: {calibration}{unknown}; the other phases are assumed rates",
-        "weights": {"bytes": weights, "memory_bytes": profile.memory, "fit": fit},
+        "weights": held,
         "source": profile.source,
     }
 
@@ -187,6 +190,7 @@ def as_planned_on(name: str, how: dict[str, Any]) -> dict[str, Any]:
         raise UserError("--profile: estimates are for bfloat16 and float16; leave out --dtype float32")
     attention = "flex" if how["attention"] == "auto" else how["attention"]
     profile = PROFILES[name]
-    room = int(min(how["memory_limit"] or profile.memory, profile.memory) * USABLE["cuda"])
-    target_device = TargetDevice(name, "cuda", room, profile.tokens_per_bucket)
-    return how | {"attention": attention, "target_device": target_device}
+    room = profile.memory - STARTED - UNIFIED_RESERVE if profile.unified else profile.memory * USABLE["cuda"]
+    if how["memory_limit"] is not None:
+        room = min(room, how["memory_limit"] * USABLE["cuda"])
+    return how | {"attention": attention, "target_device": TargetDevice(name, "cuda", int(room))}

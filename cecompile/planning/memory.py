@@ -38,6 +38,7 @@ USABLE = {"cuda": 0.985, "cpu": 0.92}  # the share of the memory that a predicti
 # the allocator once its room is known (CUDA modules 0.3 GB, the compiler's Python and buffers 0.7 GB, measured on an
 # H200 by scripts/unified_memory.py), and 0.3 GB for the system.
 UNIFIED_RESERVE = 1_400_000_000
+STARTED = 1_100_000_000  # bytes of unified memory that the process takes before: imports, and the CUDA context
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,6 @@ class TargetDevice:
     name: str  # for messages
     kind: str  # "cuda" or "cpu"
     room: int  # bytes that a prediction may fill
-    tokens_per_bucket: int  # slots of a pass, where memory suffices and the user asks for nothing else
 
 
 def budget(

@@ -14,12 +14,13 @@ class Profile:
     reached: float  # the share of `peak_flops` that large linear layers reach
     peak_bandwidth: float  # of device memory, bytes/s
     bandwidth_reached: float  # the share of `peak_bandwidth` that elementwise kernels reach
-    memory: float  # bytes that a process can allocate on the device
+    memory: float  # bytes that a process can allocate on the device, or where `unified`, that the system leaves it
     source: str  # where the figures come from
     storage_rate: float = 3e9  # reading a checkpoint and placing it on the device, bytes/s; an assumption everywhere
     host_speed: float = 1.0  # speed of a CPU core relative to the server's; an assumption but for h100
     layer_overhead: float = 20e-6  # seconds that launching a layer's kernels from a graph adds; an assumption
-    tokens_per_bucket: int = 8192  # slots of a pass, as planned for the device
+    unified: bool = False  # whether the memory is the host's too
+    desktop: float = 0.0  # bytes that a desktop takes of unified memory; without a desktop they are in `memory`
 
     @property
     def matrix_rate(self) -> float:
@@ -33,17 +34,18 @@ class Profile:
 
 
 # 56 tensor cores x 512 FLOP a clock x 930.75 MHz at MAXN. PyTorch reached 62 % on an Orin Nano; others' decoding
-# speeds imply 165 GB/s. CUDA sees 30,698 MiB. A 14B model leaves room for no more than 4,096 slots.
+# speeds imply 165 GB/s. CUDA sees 30,698 MiB, of which the system takes some 1.3 GB, and with a desktop 2.8 GB.
 _ORIN_32GB = Profile(
     "Jetson AGX Orin 32GB at MAXN",
     peak_flops=56 * 512 * 930.75e6, reached=0.62, peak_bandwidth=204.8e9, bandwidth_reached=0.8,
-    memory=30_698 * 2**20, storage_rate=1.5e9, host_speed=0.4, layer_overhead=60e-6, tokens_per_bucket=4096,
+    memory=30_698 * 2**20 - 1.3e9, storage_rate=1.5e9, host_speed=0.4, layer_overhead=60e-6,
+    unified=True, desktop=1.5e9,
     source="NVIDIA Jetson AGX Orin Series data sheet; shares reached: public reports for Orin devices",
 )  # fmt: skip
 # 64 tensor cores at 1.3 GHz. CUDA is assumed to see the same share of the memory as in the 32GB module.
 _ORIN_64GB = replace(
     _ORIN_32GB, title="Jetson AGX Orin 64GB at MAXN",
-    peak_flops=64 * 512 * 1.3e9, memory=2 * 30_698 * 2**20, tokens_per_bucket=8192,
+    peak_flops=64 * 512 * 1.3e9, memory=2 * 30_698 * 2**20 - 1.3e9,
 )  # fmt: skip
 # GeForce cards halve the matrix rate when accumulating in float32: 165.2 TFLOP/s. The shares are assumptions.
 _RTX_4090 = Profile(

@@ -194,7 +194,9 @@ def _estimate_rows(estimate: dict[str, Any]) -> Iterator[Row]:
     held, seen = weights["bytes"] / 1e9, weights["memory_bytes"] / 1e9
     room = f"{seen - held:.1f} GB are left for all else" if weights["fit"] else "DO NOT FIT"
     room = room if streaming is None else "streamed"
-    yield "weights", f"{held:.1f} GB", f"in 16 bits, in the {seen:.1f} GB that CUDA sees: {room}"
+    yield "weights", f"{held:.1f} GB", f"in 16 bits, in the {seen:.1f} GB that a process can get: {room}"
+    if "desktop_bytes" in weights:
+        yield "desktop", f"{weights['desktop_bytes'] / 1e9:.1f} GB", "are there where a desktop runs beside"
     yield "figures", "", estimate["source"]
 
 
