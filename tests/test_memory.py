@@ -1,5 +1,6 @@
 """The memory budget: predicted before loading, kept to, refused where nothing fits, stepped down where it runs out."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from support.checkpoints import save_demo_llama
+from support.rows import ROWS, write_rows
 from support.runs import results as results_of
 
 from cecompile import Question, Scorer
+from cecompile.cli import cli
 from cecompile.device import is_out_of_memory, parse_size
-from cecompile.planning.memory import Budget
+from cecompile.planning.memory import USABLE, Budget
 from cecompile.run import engine_builder
 
 
@@ -107,6 +111,41 @@ def test_buckets_get_smaller_when_memory_runs_out_all_the_same(wide_llama):
     assert float(difference) < 1e-3
     assert note.startswith("buckets made smaller: memory ran out with ")
     assert int(slots) < 8192
+
+
+HOLDS_ONCE = """
+import json, sys
+from cecompile import Scorer, device, procfs, read_questions
+from cecompile.cli import cli
+model, data, folder, most = sys.argv[1:]
+how = ["--model", model, "--data", data, "--device", "cpu", "--cache-dir", folder + "/cache"]
+Scorer.from_pretrained(model, device="cpu")
+began = procfs.read_status()["VmRSS"]
+procfs.memory_left = lambda: max(0, began + int(most) - procfs.read_status()["VmRSS"])
+cli(["warm", *how], standalone_mode=False)
+cli(["eval", *how, "--output", folder + "/out"], standalone_mode=False)
+scorer, questions = Scorer.from_pretrained(model, device="cpu", cache_dir=folder + "/cache"), read_questions(data)
+first, second = scorer.score(questions), scorer.score(questions)
+assert first.loglikelihoods == second.loglikelihoods
+print(scorer.runtime.mode.note, procfs.read_status()["VmHWM"] - began)
+"""
+
+
+@pytest.mark.process
+def test_a_host_that_holds_weights_and_plan_once_is_enough_for_every_call(tmp_path):
+    """What is loaded already does not count twice: not by `warm`, nor by `eval` after, nor by later calls."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 16384, "num_attention_heads": 8, "num_key_value_heads": 8}
+    model = save_demo_llama(tmp_path / "model", **sizes, max_position_embeddings=512)
+    data = write_rows(tmp_path / "rows.jsonl", ROWS[:8])
+    arguments = ["plan", "--model", str(model), "--data", str(data), "--device", "cpu", "--json"]
+    needed = json.loads(CliRunner().invoke(cli, arguments).stdout)["memory"]
+    most = int(needed["total"] / USABLE["cpu"] + 0.5 * needed["weights"])
+    command = [sys.executable, "-c", HOLDS_ONCE, str(model), str(data), str(tmp_path), str(most)]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
+    assert done.returncode == 0, done.stderr
+    note, peak = done.stdout.splitlines()[-1].rsplit(" ", 1)
+    assert note == "None"
+    assert needed["weights"] < int(peak) <= most < 2 * needed["weights"]
 
 
 def test_without_memory_for_the_stock_model_beside_it_a_run_goes_on_unchecked(tiny_llama, monkeypatch):

@@ -204,7 +204,7 @@ class Sizing:
         return out
 
     def step_down(self, geometry: Geometry) -> bool:
-        """After memory has run out, halves the largest size. Returns False where half is too small or impossible.
+        """Halves the size of buckets with which memory has run out. False where half is too small or impossible.
 
         On a CPU the largest size becomes a quarter. Every pass allocates memory anew there, so that a pass that just
         fits once may fail the next time.

@@ -21,7 +21,7 @@ from cecompile.model.checkpoint import DTYPES
 from cecompile.model.support import takes_ours
 from cecompile.model.unchanged import Content, made_buffers
 from cecompile.partitioned.streaming import StreamingEngine
-from cecompile.planning.planner import Mode, Planner
+from cecompile.planning.planner import Mode, Planner, largest
 from cecompile.ranks import Ranks
 from cecompile.run.compile_apart import Job, compile_apart
 from cecompile.run.context import Counter, Progress
@@ -215,7 +215,7 @@ class Warmup:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        if not self._planner.sizing.step_down(ready.geometry):
+        if not self._planner.sizing.step_down(largest(ready)):
             raise UserError(f"{self._name}: out of memory on {self._device} with the smallest buckets, {slots} tokens")
         self._planner.forget_shapes()
         self._mode.remark(f"buckets made smaller: memory ran out with {slots} tokens")
