@@ -3,7 +3,8 @@
 import os
 import sys
 
-from cecompile.interrupt import Interrupted, signals_raise
+from cecompile import streams
+from cecompile.interrupt import Interrupted, end_children, signals_raise
 
 
 def main() -> None:
@@ -15,6 +16,7 @@ def main() -> None:
     optimized = os.environ.pop("PYTHONOPTIMIZE", None)
     if sys.flags.optimize and (optimized or len(options) < len(sys.orig_argv) - 1):
         os.execv(sys.executable, [sys.executable, *options])
+    streams.never_fail()
     try:
         with signals_raise():
             from cecompile.cli import main as command
@@ -22,7 +24,8 @@ def main() -> None:
             command()
     except Interrupted as error:
         sys.stderr.write(f"cecompile: {error}\n")
-        sys.stderr.flush()
+        end_children()
+        streams.flush()
         os._exit(error.status)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from cecompile import demo
+from cecompile import demo, streams
 from cecompile.cli_options import pipeline_option, selection
 from cecompile.errors import AlreadyReportedError, CheckError, UserError, first_line
-from cecompile.interrupt import Interrupted, command_to_resume, signals_raise
+from cecompile.interrupt import Interrupted, command_to_resume, end_children, signals_raise
 from cecompile.model import prefetch
 from cecompile.planning.profiles import PROFILES
 from cecompile.ranks import ALONE, Ranks, has_part_in, world_size
@@ -42,6 +42,10 @@ class OneLineErrors(click.Group):
             ctx.exit(2 if isinstance(error, UserError) else 1)
         except ImportError as error:
             click.echo(f"cecompile: {_speaker(ctx)}{first_line(error)}; installed: {_versions()}", err=True)
+            ctx.exit(2)
+        except Warning as error:
+            fault = f"Python turns warnings into errors: {first_line(error)}; leave out -W error and PYTHONWARNINGS"
+            click.echo(f"cecompile: {_speaker(ctx)}{fault}", err=True)
             ctx.exit(2)
         except Interrupted as error:
             nothing = "; nothing to resume" if ctx.invoked_subcommand == "eval" else ""
@@ -132,11 +136,17 @@ def eval_command(
     from cecompile.report.table import print_results, progress_bars
     from cecompile.run.evaluation import evaluate
 
+    console = Console()
+
     def report(results: dict[str, Any]) -> None:
+        """Makes the table while the clock runs; it is printed once the results are written."""
         if ranks.rank == 0:
-            print_results(Console(), results, to)
+            with console.capture() as capture:
+                print_results(console, results, to)
+            table.append(capture.get())
         remove_workspaces()
 
+    table: list[str] = []
     model = _model(how, dataset.task, ranks)
     with progress_bars(Console(stderr=True, force_terminal=False if ranks.rank else None)) as progress:
         evaluation = evaluate(
@@ -144,6 +154,7 @@ def eval_command(
             repeat=repeat, output=output, journal=journal, report=report, baseline=compared,
             command=["cecompile", *ctx.meta["arguments"]],
         )  # fmt: skip
+    sys.stdout.write("".join(table))
     if evaluation.results.get("comparison", {}).get("verdict") == "past":
         raise CheckError(f"past --max-drop against {baseline}; results in {output}")
 
@@ -338,8 +349,6 @@ def main() -> None:
     status: Any = 1
     try:
         cli(prog_name="cecompile")
-    except BrokenPipeError:
-        pass
     except SystemExit as error:
         status = error.code or 0
     if not isinstance(status, int):
@@ -347,7 +356,12 @@ def main() -> None:
         status = 1
     if "cecompile.compile_cache.store" in sys.modules:
         sys.modules["cecompile.compile_cache.store"].remove_workspaces()
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if status > 128:
+        end_children()
+    streams.flush()
+    lost = streams.failure()
+    if lost is not None and status == 0:
+        print(f"cecompile: standard output cannot be written: {lost.strerror}; all else was done", file=sys.stderr)
+        streams.flush()
+        status = 2
     os._exit(status)
