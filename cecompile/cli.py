@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cecompile import demo, streams
-from cecompile.cli_options import pipeline_option, selection
+from cecompile.cli_options import MOST, Percentage, pipeline_option, selection
 from cecompile.errors import AlreadyReportedError, CheckError, UserError, first_line
 from cecompile.interrupt import Interrupted, command_to_resume, end_children, signals_raise
 from cecompile.model import prefetch
@@ -21,7 +21,7 @@ from cecompile.report.document.words import LANGUAGES
 from cecompile.results.clock import CLOCKS, Clock, process_start
 from cecompile.tasks.judge import MAX_DROP
 
-MAX_DROP_RANGE, MAX_DROP_HELP = click.FloatRange(0, 100), "Points that a metric may drop by."
+MAX_DROP_RANGE, MAX_DROP_HELP = Percentage(), "Points that a metric may drop by."
 
 
 class OneLineErrors(click.Group):
@@ -92,7 +92,7 @@ def cli(ctx: click.Context) -> None:
 @selection
 @pipeline_option
 @click.option("--require-warm", is_flag=True, help="Fail (exit 1) if something would have to be compiled.")
-@click.option("--repeat", type=click.IntRange(1), default=1, help="Run the inference phase this many times.")
+@click.option("--repeat", type=click.IntRange(1, MOST), default=1, help="Run the inference phase this many times.")
 @click.option("--clock", "headline", type=click.Choice(CLOCKS), default="strict", help="Which latency is the headline.")
 @click.option("--output", type=click.Path(path_type=Path), help="Result directory. Default: results/DATA-TIME.")
 @click.option("--overwrite", is_flag=True, help="Replace the results in --output.")
@@ -229,7 +229,7 @@ def plan_command(
 @cli.command("warm")
 @selection
 @click.option(
-    "--max-depth", type=click.IntRange(1),
+    "--max-depth", type=click.IntRange(1, MOST),
     help="Longest sequence, in tokens, of data not yet seen; with --task chat the longest prompt.",
 )  # fmt: skip
 @click.option("--tune", is_flag=True, help="Measure bucket sizes on the data and record the fastest.")

@@ -78,6 +78,26 @@ def end_children() -> None:
             child.kill()
 
 
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the block once it has taken so long; outside the main thread nothing ends the block."""
+
+    def out_of_time(number: int, _: FrameType | None) -> None:
+        raise TimeoutError(f"not done after {seconds:g} seconds")
+
+    try:
+        before = signal.signal(signal.SIGALRM, out_of_time)
+    except ValueError:  # not the main thread
+        yield
+        return
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _send_again(number: int) -> None:
     """Sends this process a signal that came amid a fork, a moment later."""
     time.sleep(0.02)

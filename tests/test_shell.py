@@ -1,6 +1,5 @@
 """The command in a shell: pipes and devices it prints to, processes it starts, signals, two runs at once."""
 
-import json
 import os
 import signal
 import subprocess

@@ -1,6 +1,8 @@
 """Writes a result's card and document as files."""
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cecompile.errors import CheckError, UserError
@@ -8,7 +10,7 @@ from cecompile.report.document.card import draw_card
 from cecompile.report.document.document import make_document
 from cecompile.results.check import problems
 from cecompile.results.read import read_results
-from cecompile.results.write import CARD, DOCUMENT, write_whole
+from cecompile.results.write import CARD, DOCUMENT, PREDICTIONS, RESULTS, SAMPLES, write_whole
 
 
 def make_report(
@@ -34,14 +36,27 @@ def make_report(
     if wrong:
         raise CheckError("; ".join(wrong))
     png, pdf = png or directory / CARD, pdf or directory / DOCUMENT
-    if png.absolute() == pdf.absolute():
+    if _same(png, pdf):
         raise UserError(f"{png}: named for both the card and the document")
     for path in (png, pdf):
+        own = next((name for name in (RESULTS, SAMPLES, PREDICTIONS) if _same(path, directory / name)), None)
+        if own is not None:
+            raise UserError(f"{path}: is {own} of the result; choose another file")
         if path.is_dir():
             raise UserError(f"{path}: is a directory; a file is needed")
         if path.exists() and not overwrite:
             raise UserError(f"{path}: is there already; --overwrite replaces it")
     card, document = draw_card(results, languages[0]).png(), make_document(results, languages)
     write_whole(png, [card])
+    if _same(png, pdf):  # as names that differ in case are, where the file system knows no case
+        raise UserError(f"{pdf}: is the file of the card, which was written; choose another --pdf")
     write_whole(pdf, [document])
     return png, pdf
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same file, or would if the file were there."""
+    with suppress(OSError):
+        if one.samefile(other):
+            return True
+    return os.path.realpath(one) == os.path.realpath(other)
