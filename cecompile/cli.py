@@ -124,8 +124,10 @@ def eval_command(
     output = to = ranks.broadcast(output or Path("results") / f"{Path(name).stem}-{began}")
     if ranks.attempt:  # started again by torchrun, with the same arguments
         resume = ranks.any(bool(journals_in(to)))
-    ranks.first_does(lambda: prepare_output(to, overwrite, resume))
-    ctx.meta["journal"] = journal = ctx.with_resource(Journal(output, resume, ranks))
+    replace = overwrite or ranks.attempt > 0
+    ranks.first_does(lambda: prepare_output(to, replace, resume))
+    ctx.meta["journal"] = journal = ctx.with_resource(Journal(output, resume, ranks, replace=replace))
+    ranks.first_does(lambda: prepare_output(to, replace, resume))  # another run may have ended in between
     compared = None if baseline is None or ranks.rank else read_baseline(baseline, max_drop)
     clock.enter("preprocess")
     dataset = read_windows(name, task, limit, window)

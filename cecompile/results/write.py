@@ -20,6 +20,7 @@ from cecompile.workload.totals import Totals
 
 SCHEMA = 1
 RESULTS, SAMPLES, PREDICTIONS = "results.json", "samples.jsonl", "predictions.jsonl"
+_TRIAL = ".cecompile-"  # begins the name of a directory made to see whether one can be made
 CARD, DOCUMENT = "card.png", "report.pdf"  # made from the result by `cecompile report`
 
 
@@ -69,7 +70,7 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
 
     Raises:
         UserError: `directory` is a file, cannot be written, holds other files, or holds results or a journal without
-            `overwrite` (replace them) or `resume` (go on with them).
+            `overwrite` (replace them) or, for the journal, `resume` (go on with it).
     """
     try:
         is_file = os.path.lexists(directory) and not directory.is_dir()
@@ -79,18 +80,25 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
     if is_file:
         raise UserError(f"{directory}: is a file, or a link to nothing; --output names a directory")
     journaled = bool(journal.journals_in(directory))
+    held = {name for name in held if not journal.is_journal(name) and not name.startswith(_TRIAL)}
     if held and not journaled and not held & {RESULTS, SAMPLES, PREDICTIONS}:
         raise UserError(f"{directory}: not empty and not a result directory; choose another --output")
-    if held and not overwrite and not resume:
+    if (held or journaled) and not overwrite and not resume:
         if journaled:
             raise UserError(f"{directory}: holds an interrupted run; --resume goes on with it, --overwrite starts anew")
         raise UserError(f"{directory}: holds results already; --overwrite replaces them")
     parent = next(path for path in (directory, *directory.parents) if path.exists())
     try:
-        with tempfile.TemporaryDirectory(prefix=".cecompile-", dir=parent):
+        with tempfile.TemporaryDirectory(prefix=_TRIAL, dir=parent):
             pass
     except OSError as error:
         raise UserError(f"{directory}: cannot be written: {parent}: {error.strerror}") from None
+
+
+def refuse_results(directory: Path) -> None:
+    """Raises UserError if `directory` holds results, which another run has written during this one."""
+    if os.path.lexists(directory / RESULTS):
+        raise UserError(f"{directory}: holds results that another run has written; move them elsewhere")
 
 
 def write_samples(directory: Path, samples: Sequence[Any] | Spool) -> None:
