@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import locale
 import os
 import sys
 import time
@@ -43,9 +44,15 @@ class OneLineErrors(click.Group):
         except ImportError as error:
             click.echo(f"cecompile: {_speaker(ctx)}{first_line(error)}; installed: {_versions()}", err=True)
             ctx.exit(2)
-        except Warning as error:
-            fault = f"Python turns warnings into errors: {first_line(error)}; leave out -W error and PYTHONWARNINGS"
-            click.echo(f"cecompile: {_speaker(ctx)}{fault}", err=True)
+        except (Warning, UnicodeError) as error:
+            encoding = locale.getpreferredencoding(False)
+            if isinstance(error, Warning):
+                fault = "Python turns warnings into errors; leave out -W error and PYTHONWARNINGS"
+            elif encoding.lower().replace("-", "") != "utf8":
+                fault = f"Python takes files for {encoding}; set PYTHONUTF8=1"
+            else:
+                raise
+            click.echo(f"cecompile: {_speaker(ctx)}{fault}: {first_line(error)}", err=True)
             ctx.exit(2)
         except Interrupted as error:
             nothing = "; nothing to resume" if ctx.invoked_subcommand == "eval" else ""
@@ -125,9 +132,9 @@ def eval_command(
     if ranks.attempt:  # started again by torchrun, with the same arguments
         resume = ranks.any(bool(journals_in(to)))
     replace = overwrite or ranks.attempt > 0
-    ranks.first_does(lambda: prepare_output(to, replace, resume))
+    ranks.first_does(lambda: prepare_output(to, replace or resume, resume, name))
     ctx.meta["journal"] = journal = ctx.with_resource(Journal(output, resume, ranks, replace=replace))
-    ranks.first_does(lambda: prepare_output(to, replace, resume))  # another run may have ended in between
+    ranks.first_does(lambda: prepare_output(to, journal.replaces, resume))  # another run may have ended in between
     compared = None if baseline is None or ranks.rank else read_baseline(baseline, max_drop)
     clock.enter("preprocess")
     dataset = read_windows(name, task, limit, window)

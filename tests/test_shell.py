@@ -1,5 +1,6 @@
 """The command in a shell: pipes and devices it prints to, processes it starts, signals, two runs at once."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 from support import forked
 from support.rows import ROWS, write_rows
-from support.runs import results, run_command
+from support.runs import HOW, Runs, results, run_command
 from support.shell import command_to
 from support.waiting import HANG, wait_until
+
+from cecompile.results.journal import NAME
 
 COMMAND = [sys.executable, "-m", "cecompile"]
 
@@ -216,3 +219,112 @@ def test_a_signal_ends_the_command_and_its_processes_with_one_line(arguments, nu
         return False
 
     wait_until(gone)
+
+
+# ---- two runs at once
+
+
+@pytest.fixture
+def eval_to(base, tmp_path):
+    """Runs `eval` in this process, with this output, in `tmp_path`."""
+
+    def run(*more: object, exit_code: int = 0) -> str:
+        return run_command("eval", *base, "--output", tmp_path / "out", *more, exit_code=exit_code)
+
+    return run
+
+
+def meanwhile(monkeypatch, owner: object, name: str, act) -> None:
+    """Calls `act` once, before a function of the package runs for the first time."""
+    call, calls = getattr(owner, name), []
+
+    def called(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            act()
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, called)
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"], ["--resume"]])
+@pytest.mark.parametrize("moment", ["read_windows", "write_samples"])
+def test_a_second_run_is_refused_while_the_first_one_lasts(moment, options, eval_to, tmp_path, monkeypatch):
+    owner = {"read_windows": "cecompile.tasks.read", "write_samples": "cecompile.run.evaluation"}[moment]
+    second = []
+    act = lambda: second.append(eval_to(*options, "--limit", 1, exit_code=2))  # noqa: E731
+    meanwhile(monkeypatch, importlib.import_module(owner), moment, act)
+    eval_to()
+    assert second == [f"cecompile: {tmp_path / 'out'}: another process is writing results here\n"] or (
+        moment == "write_samples" and not options and "--resume goes on with it" in second[0]
+    )
+    assert results(tmp_path / "out")["questions"] == 6
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.json", "samples.jsonl"]
+
+
+def test_a_run_that_ends_while_another_one_starts_is_not_replaced(eval_to, tmp_path, monkeypatch):
+    """The other run found the directory empty a moment ago."""
+    from cecompile.results import journal
+
+    meanwhile(monkeypatch, journal.Journal, "__init__", lambda: eval_to("--limit", 2))
+    assert "holds results already" in eval_to(exit_code=2)
+    assert results(tmp_path / "out")["questions"] == 2
+
+
+def test_results_that_turn_up_during_a_run_are_not_replaced(eval_to, tmp_path, monkeypatch):
+    """As from another machine, on a file system without locks. The run is not lost either."""
+    from cecompile.run import evaluation
+
+    def turn_up() -> None:
+        for name in ("results.json", "samples.jsonl"):
+            (tmp_path / "out" / name).write_text("theirs")
+
+    with monkeypatch.context() as patch:
+        meanwhile(patch, evaluation.provenance, "describe", turn_up)
+        said = eval_to(exit_code=2)
+    assert "holds results that another run has written; move them elsewhere; continue with: cecompile eval" in said
+    for name in ("results.json", "samples.jsonl"):
+        assert (tmp_path / "out" / name).read_text() == "theirs"
+    assert "holds results that another run" in eval_to("--resume", exit_code=2)
+    (tmp_path / "out" / "results.json").rename(tmp_path / "theirs.json")
+    eval_to("--resume")
+    assert results(tmp_path / "out")["questions"] == 6
+    assert results(tmp_path / "out")["resumed"]
+
+
+def test_what_a_crash_leaves_blocks_no_run(eval_to, tmp_path):
+    (tmp_path / "out").mkdir()
+    for rest in (NAME, ".journal-1.partial"):
+        (tmp_path / "out" / rest).touch()
+    (tmp_path / "out" / ".cecompile-abc").mkdir()
+    (tmp_path / "out" / ".cecompile-abc").rmdir()
+    assert "no interrupted run to resume" in eval_to("--resume", exit_code=2)
+    eval_to()
+    assert "holds results already" in eval_to(exit_code=2)
+    eval_to("--overwrite", "--limit", 2)
+    assert results(tmp_path / "out")["questions"] == 2
+
+
+def test_an_interrupted_run_that_overwrites_can_be_resumed(babbler, tmp_path):
+    """The results that it was to replace are still there, until its own are written."""
+    rows, how, records = HOW["trees"]
+    run = Runs(tmp_path, babbler, rows, *how)
+    assert run("out", "--limit", 2).exit_code == 0
+    assert run.stopped("out", records, "--overwrite").exit_code == 130
+    assert run.results("out")["questions"] == 2
+    done = run("out", "--resume")
+    assert done.exit_code == 0, done.output
+    assert run.results("out")["questions"] == len(rows)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_is_stopped_at_its_start_lets_the_next_one_in(number, eval_to, base, tmp_path):
+    command = [*COMMAND, "eval", *base, "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_until((tmp_path / "out" / NAME).exists, process)
+    assert "another process is writing results here" in eval_to(exit_code=2)
+    process.send_signal(number)
+    process.communicate(timeout=HANG)
+    eval_to()
+    assert results(tmp_path / "out")["questions"] == 6

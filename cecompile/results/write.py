@@ -13,7 +13,7 @@ from typing import Any
 
 from cecompile.errors import UserError
 from cecompile.results import journal
-from cecompile.results.disk import writing
+from cecompile.results.disk import same_file, writing
 from cecompile.results.spool import Spool, line
 from cecompile.workload.plan import Plan
 from cecompile.workload.totals import Totals
@@ -65,10 +65,13 @@ def environment(device_name: str) -> dict[str, Any]:
     }
 
 
-def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> None:
+def prepare_output(directory: Path, overwrite: bool, resume: bool = False, data: str = "") -> None:
     """Checks that results can be written to `directory`, before any work is done. Leaves nothing behind.
 
+    `data` names the questions that are to be read.
+
     Raises:
+        UserError: `data` is a file of the results in `directory`.
         UserError: `directory` is a file, cannot be written, holds other files, or holds results or a journal without
             `overwrite` (replace them) or, for the journal, `resume` (go on with it).
     """
@@ -79,6 +82,8 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
         raise UserError(f"{directory}: cannot be read: {error.strerror}") from None
     if is_file:
         raise UserError(f"{directory}: is a file, or a link to nothing; --output names a directory")
+    if data and any(same_file(Path(data), directory / name) for name in (RESULTS, SAMPLES, PREDICTIONS)):
+        raise UserError(f"{data}: is a file of the results in --output {directory}; choose another --output")
     journaled = bool(journal.journals_in(directory))
     held = {name for name in held if not journal.is_journal(name) and not name.startswith(_TRIAL)}
     if held and not journaled and not held & {RESULTS, SAMPLES, PREDICTIONS}:
@@ -87,6 +92,8 @@ def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> No
         if journaled:
             raise UserError(f"{directory}: holds an interrupted run; --resume goes on with it, --overwrite starts anew")
         raise UserError(f"{directory}: holds results already; --overwrite replaces them")
+    if not overwrite:
+        refuse_results(directory)
     parent = next(path for path in (directory, *directory.parents) if path.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=_TRIAL, dir=parent):

@@ -1,14 +1,13 @@
 """Writes a result's card and document as files."""
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from cecompile.errors import CheckError, UserError
 from cecompile.report.document.card import draw_card
 from cecompile.report.document.document import make_document
 from cecompile.results.check import problems
+from cecompile.results.disk import same_file
 from cecompile.results.read import read_results
 from cecompile.results.write import CARD, DOCUMENT, PREDICTIONS, RESULTS, SAMPLES, write_whole
 
@@ -36,10 +35,10 @@ def make_report(
     if wrong:
         raise CheckError("; ".join(wrong))
     png, pdf = png or directory / CARD, pdf or directory / DOCUMENT
-    if _same(png, pdf):
+    if same_file(png, pdf):
         raise UserError(f"{png}: named for both the card and the document")
     for path in (png, pdf):
-        own = next((name for name in (RESULTS, SAMPLES, PREDICTIONS) if _same(path, directory / name)), None)
+        own = next((name for name in (RESULTS, SAMPLES, PREDICTIONS) if same_file(path, directory / name)), None)
         if own is not None:
             raise UserError(f"{path}: is {own} of the result; choose another file")
         if path.is_dir():
@@ -48,15 +47,7 @@ def make_report(
             raise UserError(f"{path}: is there already; --overwrite replaces it")
     card, document = draw_card(results, languages[0]).png(), make_document(results, languages)
     write_whole(png, [card])
-    if _same(png, pdf):  # as names that differ in case are, where the file system knows no case
+    if same_file(png, pdf):  # as names that differ in case are, where the file system knows no case
         raise UserError(f"{pdf}: is the file of the card, which was written; choose another --pdf")
     write_whole(pdf, [document])
     return png, pdf
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Whether two paths lead to the same file, or would if the file were there."""
-    with suppress(OSError):
-        if one.samefile(other):
-            return True
-    return os.path.realpath(one) == os.path.realpath(other)
