@@ -74,7 +74,7 @@ def soak_kill(directory: Path, options: argparse.Namespace) -> int:
         killed = Run(directory, name, arguments)
         killed.kill_after(moment)
         output = directory / name
-        there = (output / journal.NAME).exists()
+        there = output / journal.NAME in journal.journals_in(output)
         kept = count_records(output / journal.NAME) if there else 0
         if not there and (output / "results.json").exists():
             finished += 1
