@@ -49,10 +49,14 @@ Record = tuple[str, int, bytes, int]  # kind, index with its window from bit 32 
 def journals_in(directory: Path) -> list[Path]:
     """The journals of all ranks in a directory, but for empty ones; none where the directory is missing."""
     try:
-        named = [path for path in directory.iterdir() if is_journal(path.name)]
-        return sorted(path for path in named if path.lstat().st_size)
+        return [path for path in _named(directory) if path.lstat().st_size]
     except OSError:
         return []
+
+
+def _named(directory: Path) -> list[Path]:
+    """The files of a directory that are named as journals."""
+    return sorted(path for path in directory.iterdir() if is_journal(path.name)) if directory.is_dir() else []
 
 
 def is_journal(name: str) -> bool:
@@ -210,7 +214,7 @@ class Journal:
         """Reads all journals here, learns the records other ranks read, then opens this rank's file to write on."""
         with writing(self.path):
             self._found = journals_in(self.directory)
-            loaded = {path: _load(path) for path in self._found}
+            loaded = {path: _load(path) for path in _named(self.directory)}  # an empty one may be another process's
             self._headers = [json.loads(records[0][2]) for records in loaded.values() if records]
             if not self._ranks.any(bool(self._headers)):
                 if self._found:
