@@ -356,8 +356,9 @@ TEMPLATES = {
 }
 ENDLESS = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "computes": "{{ (9**9**7 + messages|length) % 7 }}",
-    "calls": "{% macro f(n) %}{% for i in range(99999) %}{{ f(n) if n else 1 }}{% endfor %}{% endmacro %}{{ f(3) }}",
+    "computes": "{{ (9**(9**9 + messages|length)) % 7 }}",
+    "computes as it is compiled": "{{ 9**(9**9) }}",
+    "calls": "{% macro f(n) %}{% for i in range(9999) %}{{ f(n - 1) if n else 1 }}{% endfor %}{% endmacro %}{{ f(9) }}",
 }
 
 

@@ -298,7 +298,7 @@ def test_what_a_crash_leaves_blocks_no_run(eval_to, tmp_path):
         (tmp_path / "out" / rest).touch()
     (tmp_path / "out" / ".cecompile-abc").mkdir()
     (tmp_path / "out" / ".cecompile-abc").rmdir()
-    assert "no interrupted run to resume" in eval_to("--resume", exit_code=2)
+    assert "cannot be resumed" in eval_to("--resume", exit_code=2)
     eval_to()
     assert "holds results already" in eval_to(exit_code=2)
     eval_to("--overwrite", "--limit", 2)

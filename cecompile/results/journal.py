@@ -213,8 +213,8 @@ class Journal:
     def _open_to_resume(self) -> None:
         """Reads all journals here, learns the records other ranks read, then opens this rank's file to write on."""
         with writing(self.path):
-            self._found = journals_in(self.directory)
-            loaded = {path: _load(path) for path in _named(self.directory)}  # an empty one may be another process's
+            self._found = _named(self.directory)  # an empty one may be another process's
+            loaded = {path: _load(path) for path in self._found}
             self._headers = [json.loads(records[0][2]) for records in loaded.values() if records]
             if not self._ranks.any(bool(self._headers)):
                 if self._found:
