@@ -347,8 +347,8 @@ def test_python_without_docstrings(tiny_llama):
     )
     command = [sys.executable, "-OO", "-c", api, str(tiny_llama)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout in ("", "LlamaConfig: transformers needs Python's docstrings; leave out -OO and "
-                           "PYTHONOPTIMIZE=2, -O is possible\n")  # fmt: skip
+    line = "LlamaConfig: transformers needs Python's docstrings; leave out -OO and PYTHONOPTIMIZE=2, -O is possible"
+    assert [said for said in done.stdout.splitlines() if "[ERROR]" not in said] in ([], [line])  # transformers' own
 
 
 @pytest.mark.process
