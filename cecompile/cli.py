@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import locale
 import os
 import sys
 import time
@@ -10,12 +11,12 @@ from typing import Any
 
 import click
 
-from cecompile import demo
-from cecompile.cli_options import pipeline_option, selection
+from cecompile import demo, streams
+from cecompile.cli_options import MOST, Percentage, pipeline_option, selection
 from cecompile.contest import contest_command
 from cecompile.errors import AlreadyReportedError, CheckError, UserError, first_line
 from cecompile.imports import import_transformers
-from cecompile.interrupt import Interrupted, command_to_resume, signals_raise
+from cecompile.interrupt import Interrupted, command_to_resume, end_children, signals_raise
 from cecompile.model import prefetch
 from cecompile.planning.profiles import PROFILES
 from cecompile.ranks import ALONE, Ranks, has_part_in, world_size
@@ -23,7 +24,7 @@ from cecompile.report.document.words import LANGUAGES
 from cecompile.results.clock import CLOCKS, Clock, process_start
 from cecompile.tasks.judge import MAX_DROP
 
-MAX_DROP_RANGE, MAX_DROP_HELP = click.FloatRange(0, 100), "Points that a metric may drop by."
+MAX_DROP_RANGE, MAX_DROP_HELP = Percentage(), "Points that a metric may drop by."
 
 
 class OneLineErrors(click.Group):
@@ -44,6 +45,16 @@ class OneLineErrors(click.Group):
             ctx.exit(2 if isinstance(error, UserError) else 1)
         except ImportError as error:
             click.echo(f"cecompile: {_speaker(ctx)}{first_line(error)}; installed: {_versions()}", err=True)
+            ctx.exit(2)
+        except (Warning, UnicodeError) as error:
+            encoding = locale.getpreferredencoding(False)
+            if isinstance(error, Warning):
+                fault = "Python turns warnings into errors; leave out -W error and PYTHONWARNINGS"
+            elif encoding.lower().replace("-", "") != "utf8":
+                fault = f"Python takes files for {encoding}; set PYTHONUTF8=1"
+            else:
+                raise
+            click.echo(f"cecompile: {_speaker(ctx)}{fault}: {first_line(error)}", err=True)
             ctx.exit(2)
         except Interrupted as error:
             nothing = "; nothing to resume" if ctx.invoked_subcommand == "eval" else ""
@@ -90,7 +101,7 @@ def cli(ctx: click.Context) -> None:
 @selection
 @pipeline_option
 @click.option("--require-warm", is_flag=True, help="Fail (exit 1) if something would have to be compiled.")
-@click.option("--repeat", type=click.IntRange(1), default=1, help="Run the inference phase this many times.")
+@click.option("--repeat", type=click.IntRange(1, MOST), default=1, help="Run the inference phase this many times.")
 @click.option("--clock", "headline", type=click.Choice(CLOCKS), default="strict", help="Which latency is the headline.")
 @click.option("--output", type=click.Path(path_type=Path), help="Result directory. Default: results/DATA-TIME.")
 @click.option("--overwrite", is_flag=True, help="Replace the results in --output.")
@@ -122,8 +133,10 @@ def eval_command(
     output = to = ranks.broadcast(output or Path("results") / f"{Path(name).stem}-{began}")
     if ranks.attempt:  # started again by torchrun, with the same arguments
         resume = ranks.any(bool(journals_in(to)))
-    ranks.first_does(lambda: prepare_output(to, overwrite, resume))
-    ctx.meta["journal"] = journal = ctx.with_resource(Journal(output, resume, ranks))
+    replace = overwrite or ranks.attempt > 0
+    ranks.first_does(lambda: prepare_output(to, replace or resume, resume, name))
+    ctx.meta["journal"] = journal = ctx.with_resource(Journal(output, resume, ranks, replace=replace))
+    ranks.first_does(lambda: prepare_output(to, journal.replaces, resume))  # another run may have ended in between
     compared = None if baseline is None or ranks.rank else read_baseline(baseline, max_drop)
     clock.enter("preprocess")
     dataset = read_windows(name, task, limit, window)
@@ -135,11 +148,17 @@ def eval_command(
     from cecompile.report.table import print_results, progress_bars
     from cecompile.run.evaluation import evaluate
 
+    console = Console()
+
     def report(results: dict[str, Any]) -> None:
+        """Makes the table while the clock runs; it is printed once the results are written."""
         if ranks.rank == 0:
-            print_results(Console(), results, to)
+            with console.capture() as capture:
+                print_results(console, results, to)
+            table.append(capture.get())
         remove_workspaces()
 
+    table: list[str] = []
     model = _model(how, dataset.task, ranks)
     with progress_bars(Console(stderr=True, force_terminal=False if ranks.rank else None)) as progress:
         evaluation = evaluate(
@@ -147,6 +166,7 @@ def eval_command(
             repeat=repeat, output=output, journal=journal, report=report, baseline=compared,
             command=["cecompile", *ctx.meta["arguments"]],
         )  # fmt: skip
+    sys.stdout.write("".join(table))
     if evaluation.results.get("comparison", {}).get("verdict") == "past":
         raise CheckError(f"past --max-drop against {baseline}; results in {output}")
 
@@ -222,7 +242,7 @@ def plan_command(
 @cli.command("warm")
 @selection
 @click.option(
-    "--max-depth", type=click.IntRange(1),
+    "--max-depth", type=click.IntRange(1, MOST),
     help="Longest sequence, in tokens, of data not yet seen; with --task chat the longest prompt.",
 )  # fmt: skip
 @click.option("--tune", is_flag=True, help="Measure bucket sizes on the data and record the fastest.")
@@ -347,8 +367,6 @@ def main() -> None:
     status: Any = 1
     try:
         cli(prog_name="cecompile")
-    except BrokenPipeError:
-        pass
     except SystemExit as error:
         status = error.code or 0
     if not isinstance(status, int):
@@ -356,7 +374,12 @@ def main() -> None:
         status = 1
     if "cecompile.compile_cache.store" in sys.modules:
         sys.modules["cecompile.compile_cache.store"].remove_workspaces()
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if status > 128:
+        end_children()
+    streams.flush()
+    lost = streams.failure()
+    if lost is not None and status == 0:
+        print(f"cecompile: standard output cannot be written: {lost.strerror}; all else was done", file=sys.stderr)
+        streams.flush()
+        status = 2
     os._exit(status)

@@ -8,17 +8,36 @@ import click
 
 from cecompile.tasks.chat import NEW_TOKENS
 from cecompile.tasks.formats import TASKS
+from cecompile.tasks.read import is_limit
 from cecompile.tasks.windows import WINDOW
+
+TOKENS = 128, 1 << 20  # slots of a pass
+MOST = 1 << 30  # of whatever is counted; no run comes near it
+
+
+class Percentage(click.FloatRange):
+    """A number from 0 to 100."""
+
+    name = "percentage"
+
+    def __init__(self) -> None:
+        super().__init__(0, 100)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if number != number:  # no comparison with NaN holds, so that no range excludes it
+            self.fail("not a number", param, ctx)
+        return number
 
 
 def _limit(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not (0 < value < 1 or (value >= 1 and value.is_integer())):
+    if not is_limit(value):
         raise click.BadParameter("a count of questions, or a fraction between 0 and 1")
     return value
 
 
 new_tokens_option = click.option(
-    "--max-new-tokens", type=click.IntRange(1), default=NEW_TOKENS, show_default=True,
+    "--max-new-tokens", type=click.IntRange(1, MOST), default=NEW_TOKENS, show_default=True,
     help="Longest answer to a chat question.",
 )  # fmt: skip
 
@@ -33,7 +52,7 @@ def selection(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         new_tokens_option,
         click.option(
-            "--window", type=click.IntRange(1), default=WINDOW, show_default=True,
+            "--window", type=click.IntRange(1, MOST), default=WINDOW, show_default=True,
             help="Questions in memory at a time; where there are more, prefixes are shared within a window.",
         ),
         click.option("--limit", type=float, callback=_limit, help="First N questions, or a fraction below 1."),
@@ -76,9 +95,10 @@ def running(command: Callable[..., Any]) -> Callable[..., Any]:
 def _tokens(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
     if value == "auto":
         return None
-    if not value.isdecimal() or not 128 <= int(value) <= 1 << 20:
-        raise click.BadParameter("auto, or a number from 128 to 1048576")
-    return int(value)
+    number = int(value) if value.isdecimal() and len(value) < 20 else 0
+    if not TOKENS[0] <= number <= TOKENS[1]:
+        raise click.BadParameter(f"auto, or a number from {TOKENS[0]} to {TOKENS[1]}")
+    return number
 
 
 def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -93,6 +113,6 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 
 
 pipeline_option = click.option(
-    "--pipeline", type=click.IntRange(1), default=1, show_default=True,
+    "--pipeline", type=click.IntRange(1, MOST), default=1, show_default=True,
     help="Divide the layers among this many processes, which torchrun starts.",
 )  # fmt: skip

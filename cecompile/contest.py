@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cecompile.cli_options import new_tokens_option, running
+from cecompile.cli_options import MOST, new_tokens_option, running
 from cecompile.errors import UserError
 from cecompile.imports import import_transformers
 from cecompile.model import prefetch
@@ -40,7 +40,7 @@ WARM_UP = ChatQuestion(
 @new_tokens_option
 @click.option("--require-warm", is_flag=True, help="Fail (exit 1) if something would have to be compiled.")
 @click.option(
-    "--longest", type=click.IntRange(1), default=LONGEST, show_default=True,
+    "--longest", type=click.IntRange(1, MOST), default=LONGEST, show_default=True,
     help="Tokens of the longest prompt to be ready for before the data is looked at.",
 )  # fmt: skip
 @click.option("--predictions", type=click.Path(path_type=Path), help="File for the pipeline's outputs, a line each.")

@@ -60,11 +60,14 @@ def peak(device: torch.device) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes from "30GB", "28GiB", "512M" or a number. Raises ValueError."""
+    """Bytes from "30GB", "28GiB", "512M" or a number: at least 1, less than 2**63. Raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
     if not match or match[2] not in UNITS:
         raise ValueError(text)
-    return int(float(match[1]) * UNITS[match[2]])
+    size = float(match[1]) * UNITS[match[2]]
+    if not 1 <= size < 2**63:
+        raise ValueError(text)
+    return int(size)
 
 
 def enforce(device: torch.device, limit: int) -> None:

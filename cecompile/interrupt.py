@@ -1,15 +1,25 @@
-"""Interruption: SIGINT and SIGTERM end a command in order, with one line and the shell's exit status for a signal."""
+"""Interruption: SIGINT and SIGTERM end a command in order, with one line and the shell's exit status for a signal.
 
+Forked children have the default handlers again: a pool ends its workers by SIGTERM, and each has to die of the signal.
+"""
+
+import _thread
 import os
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 GRACE = 1.0  # seconds after a signal in which another one is ignored
+LIMIT = 10.0  # seconds after a signal in which the command has to end; a pool whose workers were killed never does
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_replaced: list[dict[signal.Signals, Any]] = []  # the handlers before each `signals_raise` under way, outermost first
+_forking: dict[int, set[Any]] = {}  # the signals that each thread amid a fork blocked before
 
 
 class Interrupted(KeyboardInterrupt):
@@ -22,25 +32,115 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Lets the first SIGINT or SIGTERM raise `Interrupted`. A later signal ends the process at once."""
+    """Lets the first SIGINT or SIGTERM raise `Interrupted`. A later signal ends the process at once.
+
+    The process also ends, with the line of `Interrupted`, where LIMIT seconds after the first signal it still runs.
+    """
     first: float | None = None
+    running = True
 
     def handle(number: int, _: FrameType | None) -> None:
         nonlocal first
-        if first is None:
+        if _thread.get_ident() in _forking:  # what is raised amid a fork is lost
+            _thread.start_new_thread(_send_again, (number,))
+        elif first is None:
             first = time.monotonic()
+            _thread.start_new_thread(end, (number,))
             raise Interrupted(number)
-        if time.monotonic() - first > GRACE:
+        elif time.monotonic() - first > GRACE:
             os._exit(128 + number)
 
-    before = {}
+    def end(number: int) -> None:
+        time.sleep(LIMIT)
+        if running:
+            os.write(2, f"cecompile: {Interrupted(number)}; ended by force after {LIMIT:.0f} seconds\n".encode())
+            end_children()
+            os._exit(128 + number)
+
+    before: dict[signal.Signals, Any] = {}
     with suppress(ValueError):  # not the main thread: the program that runs this thread handles signals
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handle) for number in _SIGNALS}
+        _replaced.append(before)
     try:
         yield
     finally:
+        running = False
         for number, handler in before.items():
             signal.signal(number, handler)
+        if before in _replaced:
+            _replaced.remove(before)
+
+
+def end_children() -> None:
+    """Kills the processes that Python code of this process started and that still run, such as a pool's workers."""
+    for name in ("multiprocessing", "multiprocess"):  # the latter is the library that `datasets` takes
+        for child in sys.modules[name].active_children() if name in sys.modules else ():
+            child.kill()
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the block once it has taken so long; outside the main thread nothing ends the block.
+
+    The error is raised again each second: templates swallow one that comes while they are compiled.
+    """
+    over = False
+
+    def out_of_time(number: int, _: FrameType | None) -> None:
+        if not over:
+            raise TimeoutError(f"not done after {seconds:g} seconds")
+
+    try:
+        before = signal.signal(signal.SIGALRM, out_of_time)
+    except ValueError:  # not the main thread
+        yield
+        return
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        over = True
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _send_again(number: int) -> None:
+    """Sends this process a signal that came amid a fork, a moment later."""
+    time.sleep(0.02)
+    os.kill(os.getpid(), number)
+
+
+def _before_fork() -> None:
+    """Blocks the signals: Python forgets those that reach a child before the child's handlers are set."""
+    if _replaced:
+        me = _thread.get_ident()
+        _forking[me] = set()
+        _forking[me] = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _after_fork() -> None:
+    """Lets the signals through again that `_before_fork` blocked."""
+    me = _thread.get_ident()
+    if me in _forking:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _forking[me])
+        del _forking[me]
+
+
+def _after_fork_in_child() -> None:
+    """Gives a forked child the handlers that this process had before `signals_raise`; then as `_after_fork`."""
+    for number, handler in (_replaced[0] if _replaced else {}).items():
+        signal.signal(number, _leave if handler is signal.default_int_handler else handler)
+    _replaced.clear()
+    _after_fork()
+    _forking.clear()
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    """Ends a forked child as Python's handler of SIGINT does, giving back its locks, but without a traceback."""
+    raise SystemExit(128 + number)
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 def command_to_resume(arguments: Sequence[str], output: Path, stages: int = 1) -> str:

@@ -9,6 +9,7 @@ import os
 import pickle
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from cecompile.procfs import process_age
 JOIN = timedelta(minutes=5)  # for all ranks to start
 WAIT = timedelta(minutes=30)  # for the slowest rank, which may have to compile code that others have in their cache
 STEP = timedelta(seconds=5)  # for a single answer
+NOTICE = 5.0  # seconds of waiting after which the user is told
+MOST = 1 << 20  # ranks
 POLL = 0.001  # seconds; signals are handled in between
 AGENT = 5.0  # seconds for torchrun's agent to stop this process after another one has failed
 
@@ -165,12 +168,12 @@ class Group(Ranks):
         import torch.distributed as dist
 
         self._torch, self._dist = torch, dist
-        self.rank, self.size, self.stages = _number("RANK", None), world_size(), stages
+        self.rank, self.size, self.stages = _rank(None), world_size(), stages
         self.local_rank = _number("LOCAL_RANK", self.rank)
         self.local_size = _number("LOCAL_WORLD_SIZE", self.size)
         self.restarts = _number("TORCHELASTIC_MAX_RESTARTS", 0)
         self._takes = 0
-        address, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT", None)
+        address, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT", None, (1 << 16) - 1)
         try:
             store = dist.PrefixStore("cecompile", self._connected(address, port))
             name, before = meet(store, self.rank, self.size)
@@ -185,6 +188,7 @@ class Group(Ranks):
         """Waits for the store of torchrun's agent or of rank 0, and connects."""
         hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         deadline = time.monotonic() + JOIN.total_seconds()
+        waiting = Waiting(f"rank {self.rank} waits for rank 0 at {address}:{port}")
         while not hosts:
             try:
                 socket.create_connection((address, port), STEP.total_seconds()).close()
@@ -192,6 +196,7 @@ class Group(Ranks):
             except OSError:
                 if time.monotonic() > deadline:
                     raise
+                waiting.tell()
                 time.sleep(100 * POLL)
         options: dict[str, Any] = {"is_master": hosts, "timeout": JOIN, "wait_for_workers": False}
         return self._dist.TCPStore(address, port, multi_tenant=True, **options)
@@ -273,10 +278,12 @@ def meet(store: Any, rank: int, size: int) -> tuple[str, int]:
     """
     me, name, there = secrets.token_hex(8), "", [""] * size
     deadline = time.monotonic() + JOIN.total_seconds()
+    waiting = Waiting(f"rank {rank} waits for other ranks of {size}")
     store.set(f"is/{rank}", me)
     while time.monotonic() < deadline:
         if rank == 0:
             now = [_said(store, f"is/{other}") for other in range(size)]
+            waiting.tell(", ".join(str(other) for other in range(size) if not now[other]))
             if all(now) and now != there:
                 name, there = secrets.token_hex(8), now
                 store.set("all", " ".join([name, *there]))
@@ -285,6 +292,8 @@ def meet(store: Any, rank: int, size: int) -> tuple[str, int]:
                 store.set(f"{name}/go", str(before))
                 return name, before
         else:
+            if waiting.is_long() and not store.check(["is/0"]) and store.add("told", 1) == 1:
+                waiting.tell("0")
             said, *there = _said(store, "all").split() or [name]
             if there[rank : rank + 1] == [me]:
                 if said != name:
@@ -302,20 +311,51 @@ def _said(store: Any, key: str) -> str:
     return str(store.get(key).decode()) if store.check([key]) else ""
 
 
+class Waiting:
+    """Says on standard error, once a wait for other ranks has lasted NOTICE seconds, who waits and how to stop.
+
+    `who`: the beginning of the line, such as "rank 0 waits for other ranks of 4".
+    """
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._at = time.monotonic() + NOTICE
+
+    def is_long(self) -> bool:
+        """Whether NOTICE seconds have passed and nothing was told yet."""
+        return time.monotonic() >= self._at
+
+    def tell(self, missing: str = "") -> None:
+        """Call again and again while waiting; `missing` lists the ranks that have not come."""
+        if self.is_long():
+            self._at = float("inf")
+            who = self._who + (f", not here yet: {missing}" if missing else "")
+            most = f"for at most {JOIN.total_seconds() / 60:.0f} minutes"
+            print(f"cecompile: {who}, {most}; Ctrl-C stops", file=sys.stderr, flush=True)
+
+
 def world_size() -> int:
     """The number of ranks in the environment; 1 without."""
     return _number("WORLD_SIZE", 1)
+
+
+def _rank(default: int | None) -> int:
+    rank, size = _number("RANK", default), world_size()
+    if rank >= size:
+        raise UserError(f"RANK: {rank} in the environment, but WORLD_SIZE {size} leaves 0 to {size - 1}")
+    return rank
 
 
 def has_part_in(command: str) -> bool:
     """Whether this rank runs a command: all ranks run `eval`, one per machine `warm`, rank 0 any other."""
     if world_size() < 2 or command == "eval":
         return True
-    return _number("LOCAL_RANK" if command == "warm" else "RANK", 0) == 0
+    rank = _rank(0)
+    return (_number("LOCAL_RANK", 0) if command == "warm" else rank) == 0
 
 
-def _number(name: str, default: int | None) -> int:
+def _number(name: str, default: int | None, most: int = MOST) -> int:
     value = os.environ.get(name, "" if default is None else str(default))
-    if not value.isdecimal():
-        raise UserError(f"{name}: '{value}' in the environment, where torchrun puts a number")
+    if not value.isdecimal() or len(value) > 20 or int(value) > most:
+        raise UserError(f"{name}: '{value}' in the environment, where torchrun puts a number up to {most}")
     return int(value)

@@ -76,7 +76,7 @@ def soak_kill(directory: Path, options: argparse.Namespace) -> int:
         name = f"run{number}"
         killed, output = Run(directory, name, arguments), directory / name
         killed.kill_after(moment)
-        there = (output / journal.NAME).exists()
+        there = output / journal.NAME in journal.journals_in(output)
         records = len(list(journal.read((output / journal.NAME).read_bytes()))) if there else 0
         kept = max(0, records - 1)  # the first record is the header
         if not there and (output / "results.json").exists():

@@ -148,7 +148,7 @@ TABLES = {
     "CSV of nothing": ("bad.csv", b"", "bad.csv: not readable as csv"),
     "CSV of a header alone": ("bad.csv", b"query,choices,gold\n", "bad.csv: not readable as csv"),
     "CSV of other columns": ("bad.csv", b"a,b\n1,2\n", "bad.csv: row 1: fields a, b: no known format"),
-    "CSV of uneven rows": ("bad.csv", b"query,choices\na,b\na,b,c,d\n", "bad.csv: not readable as csv"),
+    "CSV of uneven rows": ("bad.csv", b"query,choices\na,\"['b', 'c']\"\na,b,c,d\n", "bad.csv: not readable as csv"),
     "CSV not in UTF-8": ("bad.csv", b"query,choices\n\xff,b\n", "bad.csv: not readable as csv"),
     "CSV with an open quote": ("bad.csv", b'query,choices\n"a,b\n', "bad.csv"),
 }

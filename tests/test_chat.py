@@ -1,6 +1,7 @@
 """Chat questions: what is read from them, and that answers are those of transformers' text-generation pipeline."""
 
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -307,6 +308,48 @@ def test_models_that_cannot_answer_are_refused(file, changes, words, tmp_path):
     assert not (tmp_path / "out").exists()
     assert len(refused.splitlines()) == 1
     assert all(word in refused for word in words), refused
+
+
+TEMPLATES = {
+    "divides by nothing": "{{ 1/0 }}",
+    "calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "is too large": "{{ 'x' * 10**18 }}",
+    "is no template": "{% for %}",
+    "asks for a file": "{% include 'roles' %}",
+    "leaves the sandbox": "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    "counts too far": "{% for i in range(10**9) %}{% endfor %}",
+    "has a wrong index": "{{ [1][2].x }}",
+}
+ENDLESS = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "computes": "{{ (9**(9**9 + messages|length)) % 7 }}",
+    "computes as it is compiled": "{{ 9**(9**9) }}",
+    "calls": "{% macro f(n) %}{% for i in range(9999) %}{{ f(n - 1) if n else 1 }}{% endfor %}{% endmacro %}{{ f(9) }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_whatever_a_template_raises_is_one_line(name, tmp_path):
+    model = shutil.copytree(demo.MODEL, tmp_path / "model")
+    change_json(model / "tokenizer_config.json", chat_template=TEMPLATES[name])
+    args = ["--model", str(model), "--task", "chat", "--limit", "2", "--engine", "eager", "--device", "cpu"]
+    result = CliRunner().invoke(cli, ["eval", *args, "--output", str(tmp_path / "out")])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("cecompile: question '0': chat template: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_that_never_ends_is_ended(name, monkeypatch):
+    monkeypatch.setattr("cecompile.workload.chat_tree.RENDERING", 0.3)
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+    tokenizer.chat_template = ENDLESS[name]
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(UserError, match=r"question '0': chat template: not done after 0\.3 seconds"):
+        graft([ask("who?")], tokenizer, 100, 5)
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_settings_that_change_no_greedy_answer_are_accepted():

@@ -289,3 +289,57 @@ def test_python_without_asserts_compiles_all_the_same(scoring, tiny_llama, data,
     assert done.stdout == (
         "eager ran uncompiled: torch's compiler needs Python's assert statements; unset PYTHONOPTIMIZE, leave out -O\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("-O -m cecompile eval", "-m cecompile eval"),
+        ("-OO -m cecompile eval -O", "-m cecompile eval -O"),
+        ("-BOO -m cecompile", "-B -m cecompile"),
+        ("-bOOm cecompile -OO", "-bm cecompile -OO"),
+        ("-OOW O -X O -WOO -m cecompile", "-W O -X O -WOO -m cecompile"),
+        ("-OO /usr/bin/cecompile --data -O", "/usr/bin/cecompile --data -O"),
+        ("-OO", ""),
+        ("-I -m cecompile", "-I -m cecompile"),
+        ("-OOc import,cecompile -OO", "-c import,cecompile -OO"),
+    ],
+)
+def test_python_is_started_anew_without_optimization(given, kept):
+    from cecompile.__main__ import without_optimization
+
+    assert without_optimization(given.split()) == kept.split()
+
+
+@pytest.mark.process
+def test_python_without_docstrings(tiny_llama):
+    """The command works however the option is written; the API works, or says in one line what to leave out."""
+    plan = ["plan", "--model", str(tiny_llama), "--limit", "3", "--device", "cpu"]
+    command = [sys.executable, "-BOOm", "cecompile", *plan]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "useful tokens" in done.stdout
+    api = (
+        "import sys, cecompile\nfrom cecompile.errors import UserError\n"
+        "try: cecompile.Scorer.from_pretrained(sys.argv[1], device='cpu', engine='eager')\n"
+        "except UserError as error: print(error)"
+    )
+    command = [sys.executable, "-OO", "-c", api, str(tiny_llama)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    line = "LlamaConfig: transformers needs Python's docstrings; leave out -OO and PYTHONOPTIMIZE=2, -O is possible"
+    assert [said for said in done.stdout.splitlines() if "[ERROR]" not in said] in ([], [line])  # transformers' own
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("variables", [
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"PYTHONWARNINGS": "error"},
+    {"PYTHONOPTIMIZE": "2"},
+])  # fmt: skip
+def test_an_odd_environment_is_one_line_at_most(variables, tiny_llama):
+    command = [sys.executable, "-m", "cecompile", "plan", "--model", str(tiny_llama), "--limit", "3", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | variables)
+    assert (done.returncode, done.stderr) == (0, "") or (
+        done.returncode == 2
+        and re.fullmatch(r"cecompile: Python (takes files for|turns warnings into) .*\n", done.stderr)
+    )

@@ -229,3 +229,24 @@ def test_the_command_line_is_lm_evals(tasks, tmp_path, monkeypatch):
     found = json.loads(results.read_text())
     assert found["config"]["model"] == "cecompile"
     assert found["n-samples"]["qa_0"]["effective"] == 5
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("model", ["cecompile", "hf"])
+def test_metrics_whose_errors_a_pool_of_processes_finds(model, tasks, tmp_path):
+    """The harness draws samples of a perplexity in processes, which it ends by signals; none of them is left."""
+    import multiprocessing
+
+    import yaml
+
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    task = next(t for t in tasks if t["task"] == "lines_0")
+    (folder / "lines_0.yaml").write_text(yaml.safe_dump(task))
+    options = f"pretrained={save_model(tmp_path / 'model', 'llama')},dtype=float32"
+    options += ",engine=eager" if model == "cecompile" else ""
+    arguments = ["--model", model, "--model_args", options, "--include_path", str(folder), "--tasks", "lines_0"]
+    run_command("lm-eval", "--", *arguments, "--device", "cpu", "--output_path", str(tmp_path / "out"))
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(results.read_text())["results"]["lines_0"]["perplexity_stderr,none"] > 0
+    assert not multiprocessing.active_children()

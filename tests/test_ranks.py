@@ -200,6 +200,40 @@ def test_ranks_that_do_not_come_are_not_waited_for(monkeypatch):
         meet(HashStore(), 0, 2)
 
 
+def test_who_waits_for_a_rank_says_so(monkeypatch, capsys):
+    from torch.distributed import HashStore
+
+    from cecompile.ranks import Group
+
+    monkeypatch.setattr("cecompile.ranks.JOIN", timedelta(seconds=0.3))
+    monkeypatch.setattr("cecompile.ranks.NOTICE", 0.0)
+    with pytest.raises(RuntimeError, match="not all came"):
+        meet(HashStore(), 0, 4)
+    ending = ", for at most 0 minutes; Ctrl-C stops\n"
+    assert capsys.readouterr().err == f"cecompile: rank 0 waits for other ranks of 4, not here yet: 1, 2, 3{ending}"
+    store = HashStore()
+    for rank in (2, 3):  # of those that wait for rank 0, one says so
+        with pytest.raises(RuntimeError, match="not all came"):
+            meet(store, rank, 4)
+    assert capsys.readouterr().err == f"cecompile: rank 2 waits for other ranks of 4, not here yet: 0{ending}"
+    group = object.__new__(Group)
+    group.rank = 1
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    with pytest.raises(OSError, match="refused"):
+        group._connected("127.0.0.1", port)
+    assert capsys.readouterr().err == f"cecompile: rank 1 waits for rank 0 at 127.0.0.1:{port}{ending}"
+
+
+@pytest.mark.parametrize("command", ["eval", "plan", "warm"])
+@pytest.mark.parametrize("rank", ["2", "7", "9" * 5000, "-1", "", "one"])
+def test_a_rank_that_is_none_is_refused_at_once(command, rank, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert "RANK: " in run_command(command, "--device", "cpu", exit_code=2)
+
+
 def test_ranks_on_one_device_share_its_memory(babbler, monkeypatch):
     monkeypatch.setattr("cecompile.device.available", lambda device: 4 << 30)
     how = (str(babbler), AutoConfig.from_pretrained(babbler), torch.device("cpu"), RunOptions())

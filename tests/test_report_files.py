@@ -97,6 +97,36 @@ def test_one_path_for_both_files_is_refused(scored, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("png", "pdf", "words"),
+    [
+        ("x.png", "sub/../x.png", "named for both"),
+        ("x.png", "link/x.png", "named for both"),
+        ("old.png", "hard.png", "named for both"),
+        ("result/report.pdf", None, "named for both"),
+        ("result/results.json", None, "is results.json of the result"),
+        ("x.png", "result/../result/samples.jsonl", "is samples.jsonl of the result"),
+        ("result/predictions.jsonl", "x.pdf", "is predictions.jsonl of the result"),
+        ("to results", "x.pdf", "is results.json of the result"),
+    ],
+)
+def test_no_output_of_a_report_is_another_file_of_it(png, pdf, words, scored, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("result", "sub"):
+        Path(folder).mkdir()
+    for name in ("results.json", "samples.jsonl"):
+        Path("result", name).write_bytes((scored / name).read_bytes())
+    Path("link").symlink_to(".")
+    Path("to results").symlink_to("result/results.json")
+    Path("old.png").write_text("old")
+    Path("hard.png").hardlink_to("old.png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    told = run("report", "result", "--overwrite", "--png", png, *([] if pdf is None else ["--pdf", pdf]), exit_code=2)
+    assert words in told
+    assert len(told.splitlines()) == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 # The folder to hand in
 
 

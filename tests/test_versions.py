@@ -66,11 +66,14 @@ def test_a_name_that_is_gone_is_one_line_with_the_versions():
 
 
 def test_tables_without_the_library_that_reads_them(tmp_path, monkeypatch):
-    path = tmp_path / "rows.csv"
-    path.write_text("query,choices,gold\n")
+    path = tmp_path / "rows.parquet"
+    path.write_text("")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"rows\.csv: read by the library datasets, which fails: import of datasets"):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"rows\.parquet: read by the library pyarrow, which fails: import of pyarrow"):
         read_questions(path)
+    with pytest.raises(UserError, match=r"owner/name: read by the library datasets, which fails: import of datasets"):
+        read_questions("owner/name")
 
 
 def test_layers_of_a_class_unknown_are_refused(monkeypatch):

@@ -21,6 +21,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import Bucket, Geometry
 
 SCHEMA = 4
+NOTICE = 5.0  # seconds of waiting for another process after which the user is told
 WARM, PARTLY, COLD = "warm", "partly warm", "cold"
 _SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _ENTRY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}")
@@ -101,9 +103,20 @@ class CompileCache:
     def manifest_path(self, key: str) -> Path:
         return self.directory / f"{key}.json"
 
-    def locked(self) -> FileLock:
-        """The lock that a process holds while writing entries."""
-        return FileLock(self.directory / "lock")
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the lock of a process that writes entries; says so where another one makes this process wait."""
+        lock = FileLock(self.directory / "lock")
+        try:
+            lock.acquire(timeout=NOTICE)
+        except Timeout:
+            waits = f"cecompile: {self.directory}: another process is writing compiled code; waiting, Ctrl-C stops"
+            print(printable(waits), file=sys.stderr, flush=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def file_errors(self) -> contextlib.AbstractContextManager[None]:
         """Turns an error of the file system into NoCacheError."""

@@ -149,7 +149,7 @@ def checkpoint_files(model: str) -> list[Path]:
     if index is None:
         return []
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{model}: weights: {INDEX}: not an index: {type(error).__name__}: {error}") from None
     files = []

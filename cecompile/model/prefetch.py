@@ -70,7 +70,7 @@ def _files(model: str) -> list[Path]:
     single, index = _find(model, SINGLE), _find(model, INDEX)
     if single is not None or index is None:
         return [] if single is None else [single]
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     return [file for name in names if Path(name).name == name and (file := _find(model, name)) is not None]
 
 

@@ -1,6 +1,7 @@
 """The parts of a stock model: its decoder layers, its other norms, and the share that a process holds."""
 
 import copy
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,10 @@ def on_meta(config: Any) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except (ValueError, KeyError, AttributeError, ImportError) as error:
-        raise UserError(f"{type(config).__name__}: cannot be counted: {first_line(error)}") from None
+        fault = f"cannot be counted: {first_line(error)}"
+        if sys.flags.optimize > 1:
+            fault = "transformers needs Python's docstrings; leave out -OO and PYTHONOPTIMIZE=2, -O is possible"
+        raise UserError(f"{type(config).__name__}: {fault}") from None
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

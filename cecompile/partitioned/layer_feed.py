@@ -73,8 +73,9 @@ class Files:
                 raise CheckError(f"{self._model}: weights: {path.name} changed during the run; nothing was written")
 
 
-def _state(found: os.stat_result) -> tuple[int, int, int, int]:
-    return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    """Facts of a file that change when the file does; the time of modification alone may be set back."""
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
 
 
 def worth_keeping(size: int, device: torch.device) -> bool:

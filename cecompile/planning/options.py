@@ -13,6 +13,7 @@ CHOICES = {
     "attention": ("auto", "flex", "sdpa"),
     "dtype": ("auto", *DTYPES),
 }
+NUMBERS = {"tokens_per_bucket": (BLOCK, 1 << 20), "memory_limit": (1, (1 << 63) - 1), "pipeline": (1, 1 << 30)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +53,22 @@ class RunOptions:
         for option, known in CHOICES.items():
             if getattr(self, option) not in known:
                 raise UserError(f"{option} '{getattr(self, option)}': one of {', '.join(known)}")
-        if self.tokens_per_bucket is not None and self.tokens_per_bucket < BLOCK:
-            raise UserError(f"tokens per bucket: {self.tokens_per_bucket} is too few, at least {BLOCK}")
+        for option, (least, most) in NUMBERS.items():
+            _check_number(option.replace("_", " "), getattr(self, option), least, most)
         if self.pipeline > 1 and self.engine == "reference":
             raise UserError("--pipeline: the reference engine runs the whole model")
         if self.stream_weights and self.engine == "reference":
             raise UserError("--stream-weights: --engine reference needs all weights in memory")
         if self.stream_weights and self.pipeline > 1:
             raise UserError("--stream-weights: does not go with --pipeline, whose stages hold their weights")
+
+
+def _check_number(name: str, value: object, least: int, most: int) -> None:
+    """Raises UserError about an option unless `value` is None or a whole number within the bounds."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{name}: {value!r:.40} is no whole number")
+    if not least <= value <= most:
+        fault = f"few, at least {least}" if value < least else f"many, at most {most}"
+        raise UserError(f"{name}: {value} is too {fault}")

@@ -9,6 +9,7 @@ import torch
 
 from cecompile import device as device_memory
 from cecompile.errors import UserError
+from cecompile.model.checkpoint import DTYPES
 from cecompile.model.structure import LayerRange
 from cecompile.model.support import boundary_of
 from cecompile.planning import memory
@@ -171,6 +172,12 @@ class Planner:
             {"layers": [share.first, share.last], "weights_bytes": one.weights, "total_bytes": one.total}
             for share, one in zip(self.sizing.needs.shares, budgets, strict=True)
         ]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that the model runs in; None where only the checkpoint's tensors tell."""
+        asked, own = self.sizing.options.dtype, getattr(self.config, "dtype", None)
+        return own if asked == "auto" else DTYPES[asked]
 
     @property
     def share(self) -> LayerRange | None:

@@ -46,22 +46,35 @@ Record = tuple[str, int, bytes, int]  # kind, index with its window from bit 32 
 
 
 def journals_in(directory: Path) -> list[Path]:
-    """The journals of all ranks in a directory; none where the directory is missing."""
+    """The journals of all ranks in a directory, but for empty ones; none where the directory is missing."""
     try:
-        return sorted(path for path in directory.iterdir() if _NAMES.fullmatch(path.name))
+        return [path for path in _named(directory) if path.lstat().st_size]
     except OSError:
         return []
+
+
+def _named(directory: Path) -> list[Path]:
+    """The files of a directory that are named as journals."""
+    return sorted(path for path in directory.iterdir() if is_journal(path.name)) if directory.is_dir() else []
+
+
+def is_journal(name: str) -> bool:
+    """Whether a file's name is a journal's."""
+    return _NAMES.fullmatch(name) is not None
 
 
 class Journal:
     """A result directory's journal, as one rank writes it and all ranks read it.
 
     Args:
-        directory: of the results; made when the journal begins.
+        directory: of the results; made for rank 0's journal, which is open from the start: the lock on this file keeps
+            other runs out of the directory, and disappears with the process.
         resume: go on with the journals in `directory`; otherwise they are replaced when this journal begins.
         ranks: the ranks that write journals at the same time; all make, begin and end theirs together.
+        replace: results that another run has written to `directory` in the meantime may be replaced.
 
     Attributes:
+        replaces: see `replace`; also true where the resumed run may.
         begun: whether the facts that the run depends on were complete, and the same as those of the resumed run.
 
     Raises:
@@ -69,8 +82,8 @@ class Journal:
             it.
     """
 
-    def __init__(self, directory: Path, resume: bool = False, ranks: Ranks = ALONE) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, resume: bool = False, ranks: Ranks = ALONE, *, replace: bool = True) -> None:
+        self.directory, self.replaces = directory, replace
         self.path = directory / (f".journal-{ranks.rank}.partial" if ranks.rank else NAME)
         self.begun = False
         self._ranks = ranks
@@ -84,12 +97,13 @@ class Journal:
         self._size = 0
         self._synced = time.monotonic()
         self._owned = 0  # records that were in this rank's file already
-        self._added = 0
-        self._window = 0
+        self._added = self._window = 0
+        self._earlier = False  # the file is an earlier run's, until this journal begins
         if resume:
             self._open_to_resume()
         elif ranks.restarts:
-            self._discard()  # a rank that is started again could not tell old journals from this run's
+            _discard(directory, ranks, None)  # a rank that is started again could not tell old journals from this run's
+        ranks.first_does(self._occupy)
 
     def __enter__(self) -> "Journal":
         return self
@@ -137,20 +151,18 @@ class Journal:
             return
         self.expect(facts)
         self.begun = True
-        if self._file != _CLOSED:
+        if self._size:  # this rank goes on with its own file
             return
+        if self._from is None:
+            _discard(self.directory, self._ranks, self.path)
+            self._ranks.barrier()
         with writing(self.path):
-            if self._from is None:
-                self._discard()
-                self._ranks.barrier()
-            missing = [p for p in (self.directory, *self.directory.parents) if not p.exists()]
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._made = missing
-            self._file = _opened(self.path, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)
+            self._occupy()
             os.ftruncate(self._file, 0)
             self._write(_MAGIC)
         began = self._from or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._append("header", 0, json.dumps({"facts": self._facts, "began": began}).encode())
+        header = {"facts": self._facts, "began": began, "replaces": self.replaces}
+        self._append("header", 0, json.dumps(header).encode())
 
     def get(self, kind: str, index: int) -> bytes | None:
         """The payload of a record of the resumed run, in the window that was begun last; None without that record."""
@@ -167,7 +179,8 @@ class Journal:
 
     def close(self) -> None:
         """Closes the file; a journal without records is removed."""
-        self._end([] if self._owned or self._added else [self.path])
+        kept = self._owned or self._added or (self._earlier and not self.begun)
+        self._end([] if kept else [self.path])
 
     def remove(self) -> None:
         """Removes the run's journals, as the last act of the run, and directories made for them that are empty."""
@@ -199,32 +212,33 @@ class Journal:
     def _open_to_resume(self) -> None:
         """Reads all journals here, learns the records other ranks read, then opens this rank's file to write on."""
         with writing(self.path):
-            self._found = journals_in(self.directory)
+            self._found = _named(self.directory)  # an empty one may be another process's
             loaded = {path: _load(path) for path in self._found}
             self._headers = [json.loads(records[0][2]) for records in loaded.values() if records]
             if not self._ranks.any(bool(self._headers)):
                 if self._found:
                     raise UserError(f"{self._found[0]}: damaged, cannot be resumed; --overwrite starts anew")
                 raise UserError(f"{self.directory}: no interrupted run to resume")
+            self.replaces |= any(header.get("replaces", True) for header in self._headers)
             first = min((header["began"] for header in self._headers), default="")
             self._from = min(began for began in self._ranks.gather(first) if began)
             self._kept = {(k, i): payload for some in loaded.values() for k, i, payload, _ in some[1:]}
             if len(set(self._ranks.gather(_digest_of(self._kept) if self._ranks.size > 1 else ""))) > 1:
                 self._kept = self._ranks.collect(self._kept)
-            own = loaded.get(self.path)
-            if own:
+            if own := loaded.get(self.path):
                 self._owned, self._size = len(own) - 1, own[-1][3]
                 self._file = _opened(self.path, os.O_RDWR, fcntl.LOCK_EX)
                 self._cut()
 
-    def _discard(self) -> None:
-        """Removes an earlier run's journals, one rank per machine; this rank's own stays unless ranks may restart."""
+    def _occupy(self) -> None:
+        """Opens this rank's file and the lock on it, and makes the directory; does nothing where the file is open."""
+        if self._file != _CLOSED:
+            return
         with writing(self.path):
-            for path in journals_in(self.directory) if self._ranks.local_rank == 0 else ():
-                if path != self.path or self._ranks.restarts:
-                    file = _opened(path, os.O_RDONLY, fcntl.LOCK_EX)
-                    path.unlink()
-                    os.close(file)
+            self._made = [p for p in (self.directory, *self.directory.parents) if not p.exists()]
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._file = _opened(self.path, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)
+            self._earlier = os.fstat(self._file).st_size > 0
 
     def _append(self, kind: str, index: int, payload: bytes) -> None:
         head = _KINDS.index(kind) | index >> 32 << 8, index & 0xFFFFFFFF
@@ -251,15 +265,35 @@ class Journal:
         os.lseek(self._file, self._size, os.SEEK_SET)
 
 
+def _discard(directory: Path, ranks: Ranks, kept: Path | None) -> None:
+    """Removes an earlier run's journals, one rank per machine, but for `kept`, which this rank has open and empties."""
+    for path in journals_in(directory) if ranks.local_rank == 0 else ():
+        if path == kept:
+            continue
+        with writing(path):
+            try:
+                file = _opened(path, os.O_RDONLY, fcntl.LOCK_EX)
+            except UserError:
+                if path.name == NAME and ranks.rank:  # rank 0 has it open
+                    continue
+                raise
+            path.unlink()
+            os.close(file)
+
+
 def _opened(path: Path, flags: int, lock: int) -> int:
     """Opens a file that no other process writes, not through a link; LOCK_EX makes it this process's alone."""
-    file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(file, lock | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        raise UserError(f"{path.parent}: another process is writing results here") from None
-    return file
+    while True:
+        file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(file, lock | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise UserError(f"{path.parent}: another process is writing results here") from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.lstat()):
+                return file
+        os.close(file)  # another process removed the file before it was locked
 
 
 def read(content: bytes) -> Iterator[Record]:

@@ -1,5 +1,6 @@
 """Writes results.json, samples.jsonl and predictions.jsonl, each whole or not at all."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,6 +20,7 @@ from cecompile.workload.totals import Totals
 
 SCHEMA = 1
 RESULTS, SAMPLES, PREDICTIONS = "results.json", "samples.jsonl", "predictions.jsonl"
+_TRIAL = ".cecompile-"  # begins the name of a directory made to see whether one can be made
 CARD, DOCUMENT = "card.png", "report.pdf"  # made from the result by `cecompile report`
 
 
@@ -63,28 +65,52 @@ def environment(device_name: str) -> dict[str, Any]:
     }
 
 
-def prepare_output(directory: Path, overwrite: bool, resume: bool = False) -> None:
+def prepare_output(directory: Path, overwrite: bool, resume: bool = False, data: str = "") -> None:
     """Checks that results can be written to `directory`, before any work is done. Leaves nothing behind.
 
+    `data` names the questions that are to be read.
+
     Raises:
+        UserError: `data` is a file of the results in `directory`.
         UserError: `directory` is a file, cannot be written, holds other files, or holds results or a journal without
-            `overwrite` (replace them) or `resume` (go on with them).
+            `overwrite` (replace them) or, for the journal, `resume` (go on with it).
     """
     with file_errors(f"{directory}: cannot be read"):
         is_file = os.path.lexists(directory) and not directory.is_dir()
         held = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
     if is_file:
         raise UserError(f"{directory}: is a file, or a link to nothing; --output names a directory")
+    if data and any(same_file(Path(data), directory / name) for name in (RESULTS, SAMPLES, PREDICTIONS)):
+        raise UserError(f"{data}: is a file of the results in --output {directory}; choose another --output")
     journaled = bool(journal.journals_in(directory))
+    held = {name for name in held if not journal.is_journal(name) and not name.startswith(_TRIAL)}
     if held and not journaled and not held & {RESULTS, SAMPLES, PREDICTIONS}:
         raise UserError(f"{directory}: not empty and not a result directory; choose another --output")
-    if held and not overwrite and not resume:
+    if (held or journaled) and not overwrite and not resume:
         if journaled:
             raise UserError(f"{directory}: holds an interrupted run; --resume goes on with it, --overwrite starts anew")
         raise UserError(f"{directory}: holds results already; --overwrite replaces them")
+    if not overwrite:
+        refuse_results(directory)
     parent = next(path for path in (directory, *directory.parents) if path.exists())
     with file_errors(f"{directory}: cannot be written: {parent}"):
-        tempfile.TemporaryDirectory(prefix=".cecompile-", dir=parent).cleanup()
+        tempfile.TemporaryDirectory(prefix=_TRIAL, dir=parent).cleanup()
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same file, or would if the file were there."""
+    with contextlib.suppress(OSError, ValueError):
+        if one.samefile(other):
+            return True
+    with contextlib.suppress(OSError, ValueError):
+        return os.path.realpath(one) == os.path.realpath(other)
+    return False  # not even a path
+
+
+def refuse_results(directory: Path) -> None:
+    """Raises UserError if `directory` holds results, which another run has written during this one."""
+    if os.path.lexists(directory / RESULTS):
+        raise UserError(f"{directory}: holds results that another run has written; move them elsewhere")
 
 
 def write_samples(directory: Path, samples: Sequence[Any] | Spool) -> None:

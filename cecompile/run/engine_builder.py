@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 
@@ -58,6 +59,17 @@ class WarmEngine:
     note: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     moments: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def streaming(self) -> dict[str, Any] | None:
+        """results.json's `streaming`; None where all weights are in memory."""
+        engine = self.engine
+        return asdict(engine.streaming) if isinstance(engine, StreamingEngine) and engine.streaming else None
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """The modules that run in place of layers that are not loaded."""
+        return self.engine.modules if isinstance(self.engine, StreamingEngine) else ()
 
     def remark(self, note: str | None) -> None:
         """Adds to the note; None adds nothing."""

@@ -18,6 +18,7 @@ from cecompile.results.write import (
     digest_of_results,
     file_digests,
     plan_summary,
+    refuse_results,
     write_predictions,
     write_results,
     write_samples,
@@ -95,6 +96,8 @@ def evaluate(
         **provenance.describe(model),
         **times(),
     }
+    if journal is not None and output is not None:
+        model.runtime.ranks.first_does(lambda: None if journal.replaces else refuse_results(output))
     _write(model, judged, results, output, baseline, report, times)
     if journal is not None:
         journal.remove()

@@ -185,13 +185,15 @@ class LanguageModel:
 
 def timed(infer: Callable[[RunContext], Outcome], run: RunContext) -> tuple[Outcome, list[float]]:
     """Returns the outcome of the first of `run.repeat` runs, the only one that is journaled, and each run's seconds."""
-    outcomes, seconds = [], []
+    firsts: list[Outcome] = []
+    seconds: list[float] = []
     for i in range(run.repeat):
         run.ranks.barrier()
         began = perf_counter()
-        outcomes.append(infer(run if i == 0 else replace(run, journal=None)))
+        outcome = infer(run if i == 0 else replace(run, journal=None))
         seconds.append(perf_counter() - began)
-    return outcomes[0], seconds
+        firsts = firsts or [outcome]  # all others are let go
+    return firsts[0], seconds
 
 
 def _runtime(name: str, config: Any, device: torch.device, sizing: Sizing, ranks: Ranks) -> Runtime:

@@ -43,7 +43,7 @@ def describe(scored: Scorer | Answerer) -> dict[str, Any]:
         },
         "ranks": None if ranks.size == 1 else {"size": len(rows)} | columns,
         "pipeline": {"stages": len(shares), "layers": [[s.first, s.last] for s in shares]} if shares else None,
-        "streaming": warmup.streaming,
+        "streaming": warmup.warmed.streaming if warmup.warmed else None,
         "model": facts,
         "cache": cache,
         "memory": {
@@ -58,7 +58,8 @@ def describe(scored: Scorer | Answerer) -> dict[str, Any]:
 def _changed(runtime: Runtime) -> dict[str, Any]:
     """results.json's `model.changed`; of a pipeline, of one replica's stages together, and replaced modules of all."""
     assert runtime.weights.model is not None
-    mine = changed(runtime.weights.model, runtime.planner.share, runtime.warmup.modules)
+    warmed = runtime.warmup.warmed
+    mine = changed(runtime.weights.model, runtime.planner.share, warmed.modules if warmed else ())
     if runtime.planner.share is None:
         return mine
     parts = runtime.ranks.gather(mine)

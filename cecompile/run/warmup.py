@@ -3,11 +3,10 @@
 import functools
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from cecompile import device as device_memory
@@ -17,10 +16,8 @@ from cecompile.engine.attention import attention_before
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
 from cecompile.errors import CheckError, UserError, printable
-from cecompile.model.checkpoint import DTYPES
 from cecompile.model.support import takes_ours
 from cecompile.model.unchanged import Content, made_buffers
-from cecompile.partitioned.streaming import StreamingEngine
 from cecompile.planning.planner import Mode, Planner, largest
 from cecompile.ranks import Ranks
 from cecompile.run.compile_apart import Job, compile_apart
@@ -93,15 +90,15 @@ class Warmup:
         if entry is None or self._cache is None or not device_memory.is_integrated(self._device):
             return False
         whole = self._ranks.size == 1 and not options.stream_weights
-        return whole and self._dtype is not None and entry.state(plan.compiled)[0] != WARM
+        return whole and self._planner.dtype is not None and entry.state(plan.compiled)[0] != WARM
 
     def compile_apart(self, ready: StagedPlan, progress: Progress) -> bool:
         """Compiles in a process of its own; True if nothing was compiled because another attention is needed."""
         assert self._cache is not None
-        assert self._dtype is not None
+        assert self._planner.dtype is not None
         firsts = {one.bucket: one for one in reversed(ready.staged)}  # the check needs one pass of each bucket
         job = Job(
-            self._planner.config, self._dtype, self._device, self._options.attention, self._mode.attention,
+            self._planner.config, self._planner.dtype, self._device, self._options.attention, self._mode.attention,
             self._planner.sizing.tuning.readout_chunk, self._cache.directory, self._facts(),
             replace(ready, staged=[firsts[bucket] for bucket in sorted(firsts)]),
         )  # fmt: skip
@@ -236,24 +233,6 @@ class Warmup:
         if self.warmed is None or self.warmed.compiled != tuple(compiled):
             return False
         return self._weights.feed is None or passes <= self._capacity_in_passes
-
-    @property
-    def _dtype(self) -> torch.dtype | None:
-        """The dtype that the model runs in; None where only the checkpoint's tensors tell."""
-        own: torch.dtype | None = getattr(self._planner.config, "dtype", None)
-        return DTYPES[self._options.dtype] if self._options.dtype != "auto" else own
-
-    @property
-    def streaming(self) -> dict[str, Any] | None:
-        """results.json's `streaming`; None where all weights are in memory."""
-        engine = None if self.warmed is None else self.warmed.engine
-        return asdict(engine.streaming) if isinstance(engine, StreamingEngine) and engine.streaming else None
-
-    @property
-    def modules(self) -> Sequence[nn.Module]:
-        """The modules that run in place of layers that are not loaded."""
-        engine = None if self.warmed is None else self.warmed.engine
-        return engine.modules if isinstance(engine, StreamingEngine) else ()
 
     @property
     def moments(self) -> dict[str, float]:

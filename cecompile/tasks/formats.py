@@ -165,7 +165,7 @@ def _choices(texts: list[str], field: str, where: str) -> tuple[str, ...]:
 def _index(value: Any, field: str, count: int, where: str) -> int | None:
     if value in (None, ""):
         return None
-    if isinstance(value, str) and re.fullmatch(r"-?\d{1,9}", value):
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,9}\s*", value):
         value = int(value)
     fits = isinstance(value, int) and not isinstance(value, bool)
     _check(fits, value, "the index of a choice", field, where)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,6 +17,7 @@ from typing import Any
 
 from cecompile.errors import UserError, file_errors, first_line
 from cecompile.tasks.formats import detect, to_question
+from cecompile.tasks.tables import csv_rows, parquet_rows
 from cecompile.tasks.windows import Windows, split
 
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%+-]+))?")
@@ -58,8 +60,8 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
 def read_windows(data: str | Path, task: str, limit: float | None, window: int) -> Dataset:
     """Like `read_dataset`, but keeps no more than `window` questions: all are checked, and read again when needed.
 
-    A .json array is parsed as a whole each time. Parquet, CSV and hub datasets are converted into files of the cache of
-    the `datasets` library, which maps these files into memory. Args, raises: see `read_dataset`.
+    A .json array is parsed as a whole each time. Hub datasets are converted into files of the cache of the `datasets`
+    library, which maps these files into memory. Args, raises: see `read_dataset`.
     """
     rows = _Reading(data, task, limit)
     windows = split(rows, window)
@@ -72,6 +74,11 @@ def read_windows(data: str | Path, task: str, limit: float | None, window: int) 
     if limit is not None and limit < 1:
         return read_windows(data, task, _kept(len(surveyed), limit), window)
     return Dataset(rows.task, surveyed)
+
+
+def is_limit(limit: float | None) -> bool:
+    """Whether a limit is a count of questions, a fraction between 0 and 1, or None."""
+    return limit is None or 0 < limit < 1 or (limit >= 1 and (isinstance(limit, int) or limit.is_integer()))
 
 
 def _kept(count: int, limit: float | None) -> int:
@@ -90,7 +97,9 @@ class _Reading:
         self.task = task
         self.state = state or _state(data)
         self._data = data
-        self._last = int(limit) if limit is not None and limit >= 1 else None
+        if not is_limit(limit):
+            raise UserError(f"limit {limit}: neither a count of questions nor a fraction between 0 and 1")
+        self._last = min(int(limit), sys.maxsize) if limit is not None and limit >= 1 else None
 
     def __iter__(self) -> Iterator[Any]:
         self._check_state()
@@ -116,10 +125,13 @@ class _Reading:
 
 
 def _state(data: str | Path) -> tuple[int, ...] | None:
-    """Facts of a file that change when the file does; None without a file."""
+    """Facts of a file that change when the file does; None without a file.
+
+    The time of modification alone may be set back, as by `cp -p` and `tar`.
+    """
     with suppress(OSError, ValueError):
         found = Path(data).stat()
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
     return None
 
 
@@ -183,7 +195,8 @@ def _datasets(data: str) -> Iterator[tuple[Any, str | None]]:
     """Gives the library `datasets`, without progress bars, and the directory in which to convert files.
 
     The directory is temporary where the user's cache cannot be written, as without a home directory; else None, for the
-    library's own. Raises UserError: the library cannot be imported, say with a pyarrow too new for the installed NumPy.
+    library's own, which goes by the revision on the hub. Raises UserError: the library cannot be imported, say with a
+    pyarrow too new for the installed NumPy.
     """
     try:
         import datasets
@@ -203,13 +216,8 @@ def _datasets(data: str) -> Iterator[tuple[Any, str | None]]:
 
 def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
     _open(path).close()
-    options = {"keep_default_na": False} if kind == "csv" else {}  # an empty text is a text, and so is "None"
-    with _datasets(str(path)) as (datasets, place):
-        try:
-            table = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=place, **options)
-        except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-            raise UserError(f"{path}: not readable as {kind}: {error.__cause__ or error}") from None
-        yield from ((f"{path}: row {number}", row) for number, row in enumerate(table, 1))
+    rows = csv_rows(path) if kind == "csv" else parquet_rows(path)
+    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _hub_rows(data: str, name: str, config: str | None, split: str | None) -> Iterator[tuple[str, Any]]:

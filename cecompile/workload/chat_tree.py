@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 
 from cecompile.errors import UserError, first_line
+from cecompile.interrupt import at_most
 from cecompile.tasks.chat import ChatQuestion
 from cecompile.workload.encode import tokenize
 from cecompile.workload.sequences import Ints, Sequences
+
+RENDERING = 10.0  # seconds for one question's chat template, which takes a millisecond
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,8 @@ def graft(questions: Sequence[ChatQuestion], tokenizer: Any, max_length: int, ne
         new_tokens: the most tokens an answer may have; longer choices are cut.
 
     Raises:
-        UserError: there is no chat template, or the template refuses a question; a prompt exceeds `max_length`.
+        UserError: there is no chat template, or the template fails for a question or takes RENDERING
+            seconds; a prompt exceeds `max_length`.
     """
     texts = [_render(question, tokenizer) for question in questions]
     prompts = tokenize(tokenizer, texts, add_special_tokens=False)
@@ -92,8 +95,9 @@ def _render(question: ChatQuestion, tokenizer: Any) -> str:
     continued = question.messages[-1][0] == "assistant"
     options = {"tokenize": False, "add_generation_prompt": not continued, "continue_final_message": continued}
     try:
-        return str(tokenizer.apply_chat_template(question.conversation, **options))
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        with at_most(RENDERING):
+            return str(tokenizer.apply_chat_template(question.conversation, **options))
+    except Exception as error:  # the template is a program of the checkpoint's
         raise UserError(f"question '{question.id}': chat template: {first_line(error)}") from None
 
 

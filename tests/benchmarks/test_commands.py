@@ -61,3 +61,32 @@ def test_a_warm_cache_is_at_most_a_third_of_the_warm_up(tiny_llama, tmp_path, ra
         return warm_up(caches[-1], "cold")
 
     assert_at_most(1 / 3, lambda: warm_up(caches[0], "warm"), cold, ratios)
+
+
+POOLS = """
+import multiprocessing, sys, time
+from cecompile import __main__, cli
+
+def pools(as_json):
+    began = time.perf_counter()
+    for _ in range(50):
+        with multiprocessing.get_context("fork").Pool(2):
+            pass
+    print(time.perf_counter() - began)
+
+cli.doctor_command.callback = pools
+if sys.argv.pop(1) == "inside":
+    sys.argv.append("doctor")
+    __main__.main()
+pools(False)
+"""
+
+
+@pytest.mark.process
+def test_pools_of_processes_take_no_longer_under_the_command(ratios):
+    """Of 50, none hangs: a worker that does not die of its signal is waited for."""
+
+    def seconds(where: str) -> float:
+        return float(run([sys.executable, "-c", POOLS, where]).stdout)
+
+    assert_at_most(2.0, lambda: seconds("inside"), lambda: seconds("outside"), ratios)

@@ -78,6 +78,7 @@ def share(directory: Path) -> None:
     """Every evaluation that runs.json lists, by this rank among others; one that has a journal is gone on with."""
     from cecompile import Answerer, Scorer, evaluate
     from cecompile.ranks import Ranks
+    from cecompile.results.journal import journals_in
     from cecompile.tasks.read import read_dataset
 
     ranks = Ranks.from_environment()
@@ -85,7 +86,7 @@ def share(directory: Path) -> None:
         dataset = read_dataset(run["data"], "auto", None)
         kind = Answerer if dataset.task == "chat" else Scorer
         ranks.stages = run["how"].get("pipeline", 1)
-        resume = (directory / name / NAME).exists()
+        resume = ranks.any(bool(journals_in(directory / name)))
         with Journal(directory / name, resume, ranks) as journal:
             model = kind.from_pretrained(run["model"], device="cpu", ranks=ranks, **run["how"])
             how = {"task": dataset.task, "data": run["data"], "repeat": run.get("repeat", 1)}

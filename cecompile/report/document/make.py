@@ -8,7 +8,7 @@ from cecompile.report.document.card import draw_card
 from cecompile.report.document.document import make_document
 from cecompile.results.check import problems
 from cecompile.results.read import read_results
-from cecompile.results.write import CARD, DOCUMENT, write_whole
+from cecompile.results.write import CARD, DOCUMENT, PREDICTIONS, RESULTS, SAMPLES, same_file, write_whole
 
 
 def make_report(
@@ -34,14 +34,19 @@ def make_report(
     if wrong:
         raise CheckError("; ".join(wrong))
     png, pdf = png or directory / CARD, pdf or directory / DOCUMENT
-    if png.absolute() == pdf.absolute():
+    if same_file(png, pdf):
         raise UserError(f"{png}: named for both the card and the document")
     for path in (png, pdf):
+        own = next((name for name in (RESULTS, SAMPLES, PREDICTIONS) if same_file(path, directory / name)), None)
+        if own is not None:
+            raise UserError(f"{path}: is {own} of the result; choose another file")
         if path.is_dir():
             raise UserError(f"{path}: is a directory; a file is needed")
         if path.exists() and not overwrite:
             raise UserError(f"{path}: is there already; --overwrite replaces it")
     card, document = draw_card(results, languages[0]).png(), make_document(results, languages)
     write_whole(png, [card])
+    if same_file(png, pdf):  # as names that differ in case are, where the file system knows no case
+        raise UserError(f"{pdf}: is the file of the card, which was written; choose another --pdf")
     write_whole(pdf, [document])
     return png, pdf
