@@ -206,7 +206,7 @@ class Sizing:
     def step_down(self, geometry: Geometry) -> bool:
         """Halves the size of buckets with which memory has run out. False where half is too small or impossible.
 
-        On a CPU a quarter is left: every pass allocates memory anew there, so one that just fits may fail the next time.
+        On a CPU a quarter is left: a pass allocates memory anew there, and one that just fits may fail next time.
         """
         slots = geometry.rows * geometry.length
         as_small_as_rows_allow = self._ceiling is not None and slots > self._ceiling

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from cecompile.engine.attention import attention_before
 from cecompile.engine.probe import choose_attention
 from cecompile.errors import UserError, first_line, printable
 from cecompile.model.sample import sample_model
+from cecompile.planning.planner import Planner
 from cecompile.run.engine_builder import EngineBuilder
 from cecompile.workload.stage import StagedPlan
 
@@ -63,6 +64,27 @@ class Outcome:
 
     attention: str
     reason: str | None = None
+
+
+def job_for(
+    ready: StagedPlan, planner: Planner, planned: str, device: torch.device, cache: Path, facts: dict[str, Any]
+) -> Job:
+    """The job of compiling for a plan, with the passes that the check of the compiled code needs: one of each bucket.
+
+    The dtype that the planner's model runs in must be known.
+    """
+    assert planner.dtype is not None
+    options, chunk = planner.sizing.options, planner.sizing.tuning.readout_chunk
+    firsts = {one.bucket: one for one in reversed(ready.staged)}
+    staged = [firsts[bucket] for bucket in sorted(firsts)]
+    how: dict[str, Any] = {
+        "attention": options.attention,
+        "planned": planned,
+        "readout_chunk": chunk,
+        "cache": cache,
+        "facts": facts,
+    }
+    return Job(planner.config, planner.dtype, device, **how, ready=replace(ready, staged=staged))
 
 
 def compile_apart(job: Job, done: Callable[[], None]) -> Outcome:

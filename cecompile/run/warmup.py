@@ -3,7 +3,6 @@
 import functools
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from cecompile.model.support import takes_ours
 from cecompile.model.unchanged import Content, made_buffers
 from cecompile.planning.planner import Mode, Planner, largest
 from cecompile.ranks import Ranks
-from cecompile.run.compile_apart import Job, compile_apart
+from cecompile.run.compile_apart import compile_apart, job_for
 from cecompile.run.context import Counter, Progress
 from cecompile.run.engine_builder import EngineBuilder, WarmEngine
 from cecompile.run.weights import Weights, WhileReading
@@ -58,8 +57,7 @@ class Warmup:
         self._planner, self._weights, self._options = planner, weights, planner.sizing.options
         self._cache, self._facts = cache, facts
         self._ranks = ranks
-        self._probed = False
-        self._compiled_apart = False
+        self._probed = self._compiled_apart = False
         self._capacity_in_passes = 0  # of a streamed engine
 
     def open_cache(self) -> Entry | None:
@@ -86,32 +84,24 @@ class Warmup:
 
     def lacks(self, plan: Plan | StagedPlan) -> bool:
         """Whether a process of its own has to compile a part of a plan before the weights are loaded."""
-        entry, options = self.entry, self._options
-        if entry is None or self._cache is None or not device_memory.is_integrated(self._device):
+        unified = device_memory.is_integrated(self._device) and self._planner.dtype is not None
+        if self.entry is None or not unified or self._ranks.size > 1 or self._options.stream_weights:
             return False
-        whole = self._ranks.size == 1 and not options.stream_weights
-        return whole and self._planner.dtype is not None and entry.state(plan.compiled)[0] != WARM
+        return self.entry.state(plan.compiled)[0] != WARM
 
     def compile_apart(self, ready: StagedPlan, progress: Progress) -> bool:
         """Compiles in a process of its own; True if nothing was compiled because another attention is needed."""
         assert self._cache is not None
-        assert self._planner.dtype is not None
-        firsts = {one.bucket: one for one in reversed(ready.staged)}  # the check needs one pass of each bucket
-        job = Job(
-            self._planner.config, self._planner.dtype, self._device, self._options.attention, self._mode.attention,
-            self._planner.sizing.tuning.readout_chunk, self._cache.directory, self._facts(),
-            replace(ready, staged=[firsts[bucket] for bucket in sorted(firsts)]),
-        )  # fmt: skip
+        job = job_for(ready, self._planner, self._mode.attention, self._device, self._cache.directory, self._facts())
         outcome = compile_apart(job, Counter("warmup", ready.steps, progress))
         if outcome.attention != self._mode.attention:
             self._mode.attention = outcome.attention
             self._mode.remark(f"attention {outcome.attention}, because {printable(outcome.reason or '', 200)}")
             self._planner.forget_shapes()
             return True
+        self._mode.remark(outcome.reason and f"compiled beside the weights: {outcome.reason}")
         if outcome.reason is None:
             self.entry, self._compiled_apart = self._cache.open(self._facts()), True
-        else:
-            self._mode.remark(f"compiled beside the weights: {outcome.reason}")
         return False
 
     def while_reading(self, plan: Plan) -> WhileReading | None:
