@@ -12,7 +12,7 @@ from rich.text import Text
 from cecompile import device as device_memory
 from cecompile.doctor.findings import Finding, Pairs, check_allocator, check_compiler, check_triton
 from cecompile.doctor.machine import Device, Facts, Jetson
-from cecompile.doctor.trials import NVMAP, Attempt, PlannedRun, Trials
+from cecompile.doctor.trials import Attempt, PlannedRun, Trials
 from cecompile.errors import printable
 from cecompile.planning.profiles import PROFILES
 
@@ -231,8 +231,8 @@ def print_preflight(console: Console, preflight: Preflight) -> None:
         predicted = f": predicted peak {_gb(case.run.predicted_bytes)} on {case.run.device}; {_time(preflight)}"
     for word, findings in (("warning", preflight.warnings), ("no-go", preflight.no_go)):
         for finding in findings:
-            console.print(Text(f"{word}: {line(finding)}"))
-    console.print(Text(f"{preflight.verdict}{predicted}"))
+            console.print(Text(f"{word}: {line(finding)}"), soft_wrap=True)
+    console.print(Text(f"{preflight.verdict}{predicted}"), soft_wrap=True)
 
 
 def _time(preflight: Preflight) -> str:
@@ -247,7 +247,7 @@ def _rows(case: Case) -> Iterator[tuple[str, str]]:
     run, trials = case.run, case.trials
     memory, reading = trials.memory, trials.reading
     usable = sum(node.usable for node in trials.nodes)
-    yield "device nodes", f"{usable} of {len(trials.nodes)} usable" if trials.nodes else f"no Jetson: no /{NVMAP}"
+    yield "device nodes", f"{usable} of {len(trials.nodes)} usable" if trials.nodes else "left out: no Jetson"
     place = "allocated and freed" if run.device.type == "cuda" else f"reserved, {_gb(memory.touched)} of it touched,"
     yield "memory", f"{_gb(memory.taken)} of {_gb(memory.wanted)} {place} on {run.device}"
     if reading.rate is None:

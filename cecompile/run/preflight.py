@@ -55,10 +55,11 @@ def check_before_loading(runtime: Runtime, plan: Plan | StagedPlan) -> None:
     """
     if runtime.weights.model is not None or not device_memory.is_integrated(runtime.device):
         return
-    jetson = read_jetson(procfs.ROOT, search_path="")  # without nvpmodel, which takes its time
-    devices, run = read_devices(procfs.read_meminfo()), _planned_run(runtime, plan)
+    root, run = procfs.ROOT, _planned_run(runtime, plan)
+    jetson = read_jetson(root, search_path="")  # without nvpmodel, which takes its time
+    devices = read_devices(procfs.read_meminfo(root))
     gpu = devices[runtime.device.index or 0] if devices else None
-    no_go, warnings = judge_case(Case(run, try_all(run, jetson is not None, quick=True), gpu, jetson))
+    no_go, warnings = judge_case(Case(run, try_all(run, jetson is not None, root, quick=True), gpu, jetson))
     if no_go:
         raise UserError(f"{runtime.name}: no-go: {'; '.join(map(line, no_go))}")
     for one in warnings:
