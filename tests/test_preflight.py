@@ -87,13 +87,15 @@ def memory_is_short(case: Case, root: Path, patch) -> Case:
 
 def no_compiler(case: Case, root: Path, patch) -> Case:
     tools = replace(case.facts.tools, cxx=None, clang=None)
+    case = tried(case, compiled_pass=Attempt(0.1, "InvalidCxxCompiler: No working C++ compiler found"))
     return replace(case, run=replace(case.run, device=CPU), facts=replace(case.facts, tools=tools))
 
 
 def no_ptxas(case: Case, root: Path, patch) -> Case:
     patch.setattr(machine, "util", SimpleNamespace(find_spec=lambda _: None))  # no Triton that comes with one
     (root / "usr/local/cuda/bin/ptxas").unlink()
-    return replace(case, facts=replace(orin_facts(root), devices=(ORIN_GPU,)))
+    case = tried(case, compiled_pass=Attempt(0.1, "RuntimeError: Cannot find ptxas"))
+    return replace(case, facts=orin_facts(root))
 
 
 def slow_clock(case: Case, root: Path, patch) -> Case:
@@ -201,9 +203,10 @@ def test_what_is_broken_is_named_with_what_to_do(broken, ready, orin, monkeypatc
     assert "\n" not in line(found)
 
 
-def test_without_compiled_code_compilers_do_not_matter(ready, orin, monkeypatch):
-    case = no_compiler(ready, orin, monkeypatch)
-    assert judge_case(replace(case, run=replace(case.run, engine="eager"))) == ([], [])
+def test_a_tool_that_is_not_needed_is_not_missed(ready, orin, monkeypatch):
+    """The pass was compiled all the same, or nothing is compiled."""
+    for done in (Attempt(9.0), None):
+        assert judge_case(tried(no_compiler(ready, orin, monkeypatch), compiled_pass=done)) == ([], [])
 
 
 def test_memory_of_the_host_is_reserved_and_a_share_of_it_touched(monkeypatch):

@@ -114,7 +114,9 @@ def _check_memory(case: Case) -> Pairs:
 
 
 def _check_tools(case: Case) -> Pairs:
-    if case.facts is None or case.run.engine != "compiled":
+    """Gives the cause where the compiled pass failed; where that pass compiled, no tool is missing."""
+    tried = case.trials.compiled_pass
+    if case.facts is None or tried is None or tried.problem is None:
         return
     check = check_compiler if case.run.device.type == "cpu" else check_triton
     for problem, fix in check(case.facts):
@@ -148,7 +150,7 @@ def _falls_back(case: Case) -> bool:
 
 def _pass_problem(case: Case, fix: str) -> Pairs:
     tried = case.trials.compiled_pass
-    if tried is not None and tried.problem is not None:
+    if tried is not None and tried.problem is not None and not list(_check_tools(case)):
         yield f"a tiny pass with {case.run.attention} attention does not compile or is wrong: {tried.problem}", fix
 
 
