@@ -272,6 +272,21 @@ def test_a_tiny_pass_compiles_and_leaves_the_caches_as_they_were(attention, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.gpu
+@pytest.mark.compiles
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_is_tried_and_left_as_it_was(tmp_path):
+    gpu = torch.device("cuda", 0)
+    before = torch.cuda.memory_reserved(gpu)
+    assert try_memory(gpu, 3 * trials.CHUNK // 2) == Allocation(*3 * [3 * trials.CHUNK // 2])
+    assert trials.try_graph(gpu).problem is None
+    assert torch.cuda.max_memory_reserved(gpu) <= before + 2**26
+    too_much = try_memory(gpu, torch.cuda.get_device_properties(gpu).total_memory)
+    assert too_much.taken < too_much.wanted
+    assert "out of memory" in too_much.problem
+    assert trials.try_compiled_pass(planned(tmp_path, device=gpu)).problem is None
+
+
 @pytest.fixture
 def shared_memory(orin, monkeypatch) -> Path:
     """Makes the CPU's runs those of a Jetson whose GPU has the host's memory."""
