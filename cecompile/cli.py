@@ -285,20 +285,36 @@ def warm_command(
 
 
 @cli.command("doctor")
+@selection
 @click.option("--json", "as_json", is_flag=True, help="Print the facts and findings as one JSON object.")
-def doctor_command(as_json: bool) -> None:
-    """Show the machine, the versions, and what will go wrong or be slow here."""
+@click.pass_context
+def doctor_command(
+    ctx: click.Context, data: str | None, task: str, limit: float | None, window: int, as_json: bool, **how: Any
+) -> None:
+    """Show the machine, the versions, and what will go wrong or be slow here.
+
+    With --model or --data also try what such a run does: allocate its memory, compile, capture, read the checkpoint.
+    Ends with go, or with no-go and exit status 1.
+    """
     from rich.console import Console
 
     from cecompile.doctor.findings import as_json_object, judge, print_doctor
     from cecompile.doctor.machine import gather
+    from cecompile.doctor.preflight import preflight_json, print_preflight
 
     facts = gather()
-    findings = judge(facts)
+    findings, tried = judge(facts), None
+    if how["model"] is not None or data is not None:
+        tried = _preflight(facts, (_named(data, task), task, limit, window), how)
+        findings = [one for one in findings if one.problem not in {other.problem for other in tried.no_go}]
     if as_json:
-        click.echo(json.dumps(as_json_object(facts, findings)))
+        more = {} if tried is None else {"preflight": preflight_json(tried)}
+        click.echo(json.dumps(as_json_object(facts, findings) | more))
     else:
         print_doctor(Console(), facts, findings)
+        if tried is not None:
+            print_preflight(Console(), tried)
+    ctx.exit(1 if tried is not None and tried.no_go else 0)
 
 
 @cli.command("report")
@@ -334,6 +350,23 @@ def lm_eval_command(arguments: tuple[str, ...]) -> None:
         raise UserError(f"lm-eval: {error}; pip install 'cecompile[lm-eval]'") from None
 
     run_command_line(arguments)
+
+
+def _preflight(facts: Any, rows: tuple[Any, ...], how: dict[str, Any]) -> Any:
+    """Tries the machine for a run of the `rows` that `read_windows` is given."""
+    if how["engine"] == "reference":
+        raise UserError("--engine reference: runs without a plan; choose another engine")
+    import_transformers()
+    from cecompile.run.preflight import preflight
+    from cecompile.run.windows import plan_in_windows
+    from cecompile.tasks.read import read_windows
+
+    def planned() -> Any:
+        dataset = read_windows(*rows)
+        model = _model(how, dataset.task)
+        return model.runtime, *plan_in_windows(model, dataset.questions, fit=True)
+
+    return preflight(planned, facts)
 
 
 def _named(data: str | None, task: str) -> str:

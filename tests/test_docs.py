@@ -11,6 +11,7 @@ from cecompile.cli import cli
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LAUNCHER = re.compile(r"^torchrun .*?-m (?=cecompile )")
+IN_THE_IMAGE = re.compile(r"^run (?=[a-z])")  # docs/jetson.md's short name for the command in the image
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
 
@@ -24,7 +25,7 @@ def commands(path: Path) -> list[list[str]]:
     """The words of each command in a page's blocks without a language."""
     blocks = re.findall(r"^```\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    known = [LAUNCHER.sub("", line) for line in lines]
+    known = [IN_THE_IMAGE.sub("cecompile ", LAUNCHER.sub("", line)) for line in lines]
     return [shlex.split(line, comments=True) for line in known if re.match(r"cecompile [a-z]|python ", line)]
 
 

@@ -76,7 +76,7 @@ def _runs_on(architecture: str, device: Device) -> bool:
     return built <= device.capability and (same_major or (kind == "compute" and not suffix))
 
 
-def _check_compiler(facts: Facts) -> Pairs:
+def check_compiler(facts: Facts) -> Pairs:
     tools = facts.tools
     if tools.cxx is None:
         clang = "set CXX=clang++, or " if tools.clang else ""
@@ -87,7 +87,7 @@ def _check_compiler(facts: Facts) -> Pairs:
         yield problem, "install Python's headers: sudo apt-get install python3-dev"
 
 
-def _check_triton(facts: Facts) -> Pairs:
+def check_triton(facts: Facts) -> Pairs:
     tools, given = facts.tools, facts.environment.get("TRITON_PTXAS_PATH")
     if not facts.devices:
         return
@@ -118,7 +118,7 @@ def _check_memory(facts: Facts) -> Pairs:
         yield f"the {_gib(host.swap_bytes)} of swap cannot hold CUDA memory", fix
 
 
-def _check_allocator(facts: Facts) -> Pairs:
+def check_allocator(facts: Facts) -> Pairs:
     failing = re.compile(r"expandable_segments:\s*true|cudaMallocAsync", re.IGNORECASE)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         value = facts.environment.get(name, "")
@@ -148,7 +148,7 @@ def _check_cache(facts: Facts) -> Pairs:
 
 
 CHECKS: tuple[Callable[[Facts], Pairs], ...] = (
-    _check_driver, _check_kernels, _check_compiler, _check_triton, _check_cache, _check_memory, _check_allocator,
+    _check_driver, _check_kernels, check_compiler, check_triton, _check_cache, _check_memory, check_allocator,
     _check_jetson,
 )  # fmt: skip
 

@@ -149,7 +149,7 @@ def gather(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) 
     """
     memory = read_meminfo(root)
     return Facts(
-        devices=_devices(memory),
+        devices=read_devices(memory),
         host=_host(root, memory),
         jetson=read_jetson(root, environment.get("PATH", "")),
         versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -222,7 +222,8 @@ def find_tools(root: Path, environment: Mapping[str, str]) -> Tools:
     )
 
 
-def _devices(memory: Mapping[str, int]) -> tuple[Device, ...]:
+def read_devices(memory: Mapping[str, int]) -> tuple[Device, ...]:
+    """The CUDA devices; `memory` has the sizes of /proc/meminfo in bytes."""
     devices = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of faults that are findings

@@ -21,6 +21,7 @@ from cecompile.planning.options import RunOptions
 from cecompile.ranks import ALONE, Ranks
 from cecompile.run.context import Progress, RunContext
 from cecompile.run.engine_builder import WarmEngine
+from cecompile.run.preflight import check_before_loading
 from cecompile.run.runtime import Runtime
 from cecompile.workload.plan import Plan
 from cecompile.workload.sequences import Sequences
@@ -157,6 +158,7 @@ class LanguageModel:
         assert workload.plan is not None
         clock = run.clock
         clock.enter("warmup")
+        check_before_loading(self.runtime, workload.plan)
         warmup = self.runtime.warmup
         warmup.look_up(workload.plan)
         while warmup.lacks(workload.plan) and warmup.compile_apart(

@@ -9,6 +9,7 @@ from cecompile.errors import CheckError, UserError
 from cecompile.run.context import Progress
 from cecompile.run.engine_builder import useful_tokens_per_second
 from cecompile.run.language_model import LanguageModel
+from cecompile.run.preflight import check_before_loading
 from cecompile.tasks.windows import Windows
 from cecompile.workload.plan import Plan, every_bucket
 from cecompile.workload.sequences import Sequences
@@ -66,6 +67,7 @@ def warm(
         ready = StagedPlan.for_plan(workload.plan, workload.sequences)
     else:
         ready = _ready(model, None, max_depth)
+    check_before_loading(runtime, ready)
     before = entry.state(ready.compiled)
     while runtime.warmup.lacks(ready) and runtime.warmup.compile_apart(ready, progress):
         ready = _ready(model, sequences, max_depth)
