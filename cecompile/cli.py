@@ -11,15 +11,14 @@ from typing import Any
 
 import click
 
-from cecompile import demo, streams
-from cecompile.cli_options import MOST, Percentage, pipeline_option, selection
+from cecompile import streams
+from cecompile.cli_options import MOST, Percentage, begin_reading, model_of, named, pipeline_option, selection
 from cecompile.contest import contest_command
 from cecompile.errors import AlreadyReportedError, CheckError, UserError, first_line
 from cecompile.imports import import_transformers
 from cecompile.interrupt import Interrupted, command_to_resume, end_children, signals_raise
-from cecompile.model import prefetch
 from cecompile.planning.profiles import PROFILES
-from cecompile.ranks import ALONE, Ranks, has_part_in, world_size
+from cecompile.ranks import ALONE, Ranks, has_part_in
 from cecompile.report.document.words import LANGUAGES
 from cecompile.results.clock import CLOCKS, Clock, process_start
 from cecompile.tasks.judge import MAX_DROP
@@ -120,14 +119,14 @@ def eval_command(
     """
     if resume and (overwrite or output is None):
         raise UserError("--resume: goes on with the run in --output, which must be named, and not with --overwrite")
-    _prefetch(how)
+    begin_reading(how)
     from cecompile.results.compare import read_baseline
     from cecompile.results.journal import Journal, journals_in
     from cecompile.results.write import prepare_output
     from cecompile.tasks.read import read_windows
 
     clock = Clock(process_start())
-    name = _named(data, task)
+    name = named(data, task)
     ctx.meta["ranks"] = ranks = Ranks.from_environment(how["pipeline"])
     began = time.strftime("%Y%m%d-%H%M%S", time.localtime(ranks.began))
     output = to = ranks.broadcast(output or Path("results") / f"{Path(name).stem}-{began}")
@@ -159,7 +158,7 @@ def eval_command(
         remove_workspaces()
 
     table: list[str] = []
-    model = _model(how, dataset.task, ranks)
+    model = model_of(how, dataset.task, ranks)
     with progress_bars(Console(stderr=True, force_terminal=False if ranks.rank else None)) as progress:
         evaluation = evaluate(
             model, dataset.questions, task=dataset.task, data=name, headline=headline, clock=clock, progress=progress,
@@ -211,7 +210,7 @@ def plan_command(
     """
     from cecompile.tasks.read import read_windows
 
-    dataset = read_windows(_named(data, task), task, limit, window)
+    dataset = read_windows(named(data, task), task, limit, window)
     import_transformers()
     from rich.console import Console
 
@@ -224,7 +223,7 @@ def plan_command(
         raise UserError("--engine reference: runs without a plan; choose another engine")
     if profile and how["pipeline"] > 1:
         raise UserError("--profile: estimates are for one device; leave out --pipeline")
-    model = _model(as_planned_on(profile, how) if profile else how, dataset.task)
+    model = model_of(as_planned_on(profile, how) if profile else how, dataset.task)
     runtime, fit = model.runtime, how["memory_limit"] is not None
     if profile and not fit:  # where the weights do not, the plan is shown all the same, and says so
         fit = how["stream_weights"] or weights_fit(profile, runtime.planner.sizing.needs.model_sizes().parameters)
@@ -270,14 +269,14 @@ def warm_command(
         return
     if max_depth is not None and (data is not None or tune):
         raise UserError("--max-depth: is for data not yet seen; leave out --data and --tune")
-    _prefetch(how)
+    begin_reading(how)
     from cecompile.tasks.read import read_windows
 
-    dataset = None if max_depth is not None else read_windows(_named(data, task), task, limit, window)
+    dataset = None if max_depth is not None else read_windows(named(data, task), task, limit, window)
     import_transformers()
     from cecompile.run.warm_cache import warm
 
-    model = _model(how, task if dataset is None else dataset.task)
+    model = model_of(how, task if dataset is None else dataset.task)
     questions = None if dataset is None else dataset.questions
     with progress_bars(Console(stderr=True)) as progress:
         built = warm(model, questions, max_depth=max_depth or 1, tune=tune, progress=progress)
@@ -305,7 +304,7 @@ def doctor_command(
     facts = gather()
     findings, tried = judge(facts), None
     if how["model"] is not None or data is not None:
-        tried = _preflight(facts, (_named(data, task), task, limit, window), how)
+        tried = _preflight(facts, (named(data, task), task, limit, window), how)
         findings = [one for one in findings if one.problem not in {other.problem for other in tried.no_go}]
     if as_json:
         more = {} if tried is None else {"preflight": preflight_json(tried)}
@@ -363,32 +362,10 @@ def _preflight(facts: Any, rows: tuple[Any, ...], how: dict[str, Any]) -> Any:
 
     def planned() -> Any:
         dataset = read_windows(*rows)
-        model = _model(how, dataset.task)
+        model = model_of(how, dataset.task)
         return model.runtime, *plan_in_windows(model, dataset.questions, fit=True)
 
     return preflight(planned, facts)
-
-
-def _named(data: str | None, task: str) -> str:
-    """The dataset to read: the embedded questions for the task where none is named."""
-    return str(demo.CHAT if task == "chat" else demo.HELLASWAG) if data is None else data
-
-
-def _prefetch(how: dict[str, Any]) -> None:
-    """Reads the weights while libraries are imported. Several ranks would each read all weights, and so do not."""
-    if how["model"] is not None and world_size() == 1:
-        prefetch.begin(how["model"])
-
-
-def _model(how: dict[str, Any], task: str, ranks: Ranks = ALONE) -> Any:
-    """A scorer, or an answerer for chat questions."""
-    from cecompile.run.answerer import Answerer
-    from cecompile.run.scorer import Scorer
-
-    options = {name: value for name, value in how.items() if name not in ("model", "max_new_tokens")}
-    if task == "chat":
-        return Answerer.from_pretrained(how["model"], ranks=ranks, new_tokens=how["max_new_tokens"], **options)
-    return Scorer.from_pretrained(how["model"], ranks=ranks, **options)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The options that several commands share: which questions are scored, and how the model runs."""
+"""The options that several commands share, and what they name: the questions to score, and the model that runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,9 @@ from typing import Any
 
 import click
 
+from cecompile import demo
+from cecompile.model import prefetch
+from cecompile.ranks import ALONE, Ranks, world_size
 from cecompile.tasks.chat import NEW_TOKENS
 from cecompile.tasks.formats import TASKS
 from cecompile.tasks.read import is_limit
@@ -116,3 +119,25 @@ pipeline_option = click.option(
     "--pipeline", type=click.IntRange(1, MOST), default=1, show_default=True,
     help="Divide the layers among this many processes, which torchrun starts.",
 )  # fmt: skip
+
+
+def named(data: str | None, task: str) -> str:
+    """The dataset to read: the embedded questions for the task where none is named."""
+    return str(demo.CHAT if task == "chat" else demo.HELLASWAG) if data is None else data
+
+
+def begin_reading(how: dict[str, Any]) -> None:
+    """Reads the weights while libraries are imported. Several ranks would each read all weights, and so do not."""
+    if how["model"] is not None and world_size() == 1:
+        prefetch.begin(how["model"])
+
+
+def model_of(how: dict[str, Any], task: str, ranks: Ranks = ALONE) -> Any:
+    """A scorer, or an answerer for chat questions."""
+    from cecompile.run.answerer import Answerer
+    from cecompile.run.scorer import Scorer
+
+    options = {name: value for name, value in how.items() if name not in ("model", "max_new_tokens")}
+    if task == "chat":
+        return Answerer.from_pretrained(how["model"], ranks=ranks, new_tokens=how["max_new_tokens"], **options)
+    return Scorer.from_pretrained(how["model"], ranks=ranks, **options)
