@@ -4,7 +4,6 @@
 clock, and memory. In a process of our own command line these packages seem absent while `transformers` is imported.
 """
 
-import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,5 +27,6 @@ def without(packages: tuple[str, ...]) -> Iterator[None]:
 def import_transformers() -> None:
     """Imports the modules of `transformers` that every run needs."""
     with without(UNUSED):
-        for name in ("modeling_utils", "models.auto.modeling_auto", "generation.utils"):
-            importlib.import_module(f"transformers.{name}")
+        import transformers.generation.utils
+        import transformers.modeling_utils
+        import transformers.models.auto.modeling_auto  # noqa: F401

@@ -255,13 +255,16 @@ def test_the_disk_is_full_at_the_end(kind, trees):
 
 def test_a_disk_that_is_really_full(trees):
     """/dev/full answers every write as a full disk does."""
-    before = os.open
+    write = os.write
+    with open("/dev/full", "wb") as full:
 
-    def open_full(path, *how, **more):
-        return before("/dev/full" if str(path).endswith(NAME) else path, *how, **more)
+        def write_full(file, data):
+            is_journal = os.readlink(f"/proc/self/fd/{file}").endswith(NAME)
+            return write(full.fileno() if is_journal else file, data)
 
-    failed = trees.patched("dev full", os, "open", open_full)
+        failed = trees.patched("dev full", os, "write", write_full)
     assert (failed.exit_code, len(failed.output.splitlines())) == (2, 1)
+    assert "No space left on device" in failed.output
     assert not (trees.directory / "dev full").exists()
 
 

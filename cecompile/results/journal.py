@@ -40,6 +40,7 @@ _MAGIC = b"cecompile journal 1\n"
 _KINDS = ("header", PASSES, ANSWERS, WINDOW)
 _NAMES = re.compile(r"\.journal(-[1-9][0-9]*)?\.partial")
 _HEAD = struct.Struct("<IIQ16s")  # kind and, from bit 8 on, window; index; payload's length; digest
+ATTEMPTS = 100  # to open a file that other processes remove
 _CLOSED = -1
 
 Record = tuple[str, int, bytes, int]  # kind, index with its window from bit 32 on, payload, end in the file
@@ -283,7 +284,7 @@ def _discard(directory: Path, ranks: Ranks, kept: Path | None) -> None:
 
 def _opened(path: Path, flags: int, lock: int) -> int:
     """Opens a file that no other process writes, not through a link; LOCK_EX makes it this process's alone."""
-    while True:
+    for _ in range(ATTEMPTS):
         file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(file, lock | fcntl.LOCK_NB)
@@ -294,6 +295,7 @@ def _opened(path: Path, flags: int, lock: int) -> int:
             if os.path.samestat(os.fstat(file), path.lstat()):
                 return file
         os.close(file)  # another process removed the file before it was locked
+    raise UserError(f"{path}: other processes remove this file again and again; end them, or choose another --output")
 
 
 def read(content: bytes) -> Iterator[Record]:
