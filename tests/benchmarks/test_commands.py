@@ -67,7 +67,7 @@ POOLS = """
 import multiprocessing, sys, time
 from cecompile import __main__, cli
 
-def pools(as_json):
+def pools(*_, **__):
     began = time.perf_counter()
     for _ in range(50):
         with multiprocessing.get_context("fork").Pool(2):
@@ -78,7 +78,7 @@ cli.doctor_command.callback = pools
 if sys.argv.pop(1) == "inside":
     sys.argv.append("doctor")
     __main__.main()
-pools(False)
+pools()
 """
 
 
