@@ -179,7 +179,7 @@ def work(number):
         print("begun", flush=True)
     time.sleep(600 if number < 2 else 0)
 
-def command(as_json):
+def command(as_json, **_):
     pool = multiprocessing.get_context("fork").Pool(4)
     if as_json:
         pool.map(work, range(4), chunksize=1)
