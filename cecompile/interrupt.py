@@ -19,6 +19,7 @@ GRACE = 1.0  # seconds after a signal in which another one is ignored
 LIMIT = 10.0  # seconds after a signal in which the command has to end; a pool whose workers were killed never does
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _replaced: list[dict[signal.Signals, Any]] = []  # the handlers before each `signals_raise` under way, outermost first
+_fork = _thread.allocate_lock()  # held by the thread amid a fork, and by the process that ends its children
 _forking: dict[int, set[Any]] = {}  # the signals that each thread amid a fork blocked before
 
 
@@ -72,10 +73,19 @@ def signals_raise() -> Iterator[None]:
 
 
 def end_children() -> None:
-    """Kills the processes that Python code of this process started and that still run, such as a pool's workers."""
+    """Kills the processes that Python code of this process forked and that still run; no more are forked after.
+
+    A pool's thread forks workers in the place of those that died.
+    """
+    _fork.acquire(timeout=1)  # kept until this process ends
     for name in ("multiprocessing", "multiprocess"):  # the latter is the library that `datasets` takes
         for child in sys.modules[name].active_children() if name in sys.modules else ():
             child.kill()
+    for stat in Path("/proc").glob("[0-9]*/stat"):  # one that was forked just now is in no list yet
+        with suppress(OSError, ValueError, IndexError):  # a process that has ended meanwhile
+            process, parent = int(stat.parent.name), int(stat.read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and (stat.parent / "exe").samefile("/proc/self/exe"):
+                os.kill(process, signal.SIGKILL)
 
 
 @contextmanager
@@ -112,6 +122,7 @@ def _send_again(number: int) -> None:
 
 def _before_fork() -> None:
     """Blocks the signals: Python forgets those that reach a child before the child's handlers are set."""
+    _fork.acquire()
     if _replaced:
         me = _thread.get_ident()
         _forking[me] = set()
@@ -124,6 +135,7 @@ def _after_fork() -> None:
     if me in _forking:
         signal.pthread_sigmask(signal.SIG_SETMASK, _forking[me])
         del _forking[me]
+    _fork.release()
 
 
 def _after_fork_in_child() -> None:

@@ -13,7 +13,8 @@ from support.runs import results, run_command
 from cecompile import read_questions
 from cecompile.errors import UserError
 from cecompile.tasks.question import digest
-from cecompile.tasks.read import LargeDataset, read_windows
+from cecompile.tasks.read import read_windows
+from cecompile.tasks.windows import Windows
 
 
 def write_csv(path: Path, rows) -> None:
@@ -56,7 +57,7 @@ def test_a_file_rewritten_with_the_same_time_is_read_again(kind, tmp_path):
     questions = read_questions(path)
     assert [question.context for question in questions] == [row["query"] for row in NEW]
     large = read_windows(path, "auto", None, 4)
-    assert isinstance(large, LargeDataset)
+    assert isinstance(large.questions, Windows)
     assert large.questions.digest == digest(questions) != before
 
 
