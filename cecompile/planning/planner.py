@@ -206,7 +206,7 @@ class Planner:
         return {"sweeps": sweeps, "passes_per_sweep": passes, "layer_bytes": size, "read_bytes": read}
 
     def _in_cache(self) -> dict[str, Any]:
-        """What the compile cache has recorded of this model and device, the same on all ranks; empty for another."""
+        """The compile cache's record of this model on this device, the same on all ranks; empty for a target device."""
         recorded = {} if self.sizing.options.target_device else self._recorded()
         return self._ranks.broadcast({name: recorded.get(name) or () for name in ("tuned", "geometries", "buckets")})
 
