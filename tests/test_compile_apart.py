@@ -11,6 +11,8 @@ from cecompile.compile_cache.store import WARM
 from cecompile.model.sample import sample_model
 from cecompile.model.structure import decoder_layers, kinds_of, on_meta
 from cecompile.run import compile_apart, warm_cache, warmup
+from cecompile.workload.plan import Geometry
+from cecompile.workload.stage import StagedPlan
 
 CPU = torch.device("cpu")
 QUESTIONS = [Question(str(i), "The bread of the town is " * (1 + i), ("warm", "not so warm"), 0) for i in range(4)]
@@ -32,24 +34,19 @@ def scorer_for(model, tmp_path, **how) -> Scorer:
 @pytest.mark.compiles
 def test_a_run_takes_what_was_compiled_apart(tiny_llama, tmp_path, unified, monkeypatch):
     steps = []
-    scorer = scorer_for(tiny_llama, tmp_path)
     before = counters["inductor"]["fxgraph_cache_miss"]
+    built = warm_cache.warm(scorer_for(tiny_llama, tmp_path), QUESTIONS, progress=lambda *one: steps.append(one))
+    assert built.before[0] == "cold"
+    assert steps.count(("warmup", 1, 1)) == 2  # apart, then with the weights
+    scorer = scorer_for(tiny_llama, tmp_path)
     scores = scorer.score(QUESTIONS)
-    assert counters["inductor"]["fxgraph_cache_miss"] == before  # compiled here is nothing
+    assert counters["inductor"]["fxgraph_cache_miss"] == before  # nothing was compiled in this process
     assert counters["inductor"]["fxgraph_cache_hit"] > 0
     assert (scorer.runtime.mode.engine, scorer.runtime.mode.note) == ("compiled", None)
-    assert scorer.runtime.warmup.cache_state[0] == "cold"
+    assert scorer.runtime.warmup.cache_state[0] == WARM
     monkeypatch.setattr(device, "is_integrated", lambda _: False)
     with_weights = scorer_for(tiny_llama, tmp_path / "other")
     assert with_weights.score(QUESTIONS).loglikelihoods == scores.loglikelihoods
-    monkeypatch.setattr(device, "is_integrated", lambda _: True)
-    built = warm_cache.warm(
-        scorer_for(tiny_llama, tmp_path / "third"), QUESTIONS, progress=lambda *one: steps.append(one)
-    )
-    assert built.before[0] == "cold"
-    assert steps.count(("warmup", 1, 1)) == 2  # apart, then with the weights
-    again = warm_cache.warm(scorer_for(tiny_llama, tmp_path / "third"), QUESTIONS)
-    assert again.before[0] == WARM
 
 
 def test_another_attention_is_planned_for_anew(tiny_llama, tmp_path, unified, monkeypatch):
@@ -70,24 +67,31 @@ def test_another_attention_is_planned_for_anew(tiny_llama, tmp_path, unified, mo
 
 
 @pytest.mark.process
-@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ("echo no compiler here >&2; exit 3", "no compiler here"),
+        ("echo no g++ here >&2; exit 3", "no g++ here"),
         ("kill -9 $$", "ended by signal 9"),
-        ("exit 1", "no reason"),
+        ("exit 1", "no reason given"),
     ],
 )
-def test_where_compiling_apart_fails_the_run_compiles(script, reason, tiny_llama, tmp_path, unified, monkeypatch):
+def test_a_process_that_fails_gives_its_reason(script, reason, tmp_path, monkeypatch):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
     monkeypatch.setattr(compile_apart.sys, "executable", str(python))
+    ready = StagedPlan(Geometry(1, 128, 1, False), ())
+    job = compile_apart.Job(None, torch.float32, CPU, "auto", "sdpa", 1, tmp_path, {}, ready)
+    assert compile_apart.compile_apart(job, lambda: None) == compile_apart.Outcome("sdpa", reason)
+
+
+@pytest.mark.compiles
+def test_where_compiling_apart_fails_the_run_compiles(tiny_llama, tmp_path, unified, monkeypatch):
+    monkeypatch.setattr(warmup, "compile_apart", lambda job, done: compile_apart.Outcome(job.planned, "no g++ here"))
     scorer = scorer_for(tiny_llama, tmp_path)
     scorer.score(QUESTIONS)
     assert scorer.runtime.mode.engine == "compiled"
-    assert f"compiled beside the weights: {reason}" in scorer.runtime.mode.note
+    assert scorer.runtime.mode.note == "compiled beside the weights: no g++ here"
 
 
 @pytest.mark.parametrize("kind", EXACT)
