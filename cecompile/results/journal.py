@@ -175,8 +175,12 @@ class Journal:
         Raises:
             UserError: the file system refuses; the journal ends with the record before.
         """
-        self._append(kind, self._window << 32 | index, payload)
-        self._added += 1
+        self._added += 1  # before: a signal may come as soon as the record is on disk
+        try:
+            self._append(kind, self._window << 32 | index, payload)
+        except UserError:
+            self._added -= 1
+            raise
 
     def close(self) -> None:
         """Closes the file; a journal without records is removed."""
