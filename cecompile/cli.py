@@ -119,7 +119,7 @@ def eval_command(
     """
     if resume and (overwrite or output is None):
         raise UserError("--resume: goes on with the run in --output, which must be named, and not with --overwrite")
-    begin_reading(how)
+    begin_reading(how["model"])
     from cecompile.results.compare import read_baseline
     from cecompile.results.journal import Journal, journals_in
     from cecompile.results.write import prepare_output
@@ -269,7 +269,7 @@ def warm_command(
         return
     if max_depth is not None and (data is not None or tune):
         raise UserError("--max-depth: is for data not yet seen; leave out --data and --tune")
-    begin_reading(how)
+    begin_reading(how["model"])
     from cecompile.tasks.read import read_windows
 
     dataset = None if max_depth is not None else read_windows(named(data, task), task, limit, window)

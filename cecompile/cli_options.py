@@ -126,10 +126,10 @@ def named(data: str | None, task: str) -> str:
     return str(demo.CHAT if task == "chat" else demo.HELLASWAG) if data is None else data
 
 
-def begin_reading(how: dict[str, Any]) -> None:
+def begin_reading(model: str | None) -> None:
     """Reads the weights while libraries are imported. Several ranks would each read all weights, and so do not."""
-    if how["model"] is not None and world_size() == 1:
-        prefetch.begin(how["model"])
+    if model is not None and world_size() == 1:
+        prefetch.begin(model)
 
 
 def model_of(how: dict[str, Any], task: str, ranks: Ranks = ALONE) -> Any:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cecompile.cli_options import MOST, new_tokens_option, running
-from cecompile.errors import UserError
+from cecompile.cli_options import MOST, begin_reading, new_tokens_option, running
+from cecompile.errors import writing
 from cecompile.imports import import_transformers
-from cecompile.model import prefetch
 from cecompile.tasks.chat import ChatQuestion, judge_answer
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def contest_command(
 
     Timed are loading the data and inference: every answer is written before the time is taken.
     """
-    prefetch.begin(model)
+    begin_reading(model)
     import_transformers()
     from cecompile.run.answerer import Answerer
 
@@ -59,10 +58,8 @@ def contest_command(
     answerer = Answerer.from_pretrained(model, new_tokens=max_new_tokens, **how)
     outputs = run_sections(answerer, data, longest)
     if predictions is not None:
-        try:
+        with writing(predictions):
             predictions.write_text("".join(json.dumps(out) + "\n" for out in outputs), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{predictions}: cannot be written: {error.strerror}") from None
 
 
 def run_sections(answerer: "Answerer", data: str, longest: int = LONGEST) -> list[list[dict[str, str]]]:

@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the others use the other cores
 import pytest
 from hypothesis import HealthCheck, settings
 from support.checkpoints import add_llama2_tokenizer, save_demo_llama, save_tiny_llama
+from support.runs import run_command
 
 pytest_plugins = ["support.quick"]
 atexit.register(shutil.rmtree, os.environ["CECOMPILE_CACHE"], ignore_errors=True)
@@ -64,6 +65,23 @@ def tiny_llama(tmp_path_factory) -> Path:
 def babbler(tmp_path_factory) -> Path:
     """The tiny Llama with the positions and the template that chats need."""
     return save_demo_llama(tmp_path_factory.mktemp("babbler"), max_position_embeddings=512)
+
+
+@pytest.fixture(scope="session")
+def scored(tmp_path_factory) -> Path:
+    """The demo model's result on 40 questions, to be left as it is."""
+    return evaluated(tmp_path_factory.mktemp("report") / "scored", "--limit", 40)
+
+
+@pytest.fixture(scope="session")
+def answered(tmp_path_factory) -> Path:
+    """The demo model's result on five chats, to be left as it is."""
+    return evaluated(tmp_path_factory.mktemp("report") / "answered", "--task", "chat", "--limit", 5)
+
+
+def evaluated(output: Path, *arguments: object) -> Path:
+    run_command("eval", "--engine", "eager", "--device", "cpu", *arguments, "--output", output)
+    return output
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,12 @@
 """A file is what it holds now, under exactly its name, whatever caches and patterns would make of it."""
 
-import csv
 import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-from support.rows import ROWS, write_rows
+from support.rows import ROWS, write_rows, write_table
 from support.runs import results, run_command
 
 from cecompile import read_questions
@@ -16,33 +15,16 @@ from cecompile.tasks.question import digest
 from cecompile.tasks.read import read_windows
 from cecompile.tasks.windows import Windows
 
-
-def write_csv(path: Path, rows) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["query", "choices", "gold"])
-        writer.writeheader()
-        writer.writerows(row | {"choices": json.dumps(row["choices"])} for row in rows)
-
-
-def write_parquet(path: Path, rows) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    with path.open("wb") as file:
-        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-
-
-WRITE = {"csv": write_csv, "parquet": write_parquet, "jsonl": write_rows}
-WRITE |= {"json": lambda path, rows: path.write_text(json.dumps(rows))}
+KINDS = ("csv", "parquet", "jsonl", "json")
 OLD, NEW = ROWS[:6], [row | {"query": row["query"].replace("Question", "Querying")} for row in ROWS[:6]]
 
 
-def write_old_and_new(path: Path, write) -> str:
+def write_old_and_new(path: Path) -> str:
     """Writes a file, lets it be read, and replaces its content by other content of the same size and time."""
-    write(path, OLD)
+    write_table(path, OLD)
     os.utime(path, (10**9, 10**9))
     before, found = digest(read_questions(path)), path.stat()
-    write(path, NEW)
+    write_table(path, NEW)
     os.utime(path, (10**9, 10**9))
     assert path.stat().st_mtime_ns == found.st_mtime_ns
     if path.suffix != ".parquet":
@@ -50,10 +32,10 @@ def write_old_and_new(path: Path, write) -> str:
     return before
 
 
-@pytest.mark.parametrize("kind", WRITE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_file_rewritten_with_the_same_time_is_read_again(kind, tmp_path):
     path = tmp_path / f"rows.{kind}"
-    before = write_old_and_new(path, WRITE[kind])
+    before = write_old_and_new(path)
     questions = read_questions(path)
     assert [question.context for question in questions] == [row["query"] for row in NEW]
     large = read_windows(path, "auto", None, 4)
@@ -65,8 +47,8 @@ def test_a_file_rewritten_with_the_same_time_is_read_again(kind, tmp_path):
 def test_a_copy_with_the_time_of_another_is_read_itself(kind, tmp_path):
     """As `cp -p` and `tar` leave it, in the place of a file that was read before."""
     old, new = tmp_path / f"rows.{kind}", tmp_path / f"new.{kind}"
-    WRITE[kind](old, OLD)
-    WRITE[kind](new, NEW)
+    write_table(old, OLD)
+    write_table(new, NEW)
     os.utime(new, ns=(old.stat().st_atime_ns, old.stat().st_mtime_ns))
     read_questions(old)
     os.replace(shutil.copy2(new, tmp_path / "copy"), old)
@@ -76,10 +58,10 @@ def test_a_copy_with_the_time_of_another_is_read_itself(kind, tmp_path):
 def test_a_plan_and_a_result_are_of_the_file_as_it_is(tiny_llama, tmp_path):
     path = tmp_path / "rows.csv"
     how = ["--model", tiny_llama, "--data", path, "--device", "cpu", "--engine", "eager"]
-    write_csv(path, OLD)
+    write_table(path, OLD)
     os.utime(path, (10**9, 10**9))
     plan = json.loads(run_command("plan", *how, "--json"))
-    write_csv(path, OLD[:3])
+    write_table(path, OLD[:3])
     os.utime(path, (10**9, 10**9))
     assert json.loads(run_command("plan", *how, "--json"))["useful_tokens"] < plan["useful_tokens"]
     run_command("eval", *how, "--output", tmp_path / "out")
@@ -90,10 +72,10 @@ def test_a_plan_and_a_result_are_of_the_file_as_it_is(tiny_llama, tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
 def test_a_file_that_changes_between_the_windows_is_refused_whatever_its_time(kind, tmp_path):
     path = tmp_path / f"rows.{kind}"
-    WRITE[kind](path, OLD)
+    write_table(path, OLD)
     os.utime(path, (10**9, 10**9))
     large = read_windows(path, "auto", None, 4)
-    WRITE[kind](path, NEW)
+    write_table(path, NEW)
     os.utime(path, (10**9, 10**9))
     with pytest.raises(UserError, match="changed while it was read"):
         list(large.questions)
@@ -110,9 +92,9 @@ PATTERNS = {
 @pytest.mark.parametrize("name", PATTERNS)
 def test_a_name_is_no_pattern(name, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    WRITE[kind](Path(f"{name}.{kind}"), NEW)
+    write_table(Path(f"{name}.{kind}"), NEW)
     alone = read_questions(f"{name}.{kind}")
-    WRITE[kind](Path(f"{PATTERNS[name]}.{kind}"), OLD)
+    write_table(Path(f"{PATTERNS[name]}.{kind}"), OLD)
     assert read_questions(f"{name}.{kind}") == alone
     assert [question.context for question in alone] == [row["query"] for row in NEW]
     os.remove(f"{name}.{kind}")
@@ -126,7 +108,7 @@ def test_no_other_name_is_a_pattern(tiny_llama, tmp_path, monkeypatch):
     shutil.copytree(tiny_llama, "model[1]")
     Path("model1").mkdir()
     Path("out1").mkdir()
-    write_csv(Path("rows[1].csv"), OLD)
+    write_table(Path("rows[1].csv"), OLD)
     how = ["eval", "--model", "model[1]", "--data", "rows[1].csv", "--device", "cpu", "--engine", "eager"]
     run_command(*how, "--output", "out[1]")
     run_command(*how, "--output", "out*", "--baseline", "out[1]")

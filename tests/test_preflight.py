@@ -19,8 +19,9 @@ from cecompile import Question, Scorer, device, procfs
 from cecompile.doctor import machine, trials
 from cecompile.doctor.machine import read_jetson
 from cecompile.doctor.preflight import Case, Preflight, fitting_profile, judge_case, line, print_preflight
-from cecompile.doctor.trials import LEAST_LEFT, Allocation, Attempt, PlannedRun, Reading, Trials, try_memory
+from cecompile.doctor.trials import Allocation, Attempt, PlannedRun, Reading, Trials, try_memory
 from cecompile.errors import UserError
+from cecompile.planning.memory import SYSTEM
 from cecompile.run.warm_cache import warm
 
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def wrong_group(case: Case, root: Path, patch) -> Case:
 
 def memory_is_short(case: Case, root: Path, patch) -> Case:
     """A device whose memory is the host's, and which has half a gigabyte less than needed."""
-    left = iter(range(NEEDED + LEAST_LEFT - 500_000_000, 0, -trials.CHUNK))
+    left = iter(range(NEEDED + SYSTEM - 500_000_000, 0, -trials.CHUNK))
     patch.setattr(procfs, "memory_left", lambda: next(left))
     patch.setattr(device, "is_integrated", lambda device: True)
     return tried(case, memory=try_memory(torch.device("meta"), NEEDED))
@@ -212,7 +213,7 @@ def test_a_tool_that_is_not_needed_is_not_missed(ready, orin, monkeypatch):
 def test_memory_of_the_host_is_reserved_and_a_share_of_it_touched(monkeypatch):
     wanted = 3 * trials.CHUNK // 2
     assert try_memory(CPU, wanted) == Allocation(wanted, wanted, wanted // trials.TOUCHED)
-    monkeypatch.setattr(procfs, "memory_left", lambda: wanted + LEAST_LEFT - 1000)
+    monkeypatch.setattr(procfs, "memory_left", lambda: wanted + SYSTEM - 1000)
     assert try_memory(CPU, wanted) == Allocation(wanted, wanted - 1000, 0)
 
 

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.image import imread
 from pypdf import PdfReader
 from reportlab.pdfbase.pdfmetrics import stringWidth
-from support.documents import evaluated, has, pages
+from support.documents import has, pages
 from support.runs import results as results_of
 from support.runs import run_command as run
 
@@ -37,16 +37,6 @@ COMPARISON = {
     "interval_points": {"acc": [0.2175, 1.1075], "acc_norm": None}, "agreement": 0.98765,
     "largest_difference": 0.00031, "differing": 3, "speed_ratio": 4.235, "verdict": "past",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory) -> Path:
-    return evaluated(tmp_path_factory.mktemp("report") / "scored", "--limit", 40)
-
-
-@pytest.fixture(scope="module")
-def answered(tmp_path_factory) -> Path:
-    return evaluated(tmp_path_factory.mktemp("report") / "answered", "--task", "chat", "--limit", 5)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.documents import evaluated, has, pages
+from support.documents import has, pages
 from support.runs import run_command as run
 from support.runs import run_script
 
@@ -16,16 +16,6 @@ from cecompile.results.read import read_results
 from cecompile.results.write import write_samples
 
 SUBMISSION = Path(__file__).parents[1] / "scripts" / "submission.py"
-
-
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory) -> Path:
-    return evaluated(tmp_path_factory.mktemp("report") / "scored", "--limit", 40)
-
-
-@pytest.fixture(scope="module")
-def answered(tmp_path_factory) -> Path:
-    return evaluated(tmp_path_factory.mktemp("report") / "answered", "--task", "chat", "--limit", 5)
 
 
 # The command

@@ -22,11 +22,11 @@ from cecompile.engine.probe import choose_attention
 from cecompile.errors import UserError, first_line, printable
 from cecompile.model.checkpoint import checkpoint_files
 from cecompile.model.sample import sample_model
+from cecompile.planning.memory import SYSTEM
 
 NVMAP = "dev/nvmap"  # all memory of a Jetson's GPU is allocated through this node
 OTHER_NODES = (*(f"dev/nvgpu/igpu0/{name}" for name in ("as", "channel", "ctrl", "tsg")), "dev/dri/renderD*")
 CHUNK = 512 * 2**20  # bytes: more than any tensor of a model of 14 billion parameters
-LEAST_LEFT = 300_000_000  # bytes that a system keeps to itself: below, the kernel ends processes
 TOUCHED = 16  # of host memory one page in so many is written to
 SAMPLE = 64 * 2**20  # bytes of a checkpoint that are read
 PIECE = 8 * 2**20
@@ -164,14 +164,14 @@ def try_memory(device: torch.device, wanted: int) -> Allocation:
     GPU's memory is the host's, allocating ends before the system's own memory is touched, because the system would end
     this process rather than report an error.
     """
-    if device.type == "cpu" and (left := procfs.memory_left() - LEAST_LEFT) < wanted:
+    if device.type == "cpu" and (left := procfs.memory_left() - SYSTEM) < wanted:
         return Allocation(wanted, max(0, left), 0)
     chunks: list[Tensor] = []
     taken, problem, shared = 0, None, device_memory.is_integrated(device)
     try:
         while taken < wanted:
             size = min(CHUNK, wanted - taken)
-            if shared and procfs.memory_left() < size + LEAST_LEFT:
+            if shared and procfs.memory_left() < size + SYSTEM:
                 break
             chunks.append(torch.empty(size, dtype=torch.uint8, device=device))
             chunks[-1][: size if device.type == "cuda" else -(-size // TOUCHED)].fill_(1)

@@ -36,8 +36,9 @@ SPARE, FEEDING = {"cuda": 4, "cpu": 0}, {"cuda": 38 * MiB, "cpu": 0}
 USABLE = {"cuda": 0.985, "cpu": 0.92}  # the share of the memory that a prediction may fill
 # Bytes that stay free of torch's allocations where the GPU's memory is the host's: those that the process takes beside
 # the allocator once its room is known (CUDA modules 0.3 GB, the compiler's Python and buffers 0.7 GB, measured on an
-# H200 by scripts/unified_memory.py), and 0.3 GB for the system.
-UNIFIED_RESERVE = 1_400_000_000
+# H200 by scripts/unified_memory.py), and those of the system, which would end a process that took them.
+SYSTEM = 300_000_000
+UNIFIED_RESERVE = 1_100_000_000 + SYSTEM
 STARTED = 1_100_000_000  # bytes of unified memory that the process takes before: imports, and the CUDA context
 
 

@@ -77,7 +77,7 @@ class Planner:
 
     def shapes(
         self, longest: int, answer: int, fit: bool, sizing: Sizing | None = None, shared: int = 0,
-        all_answers: int | None = None,
+        all_answers: int | None = None, recorded: dict[str, Any] | None = None,
     ) -> tuple[Geometry, DecodeShape | None]:  # fmt: skip
         """Returns the largest bucket's shape and the decoder's shape; with `fit`, shapes that memory holds together.
 
@@ -88,6 +88,7 @@ class Planner:
             sizing: another sizing than this planner's.
             shared: tokens that questions side by side typically share.
             all_answers: see `Sizing.decoding`.
+            recorded: the compile cache's record, where it has been read already.
 
         Raises:
             UserError: nothing fits, or trees of this length are not exact.
@@ -95,7 +96,8 @@ class Planner:
         self._check_rope(longest, answer)
         sizing = sizing or self.sizing
         blocks = self._mode.attention == "flex"
-        geometry = sizing.geometry(longest, blocks=blocks, recorded=self._in_cache(), shared=shared)
+        recorded = self._in_cache() if recorded is None else recorded
+        geometry = sizing.geometry(longest, blocks=blocks, recorded=recorded, shared=shared)
         if fit:
             geometry = sizing.fitting(geometry, longest, self._mode.engine, answer)
         return geometry, sizing.decoding(geometry, self._mode.engine, answer, fit, all_answers)
@@ -111,8 +113,10 @@ class Planner:
         Raises:
             UserError: see `shapes`.
         """
-        answer = sequences.longest_prompt + new_tokens if new_tokens else 0
-        all_answers = sequences.prompt_tokens + new_tokens * (int(sequences.questions[-1]) + 1)
+        answer, all_answers = 0, None
+        if new_tokens:
+            answer = sequences.longest_prompt + new_tokens
+            all_answers = sequences.prompt_tokens + new_tokens * (int(sequences.questions[-1]) + 1)
         longest = int(sequences.input_lengths.max())
         order = sort_sequences(sequences)
         if self.sizing.options.pipeline > 1 and not self.sizing.needs.shares:
@@ -124,11 +128,13 @@ class Planner:
         before = self._before if sizing is None and ahead is None else None
         if before is not None and _hold(before.geometry, before.decoding, longest, answer):
             geometry, decoding, known = before.geometry, before.decoding, before.buckets
+            recorded = None
         else:
-            shared, known = order.typically_shared(sequences), ()
-            geometry, decoding = ahead or self.shapes(longest, answer, fit, sizing, shared, all_answers)
+            shared, known, recorded = order.typically_shared(sequences), (), self._in_cache()
+            geometry, decoding = ahead or self.shapes(longest, answer, fit, sizing, shared, all_answers, recorded)
         boundary = boundary_of(self.config)
-        compiled = [tuple(shape) for shape in self._in_cache()["buckets"] if len(shape) == 2]  # others are decoders'
+        shapes = recorded["buckets"] if recorded else ()
+        compiled = [tuple(shape) for shape in shapes if len(shape) == 2]  # others are decoders'
         plan = make_plan(
             sequences, geometry, all_buckets=ahead is not None, order=order, buckets=known, boundary=boundary,
             tight=not self._same_shapes, compiled=compiled,

@@ -55,6 +55,7 @@ class Room:
 
     def _available(self) -> int:
         """Bytes that torch may take now; torch's share of them where others take of the same memory."""
-        device_memory.give_back(self._device)
+        if device_memory.is_the_hosts(self._device):  # elsewhere `available` counts in what torch holds
+            device_memory.give_back(self._device)
         reserve = UNIFIED_RESERVE if device_memory.is_integrated(self._device) else 0
         return device_memory.available(self._device) - reserve

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +77,10 @@ def job_for(
     options, chunk = planner.sizing.options, planner.sizing.tuning.readout_chunk
     firsts = {one.bucket: one for one in reversed(ready.staged)}
     staged = [firsts[bucket] for bucket in sorted(firsts)]
-    how: dict[str, Any] = {
-        "attention": options.attention,
-        "planned": planned,
-        "readout_chunk": chunk,
-        "cache": cache,
-        "facts": facts,
-    }
-    return Job(planner.config, planner.dtype, device, **how, ready=replace(ready, staged=staged))
+    return Job(
+        planner.config, planner.dtype, device, options.attention, planned, chunk, cache, facts,
+        replace(ready, staged=staged),
+    )  # fmt: skip
 
 
 def compile_apart(job: Job, done: Callable[[], None]) -> Outcome:
@@ -149,7 +145,7 @@ def main() -> None:
             outcome = _compile(job, done)
         except UserError as error:
             outcome = Outcome(job.planned, first_line(error))
-        print(json.dumps({"attention": outcome.attention, "reason": outcome.reason}), file=out)
+        print(json.dumps(asdict(outcome)), file=out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from cecompile.doctor.machine import Facts, read_devices, read_jetson
 from cecompile.doctor.preflight import Case, Preflight, fitting_profile, judge_case, line
 from cecompile.doctor.trials import PlannedRun, try_all
 from cecompile.errors import UserError
-from cecompile.model.checkpoint import DTYPES
 from cecompile.planning.estimate import phase_seconds
 from cecompile.planning.planner import largest
 from cecompile.planning.profiles import PROFILES
@@ -77,7 +76,7 @@ def _planned_run(runtime: Runtime, plan: Plan | Totals | StagedPlan) -> PlannedR
     return PlannedRun(
         model=runtime.name,
         device=runtime.device,
-        dtype=DTYPES.get(options.dtype) or getattr(config, "dtype", None) or torch.float32,
+        dtype=planner.dtype or torch.float32,
         engine=mode.engine,
         attention=mode.attention,
         another_will_do=options.attention == "auto",

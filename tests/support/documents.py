@@ -1,17 +1,9 @@
-"""Results for a report, and the texts of a report's pages."""
+"""The texts of a report's pages."""
 
 import io
 import re
-from pathlib import Path
 
 from pypdf import PdfReader
-
-from support.runs import run_command
-
-
-def evaluated(output: Path, *arguments) -> Path:
-    run_command("eval", "--engine", "eager", "--device", "cpu", *arguments, "--output", output)
-    return output
 
 
 def pages(pdf: bytes) -> str:

@@ -49,9 +49,11 @@ def write_table(path: Path, rows=ROWS) -> Path:
             writer.writeheader()
             writer.writerows(row | {"choices": json.dumps(row["choices"])} for row in rows)
     else:
-        from datasets import Dataset
+        import pyarrow
+        from pyarrow import parquet
 
-        Dataset.from_list(rows).to_parquet(path)
+        with path.open("wb") as file:  # pyarrow would take some names for addresses
+            parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     return path
 
 
