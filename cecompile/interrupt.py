@@ -17,6 +17,7 @@ from typing import Any
 
 GRACE = 1.0  # seconds after a signal in which another one is ignored
 LIMIT = 10.0  # seconds after a signal in which the command has to end; a pool whose workers were killed never does
+AGAIN = 0.05  # seconds after which the main thread is sent a signal that it has not handled
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _replaced: list[dict[signal.Signals, Any]] = []  # the handlers before each `signals_raise` under way, outermost first
 _fork = _thread.allocate_lock()  # held by the thread amid a fork, and by the process that ends its children
@@ -36,40 +37,60 @@ def signals_raise() -> Iterator[None]:
     """Lets the first SIGINT or SIGTERM raise `Interrupted`. A later signal ends the process at once.
 
     The process also ends, with the line of `Interrupted`, where LIMIT seconds after the first signal it still runs.
+    Outside the main thread the block runs without: the program that runs the thread handles signals.
     """
     first: float | None = None
     running = True
+    main = _thread.get_ident()
 
     def handle(number: int, _: FrameType | None) -> None:
         nonlocal first
-        if _thread.get_ident() in _forking:  # what is raised amid a fork is lost
-            _thread.start_new_thread(_send_again, (number,))
-        elif first is None:
+        if main in _forking:  # an exception raised amid a fork is lost; `watch` sends the signal again
+            return
+        if first is None:
             first = time.monotonic()
-            _thread.start_new_thread(end, (number,))
             raise Interrupted(number)
-        elif time.monotonic() - first > GRACE:
+        if time.monotonic() - first > GRACE:
             os._exit(128 + number)
 
-    def end(number: int) -> None:
-        time.sleep(LIMIT)
-        if running:
-            os.write(2, f"cecompile: {Interrupted(number)}; ended by force after {LIMIT:.0f} seconds\n".encode())
-            end_children()
-            os._exit(128 + number)
+    def watch() -> None:
+        """Wakes the main thread: a signal that another thread received does not end the main thread's wait."""
+        with os.fdopen(reading, "rb", buffering=0) as arrived:
+            while (number := arrived.read(1)[0]) not in _SIGNALS:
+                if number == 0:
+                    return
+            time.sleep(AGAIN)
+            while running and first is None:
+                signal.pthread_kill(main, number)
+                time.sleep(AGAIN)
+            time.sleep(LIMIT)
+            if running:
+                line = f"cecompile: {Interrupted(number)}; ended by force after {LIMIT:.0f} seconds\n"
+                os.write(2, line.encode())
+                end_children()
+                os._exit(128 + number)
 
-    before: dict[signal.Signals, Any] = {}
-    with suppress(ValueError):  # not the main thread: the program that runs this thread handles signals
+    try:
         before = {number: signal.signal(number, handle) for number in _SIGNALS}
-        _replaced.append(before)
+    except ValueError:  # not the main thread
+        yield
+        return
+    _replaced.append(before)
+    reading, writing = os.pipe()  # Python writes the number of a signal here, whichever thread received the signal
+    os.set_blocking(writing, False)
+    wakeup_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    _thread.start_new_thread(watch, ())
     try:
         yield
     finally:
         running = False
+        signal.set_wakeup_fd(wakeup_before)
         for number, handler in before.items():
             signal.signal(number, handler)
-        if before in _replaced:
+        if before in _replaced:  # not in a forked child, which shares the pipe
             _replaced.remove(before)
+            os.write(writing, b"\0")
+        os.close(writing)
 
 
 def end_children() -> None:
@@ -114,12 +135,6 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _send_again(number: int) -> None:
-    """Sends this process a signal that came amid a fork, a moment later."""
-    time.sleep(0.02)
-    os.kill(os.getpid(), number)
-
-
 def _before_fork() -> None:
     """Blocks the signals: Python forgets those that reach a child before the child's handlers are set."""
     _fork.acquire()
@@ -140,8 +155,10 @@ def _after_fork() -> None:
 
 def _after_fork_in_child() -> None:
     """Gives a forked child the handlers that this process had before `signals_raise`; then as `_after_fork`."""
-    for number, handler in (_replaced[0] if _replaced else {}).items():
-        signal.signal(number, _leave if handler is signal.default_int_handler else handler)
+    if _replaced:
+        signal.set_wakeup_fd(-1)
+        for number, handler in _replaced[0].items():
+            signal.signal(number, _leave if handler is signal.default_int_handler else handler)
     _replaced.clear()
     _after_fork()
     _forking.clear()

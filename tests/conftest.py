@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the others use the other cores
 import pytest
 from hypothesis import HealthCheck, settings
 from support.checkpoints import add_llama2_tokenizer, save_demo_llama, save_tiny_llama
+from support.objects import keep
 from support.runs import run_command
 
 pytest_plugins = ["support.quick"]
@@ -32,10 +33,15 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    """Benchmarks run once and measure nothing, unless an option of pytest-benchmark asks for their times."""
+    """Benchmarks run once and measure nothing, unless an option of pytest-benchmark asks for their times.
+
+    Where no times are asked for, code that is compiled again is copied.
+    """
     asks = ("enable", "autosave", "save", "compare", "compare_fail", "json", "histogram", "cprofile")
     if not any(config.getoption(f"benchmark_{name}", None) for name in asks):
         config.option.benchmark_disable = True
+        if not config.getoption("--ratios") and "PYTEST_XDIST_WORKER" not in os.environ:
+            keep()
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +71,14 @@ def tiny_llama(tmp_path_factory) -> Path:
 def babbler(tmp_path_factory) -> Path:
     """The tiny Llama with the positions and the template that chats need."""
     return save_demo_llama(tmp_path_factory.mktemp("babbler"), max_position_embeddings=512)
+
+
+@pytest.fixture(scope="session")
+def wide_llama(tmp_path_factory) -> Path:
+    """A random Llama of 27 MB whose activations take most of its memory, twelve times that in 2,048 tokens."""
+    sizes = {"hidden_size": 128, "intermediate_size": 8192, "num_attention_heads": 8, "num_key_value_heads": 8}
+    sizes |= {"max_position_embeddings": 1024, "initializer_range": 0.02}
+    return save_demo_llama(tmp_path_factory.mktemp("wide_llama"), **sizes)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from support.checkpoints import save_demo_llama
 from support.passes import stock_texts
 from support.runs import run_command
 from transformers import pipeline
@@ -26,14 +25,6 @@ def rows(tmp_path) -> Path:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(ROWS))
     return path
-
-
-@pytest.fixture(scope="module")
-def wide_llama(tmp_path_factory) -> Path:
-    """A Llama of 109 MB that writes in bytes of the demo's tokenizer; activations take most of its memory."""
-    sizes = {"hidden_size": 512, "intermediate_size": 8192, "num_attention_heads": 8, "num_key_value_heads": 8}
-    sizes |= {"max_position_embeddings": 1024, "initializer_range": 0.02}
-    return save_demo_llama(tmp_path_factory.mktemp("wide_llama"), **sizes)
 
 
 @pytest.mark.parametrize("engine", ["eager", "reference"])

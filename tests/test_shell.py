@@ -195,7 +195,6 @@ __main__.main()
 """
 
 
-@pytest.mark.skip(reason="under load a signal may go to another thread while the main thread waits, and is lost")
 @pytest.mark.process
 @pytest.mark.parametrize("group", [True, False], ids=["group", "command alone"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
