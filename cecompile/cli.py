@@ -140,7 +140,7 @@ def eval_command(
     clock.enter("preprocess")
     dataset = read_windows(name, task, limit, window)
     clock.enter("load_model")
-    import_transformers()
+    import_transformers("cecompile.run.evaluation")
     from rich.console import Console
 
     from cecompile.compile_cache.store import remove_workspaces
@@ -211,7 +211,7 @@ def plan_command(
     from cecompile.tasks.read import read_windows
 
     dataset = read_windows(named(data, task), task, limit, window)
-    import_transformers()
+    import_transformers("cecompile.run.windows")
     from rich.console import Console
 
     from cecompile.planning.estimate import as_planned_on, estimate, weights_fit
@@ -273,7 +273,7 @@ def warm_command(
     from cecompile.tasks.read import read_windows
 
     dataset = None if max_depth is not None else read_windows(named(data, task), task, limit, window)
-    import_transformers()
+    import_transformers("cecompile.run.warm_cache")
     from cecompile.run.warm_cache import warm
 
     model = model_of(how, task if dataset is None else dataset.task)
@@ -355,7 +355,7 @@ def _preflight(facts: Any, rows: tuple[Any, ...], how: dict[str, Any]) -> Any:
     """Tries the machine for a run of the `rows` that `read_windows` is given."""
     if how["engine"] == "reference":
         raise UserError("--engine reference: runs without a plan; choose another engine")
-    import_transformers()
+    import_transformers("cecompile.run.preflight")
     from cecompile.run.preflight import preflight
     from cecompile.run.windows import plan_in_windows
     from cecompile.tasks.read import read_windows

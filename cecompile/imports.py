@@ -4,6 +4,8 @@
 clock, and memory. In a process of our own command line these packages seem absent while `transformers` is imported.
 """
 
+import gc
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +26,36 @@ def without(packages: tuple[str, ...]) -> Iterator[None]:
                 sys.modules.pop(name, None)
 
 
-def import_transformers() -> None:
-    """Imports the modules of `transformers` that every run needs."""
-    with without(UNUSED):
-        import transformers.generation.utils
-        import transformers.modeling_utils
-        import transformers.models.auto.modeling_auto  # noqa: F401
+def import_transformers(*modules: str) -> None:
+    """Imports the modules of `transformers` that every run needs, then `modules`, which import `transformers` too.
+
+    Garbage is not collected meanwhile, and later collections leave out what is imported. On two CPU cores collecting
+    took 0.8 of 4.0 seconds of the imports, and each later collection 0.2 seconds.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with without(UNUSED):
+            import transformers.generation.utils
+            import transformers.modeling_utils
+            import transformers.models.auto.modeling_auto  # noqa: F401
+        for module in modules:
+            importlib.import_module(module)
+        if gc.get_freeze_count() == 0:
+            gc.freeze()
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Leaves what there is out of collections of garbage within this context, where nothing is left out already."""
+    none_yet = gc.get_freeze_count() == 0
+    if none_yet:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if none_yet:
+            gc.unfreeze()

@@ -1,6 +1,7 @@
 """Tiny models with random weights, tokenizers trained on the spot, and the real inputs where they are at hand."""
 
 import atexit
+import gc
 import os
 import shutil
 import subprocess
@@ -42,6 +43,11 @@ def pytest_configure(config):
         config.option.benchmark_disable = True
         if not config.getoption("--ratios") and "PYTEST_XDIST_WORKER" not in os.environ:
             keep()
+
+
+def pytest_collection_finish():
+    """Leaves what the tests import out of all later collections of garbage, as the command line does."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

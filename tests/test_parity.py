@@ -80,7 +80,7 @@ def test_equals_lm_eval(which, kind, tiny_llama, rows_file, wikihow_file):
 
 @pytest.fixture(scope="session")
 def reference(llama_tokenizer_dir):
-    questions = cecompile.read_questions(shared_file("hellaswag_val.jsonl"), limit=300)
+    questions = cecompile.read_questions(shared_file("hellaswag_val.jsonl"), limit=150)
     scorer = cecompile.Scorer.from_pretrained(llama_tokenizer_dir, device="cpu", engine="reference")
     return questions, scorer.score(questions)
 

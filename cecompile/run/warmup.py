@@ -15,6 +15,7 @@ from cecompile.engine.attention import attention_before
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import choose_attention
 from cecompile.errors import CheckError, UserError, printable
+from cecompile.imports import uncollected
 from cecompile.model.support import takes_ours
 from cecompile.model.unchanged import Content, made_buffers
 from cecompile.planning.planner import Mode, Planner, largest
@@ -188,14 +189,12 @@ class Warmup:
         warmed = None
         if self._mode.engine == "compiled":
             initialise.begin(self._device).join()
-        gc.freeze()  # capturing a graph collects garbage first: what is here already need not be looked at each time
         try:
-            warmed = builder.warm(self._mode.engine, ready, Counter("warmup", ready.steps, progress))
+            with uncollected():  # capturing a graph collects garbage first
+                warmed = builder.warm(self._mode.engine, ready, Counter("warmup", ready.steps, progress))
         except Exception as error:
             if not device_memory.is_out_of_memory(error):
                 raise
-        finally:
-            gc.unfreeze()
         if not self._ranks.any(warmed is None):
             return warmed
         warmed = None
