@@ -139,7 +139,7 @@ def test_a_longer_sequence_in_a_later_window_is_warmed_up_for(babbler, tmp_path)
 
 def test_questions_in_memory_are_run_in_windows_too(babbler, tmp_path, runs):
     questions = read_questions(write_rows(tmp_path / "rows.jsonl"))
-    scorer = Scorer.from_pretrained(babbler, engine="eager", tokens_per_bucket=256)
+    scorer = Scorer.from_pretrained(babbler, device="cpu", engine="eager", tokens_per_bucket=256)
     done = evaluate(scorer, questions, window=7, repeat=2)
     assert done.results["metrics"] == runs("trees").results("windows")["metrics"]
     assert done.results["inference_s"]["runs"] == 2

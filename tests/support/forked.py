@@ -1,7 +1,8 @@
 """Processes forked from one that has imported torch and transformers.
 
 Importing both takes most of the time of a short command. A forked process stands for one of its own where a test is
-about neither imports nor memory, nor about variables that libraries read as they are imported.
+about neither imports nor memory, nor about variables that libraries read as they are imported. Where there is a CUDA
+device, each process imports anew: CUDA does not bear a fork.
 """
 
 import atexit
@@ -14,7 +15,9 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+import torch
+
+_CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 _CONTEXT.set_forkserver_preload(
     ["torch", "torch.distributed.run", "transformers.models.llama.modeling_llama", "datasets", "cecompile.cli",
      "cecompile.lm_eval"]
@@ -48,8 +51,6 @@ def _begin(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
-    import torch
-
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
     try:
         function(*arguments)
