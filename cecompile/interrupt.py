@@ -166,6 +166,8 @@ def _after_fork_in_child() -> None:
 
 def _leave(number: int, _: FrameType | None) -> None:
     """Ends a forked child as Python's handler of SIGINT does, giving back its locks, but without a traceback."""
+    if _forking:  # the child has just begun and holds no lock; an exception raised amid a fork is lost
+        os._exit(128 + number)
     raise SystemExit(128 + number)
 
 

@@ -17,11 +17,11 @@ for argument; do
     case "$argument" in *.cpp) source="$argument" ;; esac
     before="$argument"
 done
-case "$out" in *.so) ;; *) exec {compiler} "$@" ;; esac
+case "$out" in *.so) ;; *) exec "{compiler}" "$@" ;; esac
 arguments="${{*//"$source"/}}"
 read -r key _ < <(cat "$source" - <<<"${{arguments//"$out"/}}" | sha256sum)
 if ! cp "{store}/$key" "$out" 2>/dev/null; then
-    {compiler} "$@" || exit
+    "{compiler}" "$@" || exit
     cp "$out" "$out.kept" && mv "$out.kept" "{store}/$key"
 fi
 """
