@@ -14,7 +14,7 @@ import click
 from cecompile import streams
 from cecompile.cli_options import MOST, Percentage, begin_reading, model_of, named, pipeline_option, selection
 from cecompile.contest import contest_command
-from cecompile.errors import AlreadyReportedError, CheckError, UserError, first_line
+from cecompile.errors import AlreadyReportedError, CheckError, RecurringError, UserError, first_line
 from cecompile.imports import import_transformers
 from cecompile.interrupt import Interrupted, command_to_resume, end_children, signals_raise
 from cecompile.planning.profiles import PROFILES
@@ -38,7 +38,7 @@ class OneLineErrors(click.Group):
             with signals_raise():
                 return super().invoke(ctx)
         except (UserError, CheckError) as error:
-            line = f"{error}{_resuming(ctx, begun=True)}"
+            line = f"{error}{'' if isinstance(error, RecurringError) else _resuming(ctx, begun=True)}"
             if not isinstance(error, AlreadyReportedError) and ctx.meta.get("ranks", ALONE).says(line):
                 click.echo(f"cecompile: {_speaker(ctx)}{line}", err=True)
             ctx.exit(2 if isinstance(error, UserError) else 1)

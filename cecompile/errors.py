@@ -21,6 +21,10 @@ class CheckError(_OneLineError):
     """A result that must not be reported; the command line prints the message and exits with status 1."""
 
 
+class RecurringError(CheckError):
+    """A CheckError that the same run would meet again; the message does not say how to resume."""
+
+
 @contextmanager
 def file_errors(problem: str, kind: type[UserError] = UserError) -> Iterator[None]:
     """Turns an OSError into an error of one line: the problem, and the system's reason."""

@@ -48,6 +48,19 @@ class CecompileLM(HFLM):
                 raise UserError(f"memory_limit '{limit}': give bytes, or a number with a unit such as GB") from None
         model, name = self.model.eval().requires_grad_(False), str(self.config.name_or_path or "model")
         self._scorer = Scorer.from_model(model, self.tokenizer, name=name, **own)
+        self._requests: Sequence[Any] = []  # lm_eval's own form of those under way
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Returns `hf`'s results; a request that cannot be scored is named by its task and document."""
+        for request in requests:
+            if not request.args[1]:
+                raise UserError(f"{_named(request)}: an empty continuation; {_LOOK}")
+        self._requests = requests
+        try:
+            values: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        finally:
+            self._requests = []
+        return values
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, override_bs: int | None = None
@@ -55,6 +68,13 @@ class CecompileLM(HFLM):
         """Returns (loglikelihood, whether greedy decoding gives the continuation) per request, in order."""
         if not requests:
             return []
+        for asked, (_, _, continuation) in zip(self._requests, requests, strict=False):  # none for rolling windows
+            if not continuation:
+                fault = f"continuation {asked.args[1]!r} adds no token to its context"
+                raise UserError(f"{_named(asked)}: {fault}; {_LOOK}")
+            if len(continuation) > self.max_length:
+                too_long = f"a continuation of {len(continuation)} tokens; the model reads {self.max_length}"
+                raise UserError(f"{_named(asked)}: {too_long}")
         sequences, order = as_sequences(requests, self.max_length)
         loglikelihood, greedy = self._scorer.score_sequences(sequences)
         out: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
@@ -80,6 +100,14 @@ class CecompileLM(HFLM):
         with stock_attention(self.model, self._scorer.runtime.weights.stock_attention):
             texts: list[str] = super().generate_until(requests, disable_tqdm)
         return texts
+
+
+_LOOK = "look at the task's doc_to_choice and doc_to_target"
+
+
+def _named(request: Any) -> str:
+    """A request of lm_eval by its task and the number of its document, where lm_eval gives both."""
+    return f"task '{request.task_name or 'unnamed'}', document {'?' if request.doc_id is None else request.doc_id}"
 
 
 def as_sequences(requests: Sequence[Pair], max_length: int) -> tuple[Sequences, list[int]]:

@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -11,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support.checkpoints import copy_without_weights, save_tiny_llama
+from support.checkpoints import add_tokenizer, copy_without_weights, save_tiny_llama
+from support.models import tiny_model
 from support.rows import ROWS as ROWS_
 from support.rows import shared_file, write_rows
 from support.runs import results, run_process, samples
@@ -221,6 +223,23 @@ def test_latencies():
     phases = {"load_model": 1, "preprocess": 2, "warmup": 4, "inference": 8, "score": 16}
     assert latencies(phases, [8]) == {"strict": 29, "section3": 10, "inference": 8}
     assert latencies(phases, [1, 2, 5]) == {"strict": 23, "section3": 4, "inference": 2}  # as if run once
+
+
+def test_a_choice_that_the_head_rules_out_has_minus_infinity(data, tmp_path):
+    """As every engine finds, and results of two runs agree about it."""
+    model = tiny_model("phi", vocab_size=1024, max_position_embeddings=512)
+    model.lm_head.bias[3::5] = -math.inf
+    model.save_pretrained(tmp_path / "model")
+    add_tokenizer(tmp_path / "model")
+    for engine in ("eager", "reference"):
+        run("eval", "--model", tmp_path / "model", "--data", data, "--engine", engine, "--output", tmp_path / engine)
+    one, other = ([s["loglikelihoods"] for s in samples(tmp_path / engine)] for engine in ("eager", "reference"))
+    assert any(value == -math.inf for values in one for value in values)
+    assert any(value > -math.inf for values in one for value in values)
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-3)
+    compared = json.loads(run("compare", tmp_path / "reference", tmp_path / "eager", "--json"))
+    assert compared["largest_difference"] < 1e-3
 
 
 def test_repeated_inference_counts_its_median(tiny_llama, tmp_path):

@@ -49,6 +49,7 @@ def test_a_run_takes_what_was_compiled_apart(tiny_llama, tmp_path, unified, monk
     assert with_weights.score(QUESTIONS).loglikelihoods == scores.loglikelihoods
 
 
+@pytest.mark.compiles
 def test_another_attention_is_planned_for_anew(tiny_llama, tmp_path, unified, monkeypatch):
     asked = []
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from support.models import ARCHITECTURES, tiny_model
+from support.models import ARCHITECTURES, EXACT, VOCABULARY, tiny_model
 from support.passes import assert_scored_as_stock, prepared, random_sequences, score
 from support.waiting import HANG, wait_until
 from torch._dynamo import funcname_cache
@@ -25,13 +25,15 @@ from cecompile.engine.forward import Engine
 from cecompile.engine.inductor_cpu import quote_paths
 from cecompile.engine.parts import compile_options
 from cecompile.engine.probe import choose_attention
-from cecompile.engine.reference import rounding, score_one_by_one
+from cecompile.engine.reference import relative_distance, rounding, score_one_by_one
+from cecompile.engine.verify import decoding_disagreement, disagreement
 from cecompile.errors import UserError
 from cecompile.model import safetensors_reader as streaming
 from cecompile.model.unchanged import EQUAL
 from cecompile.results.clock import Clock
 from cecompile.run.engine_builder import EngineBuilder
 from cecompile.run.scorer import collect
+from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import BLOCK, Bucket, Geometry, choose_geometry, make_plan
 from cecompile.workload.stage import StagedPlan
 
@@ -68,6 +70,48 @@ def test_longrope_on_either_side_of_its_boundary(kind, lengths):
         with torch.compiler.set_stance("force_eager"):
             again, _ = score_one_by_one(model, sequences)
         np.testing.assert_array_equal(again, expected)
+
+
+@pytest.mark.parametrize("kind", ["phi", "codegen", "gptj"])
+@pytest.mark.parametrize("ruled_out", ["tokens that no choice has", "tokens of choices"])
+def test_tokens_that_the_head_rules_out(kind, ruled_out):
+    """Their logits are minus infinity, as for rows of the vocabulary past the tokenizer's."""
+    vocabulary, first = (VOCABULARY + 32, VOCABULARY) if ruled_out.startswith("tokens that") else (VOCABULARY, 80)
+    model, sequences = tiny_model(kind, **EXACT[kind], vocab_size=vocabulary), random_sequences()
+    model.lm_head.bias[first:] = -torch.inf
+    assert choose_attention(model, "sdpa") == ("sdpa", None)
+    assert rounding(model, sequences, range(4)) < 1e-3
+    expected, expected_greedy = score_one_by_one(model, sequences)
+    assert np.isneginf(expected).any() == (first < VOCABULARY)
+    engine, staged = prepared(model, sequences, "sdpa", compiled=False)
+    got, greedy = collect(len(sequences), staged, engine.run(staged))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    assert (greedy == expected_greedy).all()
+    assert disagreement(engine, model, "eager", sequences, staged) <= 1
+    shape = DecodeShape(128, 3, (16, 3))
+    assert decoding_disagreement(engine.decoder(shape), model, "eager", sequences) <= 1
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "distance"),
+    [
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], 0.0),
+        ([1.0, -torch.inf], [1.0, -torch.inf], 0.0),
+        ([-torch.inf], [-torch.inf], 0.0),
+        ([1.0, -torch.inf], [1.0, 2.0], torch.inf),
+        ([1.0, 2.0], [1.0, -torch.inf], torch.inf),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([5.0, 5.0], [5.0, 5.0], 0.0),
+        ([3.0], [3.0], 0.0),
+        ([0.0, 2.0, -torch.inf], [-1.0, 1.0, -torch.inf], 1.0),
+    ],
+)
+def test_the_distance_of_logits_bears_what_a_head_rules_out(got, expected, distance):
+    assert relative_distance(torch.tensor(got), torch.tensor(expected)) == pytest.approx(distance)
+
+
+def test_logits_that_are_not_numbers_are_at_no_distance():
+    assert np.isnan(relative_distance(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0])))
 
 
 @pytest.mark.parametrize("length", [128, 384, 512, 640])

@@ -169,7 +169,7 @@ def test_weights_that_are_not_numbers(value, engine, model, tmp_path):
 
 
 def test_the_question_that_gives_no_number_is_named(babbler, tmp_path):
-    """One token's embedding is no number, and one late question has it: what was done before is kept."""
+    """One token's embedding is no number, and one late question has it. To go on would end in the same."""
     model = shutil.copytree(babbler, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
     token = tokenizer("Question Z is", add_special_tokens=False)["input_ids"]
@@ -182,7 +182,7 @@ def test_the_question_that_gives_no_number_is_named(babbler, tmp_path):
         failed = run("out", *more)
         assert failed.exit_code == 1
         assert "question 'the odd one': the model's log-probability is nan; no result was written" in failed.output
-        assert "continue with: cecompile eval" in failed.output
+        assert "continue with" not in failed.output
         assert [p.name for p in (tmp_path / "out").iterdir()] == [NAME]
 
 

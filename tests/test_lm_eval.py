@@ -210,6 +210,25 @@ def test_options_are_checked(options, words, tmp_path):
         CecompileLM(pretrained=str(save_model(tmp_path, "llama")), device="cpu", **options)
 
 
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"choices": ["yes", ""]}, "an empty continuation; look at the task's doc_to_choice"),
+        ({"query": "", "choices": ["yes", ""]}, "an empty continuation; look at the task's doc_to_choice"),
+        ({"query": "th", "choices": ["e", "no"]}, "continuation 'e' adds no token to its context; look at the"),
+        ({"choices": ["yes", "word " * 600]}, r"a continuation of \d+ tokens; the model reads 512"),
+    ],
+)
+def test_what_cannot_be_scored_is_named_by_its_task_and_document(row, line, tasks, tmp_path):
+    rows = [{"query": "q", "choices": ["yes", "no"], "gold": 0} | more for more in ({}, row)]
+    files = {"test": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    task = next(t for t in tasks if t["task"] == "qa_0") | {"dataset_kwargs": {"data_files": files}}
+    model = save_model(tmp_path / "model", "llama")
+    ours = CecompileLM(pretrained=str(model), device="cpu", dtype="float32", engine="eager")
+    with pytest.raises(UserError, match=f"task 'qa_0', document 1: {line}"):
+        run(ours, [task | {"target_delimiter": ""}])
+
+
 @pytest.mark.process
 def test_the_command_line_is_lm_evals(tasks, tmp_path, monkeypatch):
     import yaml

@@ -1,5 +1,6 @@
 """Rows become the text that lm-evaluation-harness would make of them, and answers are judged as it would."""
 
+import csv
 import json
 import math
 import tempfile
@@ -8,6 +9,7 @@ import pytest
 from support.rows import write_table
 
 from cecompile import read_questions
+from cecompile.errors import UserError
 from cecompile.tasks.judge import judge, metrics
 from cecompile.tasks.question import Question, digest
 from cecompile.tasks.read import _hub_rows, read_dataset
@@ -75,6 +77,78 @@ def test_every_file_type_gives_the_same_questions(tmp_path):
     for path in (array, *(write_table(tmp_path / f"rows.{kind}", rows) for kind in ("parquet", "csv"))):
         assert read_questions(path) == expected
         assert digest(read_questions(path)) == digest(expected)
+
+
+@pytest.mark.parametrize(
+    ("cell", "choices"),
+    [
+        ('["4", "5"]', ("4", "5")),
+        ("[4, 5.50, -1e3]", ("4", "5.50", "-1e3")),
+        ("['4', 5.50, -1e3]", ("4", "5.50", "-1e3")),
+        ("[true, NaN, null]", ("true", "NaN", "null")),
+        ("[True, None, 0x10]", ("True", "None", "0x10")),
+        ("('a', 'it\\'s')", ("a", "it's")),
+    ],
+)
+def test_lists_in_cells_are_the_texts_as_written(cell, choices, tmp_path):
+    with (tmp_path / "rows.csv").open("w") as file:
+        csv.writer(file).writerows([["query", "choices", "gold"], ["2+2?", cell, "0"]])
+    assert read_questions(tmp_path / "rows.csv") == [Question("0", "2+2?", choices, 0)]
+
+
+def test_cells_of_numbers_are_texts(tmp_path):
+    (tmp_path / "rows.csv").write_text("goal,sol1,sol2,label,id\nWhat is 2+2?,4,05,0,007\n1.50,true,null,1,8\n")
+    assert read_questions(tmp_path / "rows.csv") == [
+        Question("007", "Question: What is 2+2?\nAnswer:", ("4", "05"), 0),
+        Question("8", "Question: 1.50\nAnswer:", ("true", "null"), 1),
+    ]
+
+
+def test_every_nested_field_is_read_from_a_cell(tmp_path):
+    messages = [{"role": "user", "content": "choices: [1, 2]"}]
+    options = {"text": ["a", "b"], "label": ["A", "B"]}
+    wiki = {"activity_label": "l", "ctx_a": "a", "ctx_b": "b", "endings": ["x", "y"], "label": 0}
+    for row in (
+        {"message": messages, "answer": "1"},
+        {"messages": messages, "answer": "1"},
+        {"question": "q", "choices": options, "answerKey": "B"},
+        {"question_stem": "q", "choices": options, "answerKey": "B"},
+        wiki,
+    ):
+        expected = read(tmp_path, row)
+        for write in (json.dumps, repr):
+            cells = {name: value if isinstance(value, str) else write(value) for name, value in row.items()}
+            with (tmp_path / "rows.csv").open("w") as file:
+                csv.writer(file).writerows([list(cells), list(cells.values())])
+            assert read_questions(tmp_path / "rows.csv") == expected
+
+
+NUMPY = {
+    "query,choices,gold\nq,['a' 'b' 'c'],0\n": "'choices'",
+    "query,choices,gold\nq,\"['a' 'b'\n 'c']\",0\n": "'choices'",
+    "activity_label,ctx_a,ctx_b,endings,label\nl,a,b,['x' 'y'],0\n": "'endings'",
+    "query,choices,gold\nq,\"array(['a', 'b'], dtype=object)\",0\n": "'choices'",
+    "question,choices,answerKey\nq,\"{'text': array(['a'], dtype=object), 'label': array(['A'])}\",A\n": "'choices'",
+    "message\n[{'role': 'user' 'content'}]\n": "'message'",
+}
+
+
+@pytest.mark.parametrize("text", NUMPY)
+def test_lists_as_numpy_prints_them_are_refused(text, tmp_path):
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(UserError, match=rf"row 1: field {NUMPY[text]}: written as NumPy prints it; save the rows as"):
+        read_questions(tmp_path / "rows.csv")
+
+
+def test_messages_and_content_in_parts(tmp_path):
+    parts = [{"type": "text", "text": "which?\n"}, {"type": "text", "text": "choices: ['c', 'd']"}]
+    for name in ("message", "messages"):
+        (question,) = read(tmp_path, {name: [{"role": "user", "content": parts}], "answer": "c"})
+        assert question.messages == (("user", "which?\nchoices: ['c', 'd']"),)
+    image = [*parts, {"type": "image_url", "image_url": {"url": "x"}}]
+    for content in (image, [], [parts], [{"type": "text"}]):
+        with pytest.raises(UserError, match=r"field 'messages\[0\]\.content"):
+            read(tmp_path, {"messages": [{"role": "user", "content": content}]})
 
 
 @pytest.mark.parametrize("content", [{"query": "q", "choices": ["a", "b"]}, [{"query": "q", "choices": ["a", "b"]}]])

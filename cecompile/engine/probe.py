@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from cecompile.device import is_out_of_memory
 from cecompile.engine.attention import TreeMasks, attention_before, install
-from cecompile.engine.reference import rounding, stock_logits
+from cecompile.engine.reference import relative_distance, rounding, stock_logits
 from cecompile.errors import CheckError, UserError, first_line
 from cecompile.model.support import refusal
 from cecompile.workload.plan import BLOCK, Geometry, make_plan
@@ -65,7 +65,7 @@ def _problem(model: PreTrainedModel, attention: str) -> str | None:
     expected = torch.cat([stock_logits(model, sequences, i) for i in every])
     if (expected.isnan() | expected.isposinf()).any():
         raise CheckError(f"{type(model).__name__}: the stock model's logits are not numbers; no result was written")
-    difference = ((got - expected).square().mean().sqrt() / expected.std()).item()
+    difference = relative_distance(got, expected)
     if difference <= TOLERANCE[model.dtype] or difference <= ROUNDINGS * rounding(model, sequences, every):
         return None
     return f"logits differ by {difference:.2g} of their standard deviation"

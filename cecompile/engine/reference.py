@@ -4,6 +4,7 @@ The reference shares no tree, packing or attention code with the other engines, 
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from cecompile.workload.sequences import Ints, Sequences
 
+SPREADLESS = 1e-4
 ROUNDED, READ = 256, 8  # `rounding` runs a sequence's first 256 tokens, and compares the logits of the last 8
 
 AllLogits = Callable[[Sequence[Ints], Sequence[int]], list[Tensor]]  # see `last_logits`, of a given model
@@ -61,8 +63,25 @@ def rounding(
         return 0.0
     finally:
         model.set_attn_implementation(own)
-    difference = torch.cat([a - b for a, b in zip(got, expected, strict=True)])
-    return (difference.square().mean().sqrt() / torch.cat(expected).std()).item()
+    found = relative_distance(torch.cat(got), torch.cat(expected))
+    return found if math.isfinite(found) else 0.0
+
+
+def relative_distance(got: Tensor, expected: Tensor) -> float:
+    """The root mean square of the differences, in standard deviations of the expected values.
+
+    Minus infinity on both sides does not count: a head may rule tokens out. Infinite where only one side is finite.
+    Values that are all equal count as if their standard deviation were SPREADLESS of them.
+    """
+    pairs = got[got != expected], expected[got != expected]
+    if not all(side.isfinite().all() for side in pairs):
+        return math.nan if any(side.isnan().any() for side in pairs) else math.inf
+    finite = expected[expected.isfinite()]
+    difference = (pairs[0] - pairs[1]).square().sum().item() / max(1, len(finite))
+    if difference == 0:
+        return 0.0
+    spread = max(finite.std(correction=0).item(), SPREADLESS * finite.abs().max().item()) or 1.0
+    return difference**0.5 / spread
 
 
 @torch.inference_mode()

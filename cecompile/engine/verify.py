@@ -20,7 +20,7 @@ from cecompile.engine.buffers import Readouts
 from cecompile.engine.decode import Decoder
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import ROUNDINGS, TOLERANCE
-from cecompile.engine.reference import rounding, stock_logits
+from cecompile.engine.reference import SPREADLESS, rounding, stock_logits
 from cecompile.workload.decode_schedule import Step
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import StagedPass
@@ -111,10 +111,13 @@ def distance(
             logits = stock_logits(model, sequences, i) if expected is None else expected[i]
             target = torch.from_numpy(sequences.targets(i).astype(np.int64)).to(logits.device)
             logprob = logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
-            errors.append(torch.from_numpy(ours) - logprob.cpu()[-len(ours) :])
-            spread.append(logits.std().item())
-        if np.isfinite(spread).all():
-            worst = max(worst, torch.cat(errors).square().mean().sqrt().item() / max(spread))
+            both = torch.from_numpy(ours), logprob.cpu()[-len(ours) :]
+            errors.append(torch.where(both[0] == both[1], 0.0, both[0] - both[1]))  # also where both are infinite
+            possible = logits[~logits.isneginf()]  # a head may rule tokens out
+            spread.append(max(possible.std(correction=0).item(), SPREADLESS * possible.abs().max().item()) or 1.0)
+        error = torch.cat(errors).square().mean().sqrt().item()
+        if np.isfinite(spread).all() and error > 0:
+            worst = max(worst, error / max(spread))
     if worst > tolerated:
         tolerated = max(tolerated, ROUNDINGS * rounded())
     return worst / tolerated

@@ -206,7 +206,7 @@ def _difference(a: Sample | AnswerSample, b: Sample | AnswerSample, name: str) -
 def _largest(a: Samples, b: Samples) -> float | None:
     """The largest difference of a loglikelihood; None for texts."""
     apart = [
-        abs(x - y)
+        0.0 if x == y else abs(x - y)  # also where both are minus infinity
         for one, other in zip(a, b, strict=True)
         if isinstance(one, Sample) and isinstance(other, Sample)
         for x, y in zip(one.loglikelihoods, other.loglikelihoods, strict=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from cecompile.engine.forward import Engine, Readouts
 from cecompile.engine.reference import score_alone
 from cecompile.engine.stock_pipeline import StockPipeline
-from cecompile.errors import CheckError, first_line
+from cecompile.errors import CheckError, RecurringError, first_line
 from cecompile.partitioned.pipeline import LostError
 from cecompile.partitioned.streaming import StreamingEngine
 from cecompile.results.journal import ANSWERS, PASSES
@@ -231,7 +231,7 @@ def _units(rows: Mapping[int, tuple[Ints, int]], size: int) -> list[list[int]]:
 
 
 def _refuse_nonsense(sequence: Any, values: Any, named: Named) -> None:
-    bad = np.flatnonzero(~np.isfinite(values))
+    bad = np.flatnonzero(np.isnan(values) | np.isposinf(values))  # minus infinity: a head may rule tokens out
     if len(bad):
         fault = f"the model's log-probability is {values[bad[0]]}"
-        raise CheckError(f"{named(int(sequence[bad[0]]))}: {fault}; no result was written")
+        raise RecurringError(f"{named(int(sequence[bad[0]]))}: {fault}; no result was written")

@@ -4,16 +4,14 @@ Wording, delimiters and preprocessing follow the tasks `hellaswag`, `arc_easy`, 
 lm-evaluation-harness 0.4.13, so that scores can be compared with published scores.
 """
 
-import ast
-import json
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from cecompile.errors import UserError
 from cecompile.tasks.chat import ChatQuestion
+from cecompile.tasks.nested import read_nested
 from cecompile.tasks.question import Question
 
 Row = Mapping[str, Any]
@@ -69,16 +67,24 @@ def _piqa(row: Row, where: str, id: str) -> Question:
 
 
 def _chat(row: Row, where: str, id: str) -> ChatQuestion:
-    listed = row["message"]
-    _check(isinstance(listed, list) and listed, listed, "a list of messages", "message", where)
+    field = "message" if "message" in row else "messages"
+    listed = read_nested(row[field], field, where)
+    _check(isinstance(listed, list) and listed, listed, "a list of messages", field, where)
     messages = []
     for i, message in enumerate(listed):
-        _check(isinstance(message, Mapping), message, "an object", f"message[{i}]", where)
-        parts = {part: message.get(part, _NOTHING) for part in ("role", "content")}
-        role, content = (_text(value, f"message[{i}].{part}", where) for part, value in parts.items())
-        messages.append((role, content))
+        _check(isinstance(message, Mapping), message, "an object", f"{field}[{i}]", where)
+        role = _text(message.get("role", _NOTHING), f"{field}[{i}].role", where)
+        messages.append((role, _content(message.get("content", _NOTHING), f"{field}[{i}].content", where)))
     answer = None if row.get("answer") is None else _text(row["answer"], "answer", where)
     return ChatQuestion(id, tuple(messages), answer)
+
+
+def _content(value: Any, field: str, where: str) -> str:
+    """A message's text, which may be given as a list of parts of the type "text"."""
+    parts = value if isinstance(value, list) else []
+    if not parts or not all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts):
+        return _text(value, field, where)
+    return "".join(_text(part.get("text", _NOTHING), f"{field}[{i}].text", where) for i, part in enumerate(parts))
 
 
 FORMATS = (
@@ -88,6 +94,7 @@ FORMATS = (
     Format("openbookqa", "choices", frozenset({"question_stem", "choices"}), "answerKey", _openbookqa),
     Format("piqa", "choices", frozenset({"goal", "sol1", "sol2"}), "label", _piqa),
     Format("chat", "chat", frozenset({"message"}), "answer", _chat),
+    Format("chat of messages", "chat", frozenset({"messages"}), "answer", _chat),
 )
 TASKS = ("hellaswag", "choices", "chat")
 
@@ -140,17 +147,9 @@ def _text(value: Any, field: str, where: str) -> str:
 
 
 def _texts(value: Any, field: str, where: str) -> list[str]:
-    value = _parsed(value)
+    value = read_nested(value, field, where)
     _check(isinstance(value, list), value, "a list of texts", field, where)
     return [_text(item, f"{field}[{i}]", where) for i, item in enumerate(value)]
-
-
-def _parsed(value: Any) -> Any:
-    """The value that a text writes in JSON or Python's syntax, as CSV keeps lists; else the value as given."""
-    for parse in (json.loads, ast.literal_eval) if isinstance(value, str) else ():
-        with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            return parse(value)
-    return value
 
 
 def _choices(texts: list[str], field: str, where: str) -> tuple[str, ...]:
@@ -176,7 +175,7 @@ def _index(value: Any, field: str, count: int, where: str) -> int | None:
 
 def _lettered(row: Row, where: str) -> tuple[tuple[str, ...], int | None]:
     """Choices of the form {"text": [...], "label": [...]}, and the index that `answerKey` names."""
-    choices = _parsed(row["choices"])
+    choices = read_nested(row["choices"], "choices", where)
     _check(isinstance(choices, Mapping), choices, "an object with text and label", "choices", where)
     for part in ("text", "label"):
         if part not in choices:
