@@ -136,9 +136,7 @@ class Journal:
         """
         self._facts |= facts
         for then in (header["facts"] for header in self._headers):
-            changed = [name for name, now in facts.items() if now != then.get(name)]
-            different = [f"{name} is {_shown(facts[name])}, was {_shown(then.get(name))}" for name in changed]
-            if different:
+            if different := _differences(facts, then):
                 raise UserError(f"{self.directory}: cannot be resumed: {'; '.join(different)}")
 
     def begin(self, facts: Mapping[str, Any]) -> None:
@@ -148,7 +146,12 @@ class Journal:
             UserError: see `expect`; the file system refuses; another process is writing.
         """
         if self.begun:
-            self._begin_window(facts)
+            self._window += 1
+            then = self.get(WINDOW, 0)
+            if then is None:
+                self._append(WINDOW, self._window << 32, json.dumps(facts).encode())
+            elif json.loads(then) != facts:
+                raise UserError(f"{self.directory}: cannot be resumed: window {self._window + 1} is planned otherwise")
             return
         self.expect(facts)
         self.begun = True
@@ -206,14 +209,6 @@ class Journal:
             for directory in self._made:  # refused where a file is left
                 directory.rmdir()
 
-    def _begin_window(self, facts: Mapping[str, Any]) -> None:
-        self._window += 1
-        then = self.get(WINDOW, 0)
-        if then is None:
-            self._append(WINDOW, self._window << 32, json.dumps(facts).encode())
-        elif json.loads(then) != facts:
-            raise UserError(f"{self.directory}: cannot be resumed: window {self._window + 1} is planned otherwise")
-
     def _open_to_resume(self) -> None:
         """Reads all journals here, learns the records other ranks read, then opens this rank's file to write on."""
         with writing(self.path):
@@ -268,6 +263,12 @@ class Journal:
         """Cuts off the file after the last whole record, where writing goes on."""
         os.ftruncate(self._file, self._size)
         os.lseek(self._file, self._size, os.SEEK_SET)
+
+
+def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+    """The facts that differ, in words."""
+    changed = [name for name in now if now[name] != then.get(name)]
+    return [f"{name} is {_shown(now[name])}, was {_shown(then.get(name))}" for name in changed]
 
 
 def _discard(directory: Path, ranks: Ranks, kept: Path | None) -> None:
