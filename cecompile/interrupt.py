@@ -37,7 +37,7 @@ def signals_raise() -> Iterator[None]:
     """Lets the first SIGINT or SIGTERM raise `Interrupted`. A later signal ends the process at once.
 
     The process also ends, with the line of `Interrupted`, where LIMIT seconds after the first signal it still runs.
-    Outside the main thread the block runs without: the program that runs the thread handles signals.
+    Outside the main thread nothing is changed: the program that runs the thread handles signals.
     """
     first: float | None = None
     running = True

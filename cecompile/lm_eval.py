@@ -68,14 +68,7 @@ class CecompileLM(HFLM):
         """Returns (loglikelihood, whether greedy decoding gives the continuation) per request, in order."""
         if not requests:
             return []
-        for asked, (_, _, continuation) in zip(self._requests, requests, strict=False):  # none for rolling windows
-            if not continuation:
-                fault = f"continuation {asked.args[1]!r} adds no token to its context"
-                raise UserError(f"{_named(asked)}: {fault}; {_LOOK}")
-            if len(continuation) > self.max_length:
-                too_long = f"a continuation of {len(continuation)} tokens; the model reads {self.max_length}"
-                raise UserError(f"{_named(asked)}: {too_long}")
-        sequences, order = as_sequences(requests, self.max_length)
+        sequences, order = as_sequences(requests, self.max_length, [_named(one) for one in self._requests])
         loglikelihood, greedy = self._scorer.score_sequences(sequences)
         out: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for place, number in enumerate(order):
@@ -110,12 +103,15 @@ def _named(request: Any) -> str:
     return f"task '{request.task_name or 'unnamed'}', document {'?' if request.doc_id is None else request.doc_id}"
 
 
-def as_sequences(requests: Sequence[Pair], max_length: int) -> tuple[Sequences, list[int]]:
+def as_sequences(
+    requests: Sequence[Pair], max_length: int, names: Sequence[str] = ()
+) -> tuple[Sequences, list[int]]:  # fmt: skip
     """Returns the requests as token sequences; requests with the same context are neighbours.
 
     Args:
         requests: at least one; neither part of a pair is empty.
         max_length: the most tokens the model reads. What exceeds it is cut off on the left, as `hf` does.
+        names: the requests' names for messages; empty where the requests have none, as windows of a long text.
 
     Returns:
         n sequences, and the request that each is for.
@@ -124,9 +120,12 @@ def as_sequences(requests: Sequence[Pair], max_length: int) -> tuple[Sequences, 
         UserError: a continuation is empty, or longer than the model can read.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
-    for number, (_, context, continuation) in enumerate(requests):
+    for number, (asked, context, continuation) in enumerate(requests):
         if not 0 < len(continuation) <= max_length:
-            raise UserError(f"a continuation has {len(continuation)} tokens; the model needs 1 to {max_length}")
+            fault = f"a continuation of {len(continuation)} tokens; the model reads {max_length}"
+            if not continuation:
+                fault = f"continuation {(asked or ('', ''))[1]!r} adds no token to its context; {_LOOK}"
+            raise UserError(f"{names[number] if names else f'request {number}'}: {fault}")
         groups.setdefault(tuple(context), []).append(number)
     order = [number for group in groups.values() for number in group]
     tokens = [(requests[n][1] + requests[n][2])[-(max_length + 1) :] for n in order]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CECOMPILE_CACHE"] = tempfile.mkdtemp(prefix="cecompile-tests-")
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="cecompile-tests-")  # lm_eval's data; a home may not be writable
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compiling processes beside each test's
 if "PYTEST_XDIST_WORKER" in os.environ:  # the others use the other cores
@@ -23,7 +24,8 @@ from support.objects import keep
 from support.runs import run_command
 
 pytest_plugins = ["support.quick"]
-atexit.register(shutil.rmtree, os.environ["CECOMPILE_CACHE"], ignore_errors=True)
+for name in ("CECOMPILE_CACHE", "HF_HOME"):
+    atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 

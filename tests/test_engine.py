@@ -25,7 +25,7 @@ from cecompile.engine.forward import Engine
 from cecompile.engine.inductor_cpu import quote_paths
 from cecompile.engine.parts import compile_options
 from cecompile.engine.probe import choose_attention
-from cecompile.engine.reference import relative_distance, rounding, score_one_by_one
+from cecompile.engine.reference import relative_distance, rounding, score_one_by_one, spread
 from cecompile.engine.verify import decoding_disagreement, disagreement
 from cecompile.errors import UserError
 from cecompile.model import safetensors_reader as streaming
@@ -108,6 +108,11 @@ def test_tokens_that_the_head_rules_out(kind, ruled_out):
 )
 def test_the_distance_of_logits_bears_what_a_head_rules_out(got, expected, distance):
     assert relative_distance(torch.tensor(got), torch.tensor(expected)) == pytest.approx(distance)
+
+
+def test_a_row_of_nothing_but_ruled_out_tokens_has_no_spread():
+    assert np.isnan(spread(torch.tensor([])))
+    assert spread(torch.zeros(3)) == 1
 
 
 def test_logits_that_are_not_numbers_are_at_no_distance():

@@ -89,8 +89,8 @@ def test_a_pipe_that_does_not_wait_gets_everything():
 def test_standard_error_may_be_full_or_closed_too(tmp_path):
     """A usage error keeps its exit status."""
     for end in ("2>/dev/full", "2>&-", ">&- 2>&-", "2>&1 | true; exit ${PIPESTATUS[0]}"):
-        line = f"{sys.executable} -m cecompile eval --what {end}"
-        assert subprocess.run(["bash", "-c", line], capture_output=True, check=False).returncode == 2
+        line = ["bash", "-c", f'"$0" -m cecompile eval --what {end}', sys.executable]
+        assert subprocess.run(line, capture_output=True, check=False).returncode == 2
 
 
 # ---- processes it starts

@@ -1,6 +1,5 @@
 """Rows become the text that lm-evaluation-harness would make of them, and answers are judged as it would."""
 
-import csv
 import json
 import math
 import tempfile
@@ -91,9 +90,8 @@ def test_every_file_type_gives_the_same_questions(tmp_path):
     ],
 )
 def test_lists_in_cells_are_the_texts_as_written(cell, choices, tmp_path):
-    with (tmp_path / "rows.csv").open("w") as file:
-        csv.writer(file).writerows([["query", "choices", "gold"], ["2+2?", cell, "0"]])
-    assert read_questions(tmp_path / "rows.csv") == [Question("0", "2+2?", choices, 0)]
+    path = write_table(tmp_path / "rows.csv", [{"query": "2+2?", "choices": cell, "gold": "0"}])
+    assert read_questions(path) == [Question("0", "2+2?", choices, 0)]
 
 
 def test_cells_of_numbers_are_texts(tmp_path):
@@ -118,9 +116,7 @@ def test_every_nested_field_is_read_from_a_cell(tmp_path):
         expected = read(tmp_path, row)
         for write in (json.dumps, repr):
             cells = {name: value if isinstance(value, str) else write(value) for name, value in row.items()}
-            with (tmp_path / "rows.csv").open("w") as file:
-                csv.writer(file).writerows([list(cells), list(cells.values())])
-            assert read_questions(tmp_path / "rows.csv") == expected
+            assert read_questions(write_table(tmp_path / "rows.csv", [cells])) == expected
 
 
 NUMPY = {
@@ -145,6 +141,8 @@ def test_messages_and_content_in_parts(tmp_path):
     for name in ("message", "messages"):
         (question,) = read(tmp_path, {name: [{"role": "user", "content": parts}], "answer": "c"})
         assert question.messages == (("user", "which?\nchoices: ['c', 'd']"),)
+    both = {name: [{"role": "user", "content": name}] for name in ("messages", "message")}
+    assert read(tmp_path, both)[0].messages == (("user", "message"),)  # as before there was another name
     image = [*parts, {"type": "image_url", "image_url": {"url": "x"}}]
     for content in (image, [], [parts], [{"type": "text"}]):
         with pytest.raises(UserError, match=r"field 'messages\[0\]\.content"):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from cecompile.workload.sequences import Ints, Sequences
 
-SPREADLESS = 1e-4
+SPREADLESS = 1e-4  # of the values: counts as the standard deviation of values that are all equal
 ROUNDED, READ = 256, 8  # `rounding` runs a sequence's first 256 tokens, and compares the logits of the last 8
 
 AllLogits = Callable[[Sequence[Ints], Sequence[int]], list[Tensor]]  # see `last_logits`, of a given model
@@ -71,7 +71,6 @@ def relative_distance(got: Tensor, expected: Tensor) -> float:
     """The root mean square of the differences, in standard deviations of the expected values.
 
     Minus infinity on both sides does not count: a head may rule tokens out. Infinite where only one side is finite.
-    Values that are all equal count as if their standard deviation were SPREADLESS of them.
     """
     pairs = got[got != expected], expected[got != expected]
     if not all(side.isfinite().all() for side in pairs):
@@ -80,8 +79,14 @@ def relative_distance(got: Tensor, expected: Tensor) -> float:
     difference = (pairs[0] - pairs[1]).square().sum().item() / max(1, len(finite))
     if difference == 0:
         return 0.0
-    spread = max(finite.std(correction=0).item(), SPREADLESS * finite.abs().max().item()) or 1.0
-    return difference**0.5 / spread
+    return difference**0.5 / spread(finite)
+
+
+def spread(values: Tensor) -> float:
+    """The standard deviation by which differences are measured, more than 0; NaN where there are no numbers."""
+    if not values.numel():
+        return math.nan
+    return max(values.std(correction=0).item(), SPREADLESS * values.abs().max().item()) or 1.0
 
 
 @torch.inference_mode()

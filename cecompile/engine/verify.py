@@ -20,7 +20,7 @@ from cecompile.engine.buffers import Readouts
 from cecompile.engine.decode import Decoder
 from cecompile.engine.forward import Engine
 from cecompile.engine.probe import ROUNDINGS, TOLERANCE
-from cecompile.engine.reference import SPREADLESS, rounding, stock_logits
+from cecompile.engine.reference import rounding, spread, stock_logits
 from cecompile.workload.decode_schedule import Step
 from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import StagedPass
@@ -106,18 +106,17 @@ def distance(
     """
     tolerated, worst = TOLERANCE[model.dtype], 0.0
     for got in picked:
-        errors, spread = [], []
+        errors, spreads = [], []
         for i, ours in got.items():
             logits = stock_logits(model, sequences, i) if expected is None else expected[i]
             target = torch.from_numpy(sequences.targets(i).astype(np.int64)).to(logits.device)
             logprob = logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
             both = torch.from_numpy(ours), logprob.cpu()[-len(ours) :]
             errors.append(torch.where(both[0] == both[1], 0.0, both[0] - both[1]))  # also where both are infinite
-            possible = logits[~logits.isneginf()]  # a head may rule tokens out
-            spread.append(max(possible.std(correction=0).item(), SPREADLESS * possible.abs().max().item()) or 1.0)
+            spreads.append(spread(logits[~logits.isneginf()]))  # a head may rule tokens out
         error = torch.cat(errors).square().mean().sqrt().item()
-        if np.isfinite(spread).all() and error > 0:
-            worst = max(worst, error / max(spread))
+        if np.isfinite(spreads).all() and error > 0:
+            worst = max(worst, error / max(spreads))
     if worst > tolerated:
         tolerated = max(tolerated, ROUNDINGS * rounded())
     return worst / tolerated

@@ -104,7 +104,7 @@ def detect(row: Row, task: str, where: str) -> Format:
     known = [f for f in FORMATS if task in ("auto", f.task)]
     matches = [f for f in known if f.fields <= row.keys()]
     seen = ", ".join(sorted(map(str, row))) or "none"
-    if len(matches) > 1:
+    if len({f.convert for f in matches}) > 1:  # names of one format's fields may stand beside each other
         names = " and ".join(f.name for f in matches)
         raise UserError(f"{where}: fields {seen}: fit {names} alike; name one with --task or drop the others' fields")
     if not matches:

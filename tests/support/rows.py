@@ -47,7 +47,8 @@ def write_table(path: Path, rows=ROWS) -> Path:
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
-            writer.writerows(row | {"choices": json.dumps(row["choices"])} for row in rows)
+            nested = (list, dict)
+            writer.writerows({k: json.dumps(v) if isinstance(v, nested) else v for k, v in row.items()} for row in rows)
     else:
         import pyarrow
         from pyarrow import parquet
