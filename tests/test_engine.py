@@ -18,20 +18,25 @@ from torch._dynamo import funcname_cache
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from transformers import AutoModelForCausalLM, AutoTokenizer, activations, modeling_utils
 
-from cecompile import Question, Scorer
+from cecompile import Question, Scorer, demo, read_questions
 from cecompile.compile_cache.store import WARM
 from cecompile.engine import attention, forward, head, initialise
 from cecompile.engine.forward import Engine
 from cecompile.engine.inductor_cpu import quote_paths
-from cecompile.engine.parts import compile_options
+from cecompile.engine.parts import compile_options, one_layer_of_each_kind
 from cecompile.engine.probe import choose_attention
 from cecompile.engine.reference import relative_distance, rounding, score_one_by_one, spread
 from cecompile.engine.verify import decoding_disagreement, disagreement
 from cecompile.errors import UserError
 from cecompile.model import safetensors_reader as streaming
+from cecompile.model.structure import decoder_layers
 from cecompile.model.unchanged import EQUAL
 from cecompile.results.clock import Clock
+from cecompile.results.write import plan_summary
+from cecompile.run.context import RunContext
 from cecompile.run.engine_builder import EngineBuilder
+from cecompile.run.language_model import timed
+from cecompile.run.passes import Begun
 from cecompile.run.scorer import collect
 from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import BLOCK, Bucket, Geometry, choose_geometry, make_plan
@@ -87,7 +92,7 @@ def test_tokens_that_the_head_rules_out(kind, ruled_out):
     got, greedy = collect(len(sequences), staged, engine.run(staged))
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
     assert (greedy == expected_greedy).all()
-    assert disagreement(engine, model, "eager", sequences, staged) <= 1
+    assert disagreement(engine.run, model, "eager", sequences, staged) <= 1
     shape = DecodeShape(128, 3, (16, 3))
     assert decoding_disagreement(engine.decoder(shape), model, "eager", sequences) <= 1
 
@@ -167,6 +172,49 @@ def test_scoring_again_gives_the_same_and_builds_nothing_new(tiny_llama):
     engine = scorer.runtime.warmup.warmed
     assert scorer.score(QUESTIONS).loglikelihoods == first.loglikelihoods
     assert scorer.runtime.warmup.warmed is engine
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3"])  # gemma2 has two kinds of layers
+def test_a_warm_up_that_runs_one_layer_of_each_kind_compiles_all(kind):
+    model, sequences = tiny_model(kind, num_hidden_layers=5), random_sequences(questions=4)
+    expected, _ = score_one_by_one(model, sequences)
+    engine, staged = prepared(model, sequences, "sdpa", compiled=True)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got, _ = collect(len(sequences), staged, engine.run(staged))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_one_layer_of_each_kind_runs_within_the_context_alone(kind):
+    model, ran = tiny_model(kind, num_hidden_layers=5), []
+    for i, layer in enumerate(decoder_layers(model)):
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+    tokens = torch.arange(3, 9)[None]
+    with one_layer_of_each_kind(model):
+        model(tokens)
+    assert ran == ([0, 1] if kind == "gemma2" else [0])
+    model(tokens)
+    assert ran[-5:] == [0, 1, 2, 3, 4]
+
+
+def test_no_pass_is_run_to_be_thrown_away(tiny_llama, monkeypatch):
+    """The check's passes are the first of each bucket; their time counts as inference, in the first repetition."""
+    questions, ran, forward = read_questions(demo.HELLASWAG, limit=20), [], Engine._forward
+    monkeypatch.setattr(Engine, "_forward", lambda *call: (ran.append(call[2]), forward(*call))[1])
+    scorer = Scorer.from_pretrained(tiny_llama, device="cpu", engine="eager", tokens_per_bucket=512)
+    scores = scorer.score(questions, RunContext(repeat=3))
+    plan = scores.workload.plan
+    passes = sum(bucket["runs"] for bucket in plan_summary(plan)["buckets"])
+    assert 2 <= len(plan.buckets) < passes
+    assert len(ran) == len(plan.buckets) + 3 * passes
+    assert ran[: len(plan.buckets)] == [1] * len(plan.buckets)  # no more of the head than compiles
+    assert scorer.score(questions).loglikelihoods == scores.loglikelihoods
+    assert len(ran) == len(plan.buckets) + 4 * passes
+    clock = Clock()
+    clock.enter("inference")
+    _, (first, second) = timed(lambda run, begun: begun, RunContext(clock, repeat=2), Begun((), 5.0, 1005.0))
+    assert first >= 1000 > second
 
 
 @pytest.mark.compiles

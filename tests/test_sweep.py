@@ -131,7 +131,7 @@ def test_held_against_the_stock_model_in_a_sweep(kind, tmp_path):
     model, feed = fed(directory)
     sweeping = StreamingEngine(model, plan.buckets, feed, passes=len(staged), **how)
     off = verify.sweep_disagreement(sweeping, model, stock, sequences, staged)
-    assert off == pytest.approx(engine_verify.disagreement(engine, whole, stock, sequences, staged))
+    assert off == pytest.approx(engine_verify.disagreement(engine.run, whole, stock, sequences, staged))
     assert off <= 1
     sweeping._kinds = [*sweeping._kinds[1:], sweeping._kinds[0]] if kind == "gemma2" else sweeping._kinds
     for module in sweeping.modules:

@@ -1,13 +1,16 @@
 """Greedy decoding of many rows at once: the static pass with a key-value cache.
 
 All rows in flight share one cache of `shape.slots` token slots in every layer. Each row has a segment of the cache. A
-step reads a few tokens, each with its slot and the first slot of its segment. A token sees its segment up to itself;
-the position id is the place in the segment. So one fixed shape serves any mix of prompts and answers, whatever their
-lengths. A step reads the keys and values of the whole cache once, not once per row.
+step reads a few tokens, each with its slot and its position. A token sees the tokens with which all rows begin, which
+are in the first slots, and its segment up to itself. So one fixed shape serves any mix of prompts and answers, whatever
+their lengths. A step reads the keys and values of the whole cache once, not once per row.
+
+Where no CUDA graph is captured, a step is no larger than its tokens, reads only the slots in use, and runs uncompiled:
+on a CPU, compiled steps took as long as uncompiled ones, and padding took most of the time.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,6 +25,7 @@ from cecompile.engine.attention import Masks, dense, reaching
 from cecompile.engine.cuda_graph import capture
 from cecompile.engine.head import Readout
 from cecompile.engine.longrope import Frequencies
+from cecompile.engine.parts import one_layer_of_each_kind
 from cecompile.errors import first_line
 from cecompile.model.structure import decoder_layers
 from cecompile.workload.decode_schedule import DecodeShape, Step
@@ -38,10 +42,10 @@ class Decoder:
     """A model ready to read and write a token at a time.
 
     Args:
-        model: with our attention installed, and its layers compiled unless the decoder is to run uncompiled.
+        model: with our attention installed.
         readout: of the model's head, see `head.readout_of`.
         shape, rope: the shape of the cache and of its steps, and the model's rotary frequencies.
-        pool: memory pool for a CUDA graph of each size of step; None captures no graph.
+        pool: memory pool for a CUDA graph of each size of step; None captures no graph, and runs layers uncompiled.
 
     Raises:
         NotDecodableError: the model's layers take no key-value cache of the form used here.
@@ -61,18 +65,24 @@ class Decoder:
             found = _probe(model, self._layers)
             self._places = [place for place, _ in found]
             self._caches = self._allocate([sizes for _, sizes in found])
-            self._steps = [_StepBuffers(size, shape, model.device) for size in shape.step_tokens]
+            sizes = () if pool is None else shape.step_tokens
+            self._steps = [_StepBuffers(size, shape, model.device) for size in sizes]
 
     @torch.inference_mode()
     def warm_up(self, done: Callable[[int], None] = lambda _: None) -> None:
-        """Compiles, runs and captures every size of step, largest first. `done` is called after each."""
+        """Compiles and captures every size of step, largest first, or tries whether memory holds the step.
+
+        `done` is called after each.
+        """
         for step in self._steps:
-            forward = functools.partial(self._forward, step)
-            if self._pool is not None:
-                step.graph = capture(forward, self._pool)
-            else:
-                forward()
+            step.graph = capture(functools.partial(self._fill, step), self._pool)
             done(step.size)
+        for size in self.shape.step_tokens[len(self._steps) :]:
+            slot, zero = np.arange(size, dtype=np.int32), np.zeros(size, dtype=np.int32)
+            read = zero[: self.shape.lanes]
+            with one_layer_of_each_kind(self._model):
+                self._exactly(Step(zero, slot, zero, read, read, zero[:1]), self.shape.slots)
+            done(size)
 
     def clear(self) -> None:
         """Empties the cache. Due whenever the model has run passes: captured passes use the cache's memory."""
@@ -86,14 +96,15 @@ class Decoder:
         Returns:
             Per token in `step.read`, (n,) each: its target's log-probability (natural), and the most likely token.
         """
-        buffers = next(b for b in reversed(self._steps) if b.size >= len(step.token_ids))
-        buffers.load(step)
         self._rope.choose(0)
-        if buffers.graph is not None:
-            buffers.graph.replay()
+        buffers = next((b for b in reversed(self._steps) if b.size >= len(step.token_ids)), None)
+        if buffers is None:
+            outputs = self._exactly(step, int(step.slot.max()) + 2)  # fewer tokens than slots, see `DecodeShape`
         else:
-            self._forward(buffers)
-        outputs = (buffers.logprob, buffers.argmax)
+            buffers.load(step)
+            assert buffers.graph is not None
+            buffers.graph.replay()
+            outputs = (buffers.logprob, buffers.argmax)
         logprob, argmax = (t[: len(step.read)].to("cpu", copy=True).numpy() for t in outputs)
         return logprob, argmax
 
@@ -110,25 +121,38 @@ class Decoder:
         self.clear()
         return caches
 
-    def _forward(self, step: "_StepBuffers") -> None:
-        part = step.part
-        masks = _StepMasks(part["slot"], part["first"], self.shape.slots)
-        with masks.active(), self._rope.fixed(), self._caching(part["slot"]):
+    def _fill(self, step: "_StepBuffers") -> None:
+        """Runs the step in the static buffers, and fills its outputs."""
+        logprob, argmax = self._forward(step.part, self.shape.slots)
+        step.logprob.copy_(logprob)
+        step.argmax.copy_(argmax)
+
+    def _exactly(self, step: Step, used: int) -> tuple[Tensor, Tensor]:
+        """Runs a step of just these tokens over the first `used` slots, uncompiled; see `_forward`."""
+        part = {f: torch.from_numpy(getattr(step, f)).to(self._model.device) for f in Step.__slots__}
+        with torch.compiler.set_stance("force_eager"):
+            return self._forward(part, used)
+
+    def _forward(self, part: Mapping[str, Tensor], used: int) -> tuple[Tensor, Tensor]:
+        """The log-probabilities of the targets and the most likely tokens, (n,) each, over the first `used` slots."""
+        masks = _StepMasks(part, used)
+        with masks.active(), self._rope.fixed(), self._caching(part["slot"], used):
             ids, position_ids = part["token_ids"].long()[None], (part["slot"] - part["first"]).long()[None]
             arguments = {"input_ids": ids, "position_ids": position_ids, **masks.arguments(self._model)}
             hidden = self._model.base_model(use_cache=False, **arguments).last_hidden_state
+        if not len(part["read"]):
+            return part["read"].float(), part["read"]
         chosen = hidden[0].index_select(0, part["read"])
         logprob, argmax = self._readout(chosen, part["target"][:, None])
-        step.logprob.copy_(logprob[:, 0])
-        step.argmax.copy_(argmax)
+        return logprob[:, 0], argmax
 
     @contextmanager
-    def _caching(self, slot: Tensor) -> Iterator[None]:
-        """Makes every decoder layer run with its own cache, within this context."""
+    def _caching(self, slot: Tensor, used: int) -> Iterator[None]:
+        """Makes every decoder layer run with the first `used` slots of its own cache, within this context."""
         slots = slot.long()
         calls = [layer._compiled_call_impl for layer in self._layers]
         for layer, place, cache, call in zip(self._layers, self._places, self._caches, calls, strict=True):
-            cache.slots = slots
+            cache.slots, cache.used = slots, used
             layer._compiled_call_impl = functools.partial(_with_cache, call or layer._call_impl, place, cache)
         try:
             yield
@@ -145,28 +169,30 @@ class _LayerCache:
         self.keys = torch.zeros(1, heads, slots, size, dtype=model.dtype, device=model.device)
         self.values = torch.zeros(1, value_heads, slots, value_size, dtype=model.dtype, device=model.device)
         self.slots = torch.zeros(0, dtype=torch.long, device=model.device)
+        self.used = slots
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Writes (1, heads, tokens, head size) at the step's slots; returns the whole cache."""
+        """Writes (1, heads, tokens, head size) at the step's slots; returns the slots in use."""
         self.keys.index_copy_(2, self.slots, key)
         self.values.index_copy_(2, self.slots, value)
-        return self.keys, self.values
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
 
 
 class _StepMasks(Masks):
-    """The masks of a step: a token sees its segment up to itself."""
+    """The masks of a step: a token sees what all rows share, and its segment up to itself. `part`: see `Step`."""
 
-    def __init__(self, slot: Tensor, first: Tensor, slots: int) -> None:
-        self._slot, self._first, self._slots = slot, first, slots
+    def __init__(self, part: Mapping[str, Tensor], slots: int) -> None:
+        self._part, self._slots = part, slots
 
     def get(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """The mask, (1, 1, tokens, slots): 0 where visible, else minus infinity."""
-        key = torch.arange(self._slots, device=self._slot.device, dtype=self._slot.dtype)
-        slot, first = self._slot[:, None], self._first[:, None]
-        visible = (first <= key) & (key <= slot)
+        slot, first, shared = self._part["slot"][:, None], self._part["first"][:, None], self._part["shared"]
+        key = torch.arange(self._slots, device=slot.device, dtype=slot.dtype)
+        of_all, own = key < shared, key >= first + shared
+        visible = (of_all | own) & (key <= slot)
         window = reaching(window, self._slots)
         if window is not None:
-            visible &= slot - key < window
+            visible &= slot - torch.where(of_all, first + key, key) < window
         return dense(visible[None], dtype)
 
 
@@ -177,6 +203,7 @@ class _StepBuffers:
         self.size = size
         self.graph: torch.cuda.CUDAGraph | None = None
         lengths = {"token_ids": size, "slot": size, "first": size, "read": shape.lanes, "target": shape.lanes}
+        lengths["shared"] = 1
         self._unused = dict.fromkeys(lengths, 0) | dict.fromkeys(("slot", "first"), shape.slots - 1)
         self._host = torch.zeros(sum(lengths.values()), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._data = self._host.to(device, copy=True)
@@ -239,11 +266,11 @@ def _probe(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[tuple[_P
         NotDecodableError: a layer takes no cache, or none of this form.
     """
     zero = torch.zeros(1, dtype=torch.int32, device=model.device)
-    one = zero.long()[None]
+    one, part = zero.long()[None], dict.fromkeys(("slot", "first", "shared"), zero)
     recorders = [_Recorder() for _ in layers]
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        masks = stack.enter_context(_StepMasks(zero, zero, 1).active())
+        masks = stack.enter_context(_StepMasks(part, 1).active())
         for layer, recorder in zip(layers, recorders, strict=True):
             hook = layer.register_forward_pre_hook(recorder.replace, with_kwargs=True)
             stack.callback(hook.remove)

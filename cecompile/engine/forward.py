@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from itertools import cycle
 
 import torch
@@ -13,7 +14,14 @@ from cecompile.engine.cuda_graph import capture, settle
 from cecompile.engine.decode import Decoder
 from cecompile.engine.head import readout_of
 from cecompile.engine.longrope import Frequencies
-from cecompile.engine.parts import Part, compile_modules, compile_options, compiled_parts, inputs_are_free
+from cecompile.engine.parts import (
+    Part,
+    compile_modules,
+    compile_options,
+    compiled_parts,
+    inputs_are_free,
+    one_layer_of_each_kind,
+)
 from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, views
@@ -61,6 +69,11 @@ class Engine:
             self._slots = [_Slot(bucket, attention == "flex", self._device) for bucket in buckets]
         self._pool = torch.cuda.graph_pool_handle() if compiled and captured and self._on_cuda else None
 
+    @property
+    def captured(self) -> bool:
+        """Whether passes run as CUDA graphs."""
+        return self._pool is not None
+
     def is_for(self, buckets: Sequence[Bucket], attention: str) -> bool:
         """Whether the engine was made for these buckets and this attention."""
         return (self.buckets, self._attention) == (tuple(buckets), attention)
@@ -75,23 +88,22 @@ class Engine:
     def settle(self) -> None:
         """Compiles and runs every bucket, largest first, before all weights are loaded; `warm_up` does the rest."""
         for slot in self._slots:
-            forward = functools.partial(self._forward, slot, slot.bucket.readouts)
-            if self._on_cuda:
-                settle(forward)
+            if self._pool is not None:
+                settle(functools.partial(self._forward, slot, slot.bucket.readouts))
             else:
-                forward()
+                self._compile(slot)
             slot.settled = True
         self._wait()
 
     @torch.inference_mode()
     def warm_up(self, done: Callable[[Bucket], None] = lambda _: None) -> None:
-        """Compiles, runs and captures every bucket, largest first. `done` is called after each."""
+        """Compiles and, where possible, captures every bucket, largest first. `done` is called after each."""
         for slot in self._slots:
-            forward = functools.partial(self._forward, slot, slot.bucket.readouts)
             if self._pool is not None:
+                forward = functools.partial(self._forward, slot, slot.bucket.readouts)
                 slot.graph = capture(forward, self._pool, slot.settled)
             elif not slot.settled:
-                forward()
+                self._compile(slot)
             self._wait()
             done(slot.bucket)
 
@@ -123,6 +135,12 @@ class Engine:
             collector.add(one, slot.fetch())
         collector.flush()
         return collector.out
+
+    def _compile(self, slot: "_Slot") -> None:
+        """Runs as little of a pass as compiles all code for a bucket, or loads the code."""
+        whole = type(self.stage) is Part
+        with one_layer_of_each_kind(self._model) if whole else nullcontext():
+            self._forward(slot, 1)
 
     def _wait(self) -> None:
         if self._on_cuda:

@@ -1,7 +1,9 @@
 """The parts of a model: a run of its layers, and the modules that are compiled."""
 
+import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from transformers import PreTrainedModel
 
 from cecompile.engine import inductor_cpu, inductor_cuda
 from cecompile.engine.head import Readout
-from cecompile.model.structure import decoder_layers, norms_beside
+from cecompile.errors import UserError
+from cecompile.model.structure import decoder_layers, kinds_of, norms_beside, returns_pair
 
 
 class CannotCompileError(Exception):
@@ -80,6 +83,33 @@ def compile_options(model: PreTrainedModel, inputs_free: bool) -> dict[str, Any]
     if missing:
         raise CannotCompileError(f"torch {torch.__version__} has no Inductor option {', '.join(missing)}")
     return options
+
+
+@contextmanager
+def one_layer_of_each_kind(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context, all decoder layers but the first of each kind pass their input through.
+
+    One pass then compiles all code, or loads the code, at the cost of those layers. Every layer runs where the layers
+    are of too many kinds.
+    """
+    layers = decoder_layers(model)
+    kinds = list(range(len(layers)))
+    with suppress(UserError):
+        kinds = kinds_of(model)
+    left_out = [layer for i, layer in enumerate(layers) if kinds.index(kinds[i]) < i]
+    calls = [layer._compiled_call_impl for layer in left_out]
+    for layer in left_out:
+        layer._compiled_call_impl = functools.partial(_pass_through, returns_pair(layer))
+    try:
+        yield
+    finally:
+        for layer, call in zip(left_out, calls, strict=True):
+            layer._compiled_call_impl = call
+
+
+def _pass_through(pair: bool, *arguments: Any, **named: Any) -> Any:
+    hidden = (*arguments, *named.values())[0]  # its name differs between architectures
+    return (hidden, None) if pair else hidden
 
 
 @torch.inference_mode()

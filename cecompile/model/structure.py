@@ -1,7 +1,10 @@
 """The parts of a stock model: its decoder layers, its other norms, and the share that a process holds."""
 
+import ast
 import copy
+import inspect
 import sys
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +36,12 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
+def returns_pair(layer: nn.Module) -> bool:
+    """Whether a layer's code returns a pair: hidden states and attention weights."""
+    code = ast.parse(textwrap.dedent(inspect.getsource(type(layer).forward)))
+    return any(isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) for node in ast.walk(code))
+
+
 def norms_beside(model: PreTrainedModel) -> list[nn.Module]:
     """The norms with weights outside of all decoder layers."""
     inside = {m for layer in decoder_layers(model) for m in layer.modules()}
@@ -62,7 +71,8 @@ def _settings(layer: nn.Module) -> str:
         plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in _NUMBERS}
         values = {k: v for k, v in plain.items() if isinstance(v, (str, int, float, bool, tuple, list, type(None)))}
         made = {k: b for k, b in module._buffers.items() if k in module._non_persistent_buffers_set and b is not None}
-        raw = {k: b.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for k, b in made.items() if not b.is_meta}
+        known = {k: b.cpu().contiguous() for k, b in made.items() if not b.is_meta}
+        raw = {k: b.view(-1).view(torch.uint8).numpy().tobytes() for k, b in known.items()}
         out.append((name, type(module).__name__, sorted(values.items()), [(k, hash(raw.get(k))) for k in made]))
     return repr(out)
 

@@ -5,9 +5,6 @@ position embeddings. Absent layers pass their input through. The absent layer be
 hidden states that another part has computed.
 """
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cecompile.errors import UserError
-from cecompile.model.structure import LayerRange, decoder_layers, own_tensors
+from cecompile.model.structure import LayerRange, decoder_layers, own_tensors, returns_pair
 
 
 class StockForward:
@@ -118,7 +115,7 @@ class PassThroughLayer(nn.Module):
         self.layer: tuple[Callable[..., Any]] | None = None
         self.keeps = False
         self.taken: Any = None
-        self._returns_pair = _returns_pair(layer)
+        self._returns_pair = returns_pair(layer)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         hidden = (*arguments, *named.values())[0]  # its name differs between architectures
@@ -142,12 +139,6 @@ class _Absent(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.embedding_dim = getattr(module, "embedding_dim", None)
-
-
-def _returns_pair(layer: nn.Module) -> bool:
-    """Whether a layer's code returns a pair: hidden states and attention weights."""
-    code = ast.parse(textwrap.dedent(inspect.getsource(type(layer).forward)))
-    return any(isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) for node in ast.walk(code))
 
 
 def _list_of(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[nn.ModuleList, list[int]]:

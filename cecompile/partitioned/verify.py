@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from cecompile.engine.forward import Engine
 from cecompile.engine.reference import AllLogits, as_batch, rounding
-from cecompile.engine.verify import ROUNDED, Got, as_stock, distance, picked_of
+from cecompile.engine.verify import ROUNDED, Expected, Got, as_stock, distance, expectation, picked_of
 from cecompile.partitioned.layer_feed import LayerFeed
 from cecompile.partitioned.pipeline import Stage
 from cecompile.partitioned.stations import LayerwiseModel
@@ -31,11 +31,11 @@ def sweep_disagreement(
         return distance(model, sequences, picked, lambda: rounding(model, sequences, few, run), expected)
 
 
-def _expected(run: AllLogits, sequences: Sequences, picked: Sequence[Got]) -> dict[int, Tensor]:
-    """The stock model's logits of all sequences that were picked from passes, by sequence."""
+def _expected(run: AllLogits, sequences: Sequences, picked: Sequence[Got]) -> Expected:
+    """The `expectation` for all sequences that were picked from passes, by sequence."""
     which = sorted({i for ours in picked for i in ours})
     logits = run([sequences.inputs(i) for i in which], [int(sequences.predicted[i]) for i in which])
-    return dict(zip(which, logits, strict=True))
+    return {i: expectation(sequences, i, one) for i, one in zip(which, logits, strict=True)}
 
 
 def stock_sweep(

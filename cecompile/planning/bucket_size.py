@@ -34,7 +34,7 @@ class Tuning:
 
 
 TUNING = {
-    "cpu": Tuning(4096, 256, DecodeShape(slots=4096, lanes=16, step_tokens=(256, 16))),
+    "cpu": Tuning(4096, 256, DecodeShape(slots=4096, lanes=32, step_tokens=(256, 32))),
     "cuda": Tuning(8192, 1024, DecodeShape(slots=16384, lanes=64, step_tokens=(512, 64))),
 }
 STREAMED_PASSES = 8  # at once, fewer only where even small buckets leave no room: so that reading can hide behind them

@@ -13,7 +13,7 @@ from cecompile.errors import UserError
 from cecompile.model.checkpoint import load_generation_config
 from cecompile.run.context import RunContext
 from cecompile.run.language_model import LanguageModel, Workload, timed
-from cecompile.run.passes import answer_alone, run_passes, write_answers
+from cecompile.run.passes import Begun, answer_alone, run_passes, write_answers
 from cecompile.run.resume import begin
 from cecompile.run.runtime import Runtime
 from cecompile.tasks.chat import NEW_TOKENS, ChatQuestion
@@ -52,7 +52,7 @@ class Answers:
     inference_s: list[float]
 
 
-Inference = Callable[[RunContext], list[Answer]]
+Inference = Callable[[RunContext, Begun | None], list[Answer]]
 
 
 class Answerer(LanguageModel):
@@ -83,14 +83,14 @@ class Answerer(LanguageModel):
         """Returns greedy decoding's answer to every question; args, raises: see `Scorer.score`."""
         run = self.in_context(run)
         run.clock.enter("preprocess")
-        workload = self.prepare(questions, fit=True)
+        workload, begun = self.prepare(questions, fit=True), None
         if workload.plan is None:
             infer = self._one_by_one(questions, run)
         else:
-            infer, workload = self._packed(questions, workload, run)
+            infer, workload, begun = self._packed(questions, workload, run)
         begin(self.runtime, workload, run.journal, self.new_tokens)
         run.clock.enter("inference")
-        answers, seconds = timed(infer, run)
+        answers, seconds = timed(infer, run, begun)
         return Answers(answers, workload, seconds)
 
     def _stop_tokens(self) -> frozenset[int]:
@@ -105,7 +105,7 @@ class Answerer(LanguageModel):
         model, runtime = self.runtime.load(), self.runtime
         stock = StockPipeline(model, self.tokenizer)
 
-        def alone(run: RunContext) -> list[Answer]:
+        def alone(run: RunContext, _: Begun | None) -> list[Answer]:
             conversations = [question.conversation for question in questions]
             with stock_attention(model, runtime.weights.stock_attention):
                 texts = answer_alone(stock, conversations, self.new_tokens, run)
@@ -115,9 +115,11 @@ class Answerer(LanguageModel):
 
     def _packed(
         self, questions: Sequence[ChatQuestion], workload: Workload, run: RunContext
-    ) -> tuple[Inference, Workload]:
-        """Loads and warms up; returns a function that runs the passes and reads the answers, and the final workload."""
-        warmed, staged, workload = self.warm(workload, run)
+    ) -> tuple[Inference, Workload, Begun | None]:
+        """Loads and warms up; returns a function that runs the passes and reads the answers, the final workload, and
+        what has begun."""
+        warm = self.warm(workload, run)
+        warmed, staged, workload = warm.warmed, warm.staged, warm.workload
         model, sequences = self.runtime.load(), workload.sequences
         stop = self._stop_tokens()
         stock = StockPipeline(model, self.tokenizer)
@@ -135,8 +137,8 @@ class Answerer(LanguageModel):
                 for i, (one, most) in enumerate(zip(begun, room, strict=True)):
                     done(i, stock.continued(one.tolist(), most))
 
-        def packed(run: RunContext) -> list[Answer]:
-            readouts = run_passes(warmed.engine, staged, named, run)
+        def packed(run: RunContext, begun: Begun | None) -> list[Answer]:
+            readouts = run_passes(warmed.engine, staged, named, run, begun)
             walks = walk(sequences, most_likely(staged, readouts), stop, self.new_tokens)
             left = {
                 i: (np.array([*prompts[i], *one.tokens], dtype=np.int32), self.new_tokens - len(one.tokens))
@@ -146,7 +148,7 @@ class Answerer(LanguageModel):
             outside = write_answers(left, write, run, lanes)
             return [_answer(stock, prompts[i], one, outside.get(i, [])) for i, one in enumerate(walks)]
 
-        return packed, workload
+        return packed, workload, warm.begun
 
 
 def most_likely(staged: Sequence[StagedPass], readouts: Sequence[Readouts]) -> Ints:

@@ -1,6 +1,7 @@
 """Builds a warm engine from a model and a plan's buckets, checks the engine and writes the cache."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
@@ -14,14 +15,15 @@ from transformers import PreTrainedModel
 from cecompile.compile_cache.store import WARM, Entry, ProbeResult
 from cecompile.device import is_out_of_memory
 from cecompile.engine.decode import Decoder, NotDecodableError
-from cecompile.engine.forward import Engine
+from cecompile.engine.forward import Engine, Readouts
 from cecompile.engine.parts import CannotCompileError
-from cecompile.engine.verify import decoding_disagreement, disagreement
+from cecompile.engine.verify import Expected, decoding_disagreement, disagreement
 from cecompile.errors import CheckError, UserError, first_line, printable
 from cecompile.partitioned.layer_feed import LayerFeed
 from cecompile.partitioned.pipeline import Stage
 from cecompile.partitioned.streaming import StreamingEngine
 from cecompile.partitioned.verify import pipeline_disagreement, sweep_disagreement
+from cecompile.run.passes import Begun
 from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import Bucket
 from cecompile.workload.stage import StagedPass, StagedPlan
@@ -49,6 +51,7 @@ class WarmEngine:
         note: the reason where the engine is not the one asked for, or None.
         seconds: time to compile, run and capture each fixed shape, by the shape in words.
         moments: the time when each fixed shape was warm, by `time.perf_counter()`.
+        begun: passes that ran as the engine was checked. None where a pass costs nothing much, as in a CUDA graph.
     """
 
     engine: Engine | StreamingEngine
@@ -59,6 +62,7 @@ class WarmEngine:
     note: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     moments: dict[str, float] = field(default_factory=dict)
+    begun: Begun | None = None
 
     @property
     def streaming(self) -> dict[str, Any] | None:
@@ -214,15 +218,16 @@ class EngineBuilder:
         try:
             off: float | None
             against_stock = (self.model, self.stock, ready.sequences, ready.staged)
+            expected: Expected = {}
             if isinstance(warmed.engine, StreamingEngine):
                 off = sweep_disagreement(warmed.engine, *against_stock)
             elif self.stage is not None:
                 off = pipeline_disagreement(warmed.engine, self.stage, *against_stock)
             else:
-                off = disagreement(warmed.engine, *against_stock)
+                off = disagreement(functools.partial(_checked_run, warmed), *against_stock, expected)
             if warmed.decoder is not None:
                 assert off is not None
-                off = max(off, decoding_disagreement(warmed.decoder, self.model, self.stock, ready.sequences))
+                off = max(off, decoding_disagreement(warmed.decoder, *against_stock[:3], expected))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -246,6 +251,15 @@ class EngineBuilder:
             except UserError as error:
                 return f"compile cache not written: {printable(str(error), 200)}"
         return None
+
+
+def _checked_run(warmed: WarmEngine, passes: Iterable[StagedPass]) -> list[Readouts]:
+    """Runs passes for the check; keeps the readouts of an engine whose passes cost something."""
+    passes, began = list(passes), perf_counter()
+    readouts = warmed.engine.run(passes)
+    if isinstance(warmed.engine, Engine) and not warmed.engine.captured:
+        warmed.begun = Begun(list(zip(passes, readouts, strict=True)), began, perf_counter())
+    return readouts
 
 
 def useful_tokens_per_second(engine: Engine | StreamingEngine, staged: Sequence[StagedPass]) -> float:

@@ -21,6 +21,7 @@ from cecompile.planning.options import RunOptions
 from cecompile.ranks import ALONE, Ranks
 from cecompile.run.context import Progress, RunContext
 from cecompile.run.engine_builder import WarmEngine
+from cecompile.run.passes import Begun
 from cecompile.run.preflight import check_before_loading
 from cecompile.run.runtime import Runtime
 from cecompile.workload.plan import Plan
@@ -38,6 +39,16 @@ class Workload:
     sequences: Sequences
     plan: Plan | None
     truncated_questions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WarmWorkload:
+    """A workload with a warm engine, the passes that the engine has to run, and the passes that have run already."""
+
+    warmed: WarmEngine
+    staged: Sequence[StagedPass]
+    workload: Workload
+    begun: Begun | None
 
 
 class LanguageModel:
@@ -146,11 +157,10 @@ class LanguageModel:
         """The context of a run of this model, with this model's ranks."""
         return replace(run or RunContext(), ranks=self.runtime.ranks)
 
-    def warm(self, workload: Workload, run: RunContext) -> tuple[WarmEngine, Sequence[StagedPass], Workload]:
-        """Loads the model and warms up for a workload that has a plan.
+    def warm(self, workload: Workload, run: RunContext) -> WarmWorkload:
+        """Loads the model and warms up for a workload that has a plan; returns the workload as planned in the end.
 
-        Returns:
-            The warm engine, the passes it has to run, and the workload as it is planned in the end.
+        The time of passes that have run already is booked as inference.
 
         Raises:
             UserError, CheckError: see `Runtime`.
@@ -178,22 +188,34 @@ class LanguageModel:
             clock.enter("warmup")
             warmed = self.runtime.warmup.engine_for(ready, run.progress)
             if warmed is not None:
-                return warmed, ready.staged, workload
+                begun, warmed.begun = warmed.begun, None
+                if begun is not None and (self.runtime.ranks.size > 1 or not begun.among(ready.staged)):
+                    begun = None
+                if begun is not None:
+                    clock.enter("inference", begun.began)
+                    clock.enter("warmup", begun.ended)
+                return WarmWorkload(warmed, ready.staged, workload, begun)
             plan_again = True  # memory ran out
 
     def _planned_again(self, workload: Workload) -> Workload:
         return replace(workload, plan=self.runtime.planner.plan(workload.sequences, True, self.new_tokens))
 
 
-def timed(infer: Callable[[RunContext], Outcome], run: RunContext) -> tuple[Outcome, list[float]]:
-    """Returns the outcome of the first of `run.repeat` runs, the only one that is journaled, and each run's seconds."""
+def timed(
+    infer: Callable[[RunContext, Begun | None], Outcome], run: RunContext, begun: Begun | None
+) -> tuple[Outcome, list[float]]:
+    """Returns the outcome of the first of `run.repeat` runs, and each run's seconds.
+
+    Only the first is journaled, and goes on with what has begun.
+    """
     firsts: list[Outcome] = []
     seconds: list[float] = []
     for i in range(run.repeat):
         run.ranks.barrier()
         began = perf_counter()
-        outcome = infer(run if i == 0 else replace(run, journal=None))
-        seconds.append(perf_counter() - began)
+        outcome = infer(run, begun) if i == 0 else infer(replace(run, journal=None), None)
+        before = begun.seconds if begun is not None and i == 0 else 0.0
+        seconds.append(before + perf_counter() - began)
         firsts = firsts or [outcome]  # all others are let go
     return firsts[0], seconds
 

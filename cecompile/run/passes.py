@@ -4,6 +4,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -27,6 +28,27 @@ Write = Callable[[Sequence[Ints], Sequence[int], Callable[[int, list[int]], None
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 _SCORE = struct.Struct("<d?")
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Passes that ran as an engine was checked, from the moment `began` to `ended` by `time.perf_counter()`.
+
+    Their readouts are kept, so that they need not run again, and their time counts as inference.
+    """
+
+    passes: Sequence[tuple[StagedPass, Readouts]]
+    began: float
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+    def among(self, staged: Sequence[StagedPass]) -> dict[int, Readouts]:
+        """The readouts by place in `staged`; empty for the passes of another plan."""
+        places = {id(one): place for place, one in enumerate(staged)}
+        return {places[id(one)]: readouts for one, readouts in self.passes if id(one) in places}
 
 
 class Work(Generic[Result]):
@@ -97,8 +119,9 @@ class Work(Generic[Result]):
 
 
 def run_passes(
-    engine: Engine | StreamingEngine, staged: Sequence[StagedPass], named: Named, run: RunContext
-) -> list[Readouts]:
+    engine: Engine | StreamingEngine, staged: Sequence[StagedPass], named: Named, run: RunContext,
+    begun: Begun | None = None,
+) -> list[Readouts]:  # fmt: skip
     """Returns the readouts of all passes, in order.
 
     Args:
@@ -106,6 +129,7 @@ def run_passes(
         staged: the passes.
         named: names a sequence in messages.
         run: the context, with a journal that has begun.
+        begun: passes that have run already.
 
     Raises:
         CheckError: a log-probability is not a number, a pass fails, or a rank was lost.
@@ -113,16 +137,23 @@ def run_passes(
     """
     work = Work(run, PASSES, range(len(staged)), _packed, lambda i, data: _readouts(staged[i], data), "passes")
     claimed: deque[int] = deque()  # passes under way
+    before = {} if begun is None else begun.among(staged)
 
     def passes() -> Iterator[StagedPass]:
         for i in work.claim(work.left):
-            claimed.append(i)
-            yield staged[i]
+            if i in before:
+                finish(i, before[i])
+            else:
+                claimed.append(i)
+                yield staged[i]
 
-    def done(one: StagedPass, readouts: Readouts) -> None:
-        _refuse_nonsense(one.choice, readouts.logprob, named)
-        run.ranks.tally(one.tokens)
-        work.done(claimed.popleft(), readouts)
+    def finish(i: int, readouts: Readouts) -> None:
+        _refuse_nonsense(staged[i].choice, readouts.logprob, named)
+        run.ranks.tally(staged[i].tokens)
+        work.done(i, readouts)
+
+    def done(_: StagedPass, readouts: Readouts) -> None:
+        finish(claimed.popleft(), readouts)
 
     def handed_on(*_: Any) -> None:
         work.reach(claimed.popleft())

@@ -10,7 +10,7 @@ from cecompile.engine.attention import stock_attention
 from cecompile.engine.forward import Readouts
 from cecompile.run.context import Progress, RunContext
 from cecompile.run.language_model import LanguageModel, Workload, timed
-from cecompile.run.passes import Named, run_passes, score_sequences_alone
+from cecompile.run.passes import Begun, Named, run_passes, score_sequences_alone
 from cecompile.run.resume import begin
 from cecompile.tasks.question import Question
 from cecompile.workload.encode import encode, max_input_length
@@ -18,7 +18,7 @@ from cecompile.workload.sequences import Sequences
 from cecompile.workload.stage import StagedPass
 
 Outcome = tuple[NDArray[np.float64], NDArray[np.bool_]]  # per sequence: loglikelihood, and whether all is the argmax
-Inference = Callable[[RunContext], Outcome]
+Inference = Callable[[RunContext, Begun | None], Outcome]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +59,10 @@ class Scorer(LanguageModel):
         run.clock.enter("preprocess")
         prepared = self.prepare(questions, fit=True)
         owner = prepared.sequences.questions
-        infer, workload = self._inference(prepared, run, lambda i: f"question '{questions[owner[i]].id}'")
+        infer, workload, begun = self._inference(prepared, run, lambda i: f"question '{questions[owner[i]].id}'")
         begin(self.runtime, workload, run.journal)
         run.clock.enter("inference")
-        outcome, seconds = timed(infer, run)
+        outcome, seconds = timed(infer, run, begun)
         bounds = np.searchsorted(workload.sequences.questions, np.arange(1, len(questions)))
         loglikelihoods, greedy = ([tuple(part.tolist()) for part in np.split(each, bounds)] for each in outcome)
         return Scores(loglikelihoods, greedy, workload, seconds)
@@ -78,27 +78,27 @@ class Scorer(LanguageModel):
             UserError, CheckError: see `score`.
         """
         run = self.in_context(RunContext(progress=progress))
-        infer, _ = self._inference(self.workload(sequences, fit=True), run, lambda i: f"request {i}")
-        return infer(run)
+        infer, _, begun = self._inference(self.workload(sequences, fit=True), run, lambda i: f"request {i}")
+        return infer(run, begun)
 
-    def _inference(self, workload: Workload, run: RunContext, named: Named) -> tuple[Inference, Workload]:
-        """Loads and warms up; returns a function that scores all sequences, and the final workload."""
+    def _inference(self, workload: Workload, run: RunContext, named: Named) -> tuple[Inference, Workload, Begun | None]:
+        """Loads and warms up; returns a function that scores all sequences, the final workload, and what has begun."""
         if workload.plan is None:
             run.clock.enter("load_model")
             model, stock, sequences = self.runtime.load(), self.runtime.weights.stock_attention, workload.sequences
 
-            def alone(run: RunContext) -> Outcome:
+            def alone(run: RunContext, _: Begun | None) -> Outcome:
                 with stock_attention(model, stock):
                     return score_sequences_alone(model, sequences, named, run)
 
-            return alone, workload
-        warmed, staged, workload = self.warm(workload, run)
-        count = len(workload.sequences)
+            return alone, workload, None
+        warm = self.warm(workload, run)
+        count = len(warm.workload.sequences)
 
-        def packed(run: RunContext) -> Outcome:
-            return collect(count, staged, run_passes(warmed.engine, staged, named, run))
+        def packed(run: RunContext, begun: Begun | None) -> Outcome:
+            return collect(count, warm.staged, run_passes(warm.warmed.engine, warm.staged, named, run, begun))
 
-        return packed, workload
+        return packed, warm.workload, warm.begun
 
 
 def collect(count: int, staged: Sequence[StagedPass], readouts: Sequence[Readouts]) -> Outcome:
