@@ -165,7 +165,7 @@ ONE_B = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22
 
 @pytest.mark.parametrize("sizes", [TINY, ONE_B | {"num_key_value_heads": 4}], ids=["tiny", "1b"])
 def test_half_precision_answers_part_from_generates_only_at_near_ties(sizes, record_property):
-    """Where they part, the stock model's two best logits are nearer than its own error in bfloat16."""
+    """Where they part, two logits are nearer to each other than two errors of the stock model in bfloat16 can be apart."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=1024, max_position_embeddings=1024, **sizes)
     with torch.device("cuda"):
@@ -190,7 +190,8 @@ def test_half_precision_answers_part_from_generates_only_at_near_ties(sizes, rec
             ids = torch.tensor([[*prompt.tolist(), *theirs[:at]]], device="cuda")
             true, rounded = (m(ids, use_cache=False).logits[0, -1].float() for m in (exact, model))
             gap = (true[theirs[at]] - true[ours.token_ids[at]]).abs()
-            assert gap <= (true - rounded).abs().max()
+            error = rounded - true
+            assert gap <= error.max() - error.min()  # one side's error at its token, less that at the other's
     record_property("parted", f"{parted} of {len(got)} answers part at a near tie")
     assert parted < len(got)
 

@@ -1,7 +1,7 @@
 """The check of `engine.verify` for a model whose layers are not all in one place."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,15 +27,19 @@ def sweep_disagreement(
     picked = picked_of(engine.run, sequences, staged)
     run = functools.partial(stock_sweep, model, engine.stations, engine.feed)
     with as_stock(model, stock):
-        expected, few = _expected(run, sequences, picked), list(picked[0])[:ROUNDED]
+        expected, few = _expected(sequences, _logits(run, sequences, picked)), list(picked[0])[:ROUNDED]
         return distance(model, sequences, picked, lambda: rounding(model, sequences, few, run), expected)
 
 
-def _expected(run: AllLogits, sequences: Sequences, picked: Sequence[Got]) -> Expected:
-    """The `expectation` for all sequences that were picked from passes, by sequence."""
+def _logits(run: AllLogits, sequences: Sequences, picked: Sequence[Got]) -> dict[int, Tensor]:
+    """The stock model's logits of all sequences that were picked from passes, by sequence."""
     which = sorted({i for ours in picked for i in ours})
     logits = run([sequences.inputs(i) for i in which], [int(sequences.predicted[i]) for i in which])
-    return {i: expectation(sequences, i, one) for i, one in zip(which, logits, strict=True)}
+    return dict(zip(which, logits, strict=True))
+
+
+def _expected(sequences: Sequences, logits: Mapping[int, Tensor]) -> Expected:
+    return {i: expectation(sequences, i, one) for i, one in logits.items()}
 
 
 def stock_sweep(
@@ -78,8 +82,10 @@ def pipeline_disagreement(
 
     with as_stock(model, stock):
         stage.suffices = True
-        expected = _expected(run, sequences, picked)
+        logits = _logits(run, sequences, picked)
         rounded = rounding(model, sequences, list(picked[0])[:ROUNDED], run)  # always: all stages must take part
         if not stage.suffices:
             return None
-        return distance(model, sequences, picked, lambda: rounded, expected) if stage.ends else 0.0
+        if not stage.ends:
+            return 0.0
+        return distance(model, sequences, picked, lambda: rounded, _expected(sequences, logits))
