@@ -165,7 +165,7 @@ ONE_B = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22
 
 @pytest.mark.parametrize("sizes", [TINY, ONE_B | {"num_key_value_heads": 4}], ids=["tiny", "1b"])
 def test_half_precision_answers_part_from_generates_only_at_near_ties(sizes, record_property):
-    """Where they part, two logits are nearer to each other than two errors of the stock model in bfloat16 can be apart."""
+    """Where they part, two logits are nearer to each other than two errors of the stock model can be apart."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=1024, max_position_embeddings=1024, **sizes)
     with torch.device("cuda"):
