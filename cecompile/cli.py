@@ -139,6 +139,8 @@ def eval_command(
     compared = None if baseline is None or ranks.rank else read_baseline(baseline, max_drop)
     clock.enter("preprocess")
     dataset = read_windows(name, task, limit, window)
+    if dataset.note and ranks.rank == 0:
+        click.echo(f"cecompile: {name}: {dataset.note}", err=True)
     clock.enter("load_model")
     import_transformers("cecompile.run.evaluation")
     from rich.console import Console

@@ -51,7 +51,8 @@ def selection(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--model", metavar="DIR|HUB_ID", help="The checkpoint. Default: the embedded demo model."),
         click.option("--data", metavar="FILE|HUB_ID[:SPLIT]", help="The questions. Default: the embedded demo's."),
         click.option(
-            "--task", type=click.Choice(("auto", *TASKS)), default="auto", help="Row format; auto tells by the fields."
+            "--task", type=click.Choice(("auto", *TASKS)), default="auto",
+            help="Row format, or a group of formats; auto tells by the fields, which docs/running.md lists.",
         ),
         new_tokens_option,
         click.option(

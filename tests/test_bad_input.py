@@ -39,10 +39,6 @@ CONTENTS = {
     "no fields": (b"{}\n", ["bad.jsonl: line 1", "no known format"]),
     "two formats at once": (line(GOOD | PIQA), ["bad.jsonl: line 1", "query/choices/gold and piqa"]),
     "a format that changes": (good + line(PIQA), ["bad.jsonl: line 2", "'choices'", "missing"]),
-    "shared suffix, not context": (
-        b'{"context_options": ["a", "b"], "continuation": "c", "gold": 0}\n',
-        ["bad.jsonl: line 1", "context_options", "no known format"],
-    ),
     "a chat without messages": (line(CHAT, message=[]), ["bad.jsonl: line 1", "'message'", "an empty list"]),
     "a chat that is a text": (line(CHAT, message="x"), ["bad.jsonl: line 1", "'message'", "a text"]),
     "a message that is a text": (line(CHAT, message=["x"]), ["bad.jsonl: line 1", "'message[0]'", "a text"]),

@@ -1,32 +1,92 @@
 """Row formats: how a row of a dataset becomes a question.
 
-Wording, delimiters and preprocessing follow the tasks `hellaswag`, `arc_easy`, `openbookqa` and `piqa` of
-lm-evaluation-harness 0.4.13, so that scores can be compared with published scores.
+Wording, delimiters and preprocessing follow the tasks of these names in lm-evaluation-harness 0.4.13, without examples,
+so that scores can be compared with published scores. The format of `context_options` is llm-foundry's.
 """
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cecompile.errors import UserError
 from cecompile.tasks.chat import ChatQuestion
+from cecompile.tasks.fields import (
+    LETTERS,
+    NOTHING,
+    check,
+    check_choices,
+    read_index,
+    read_key,
+    read_lettered,
+    read_text,
+    read_texts,
+)
 from cecompile.tasks.nested import read_nested
 from cecompile.tasks.question import Question
 
 Row = Mapping[str, Any]
-_NOTHING = object()  # the value of a field that is missing
+Texts = dict[str, Any]  # by field, the text or the list of texts
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A known row format: the fields that identify the format, the field of the label, and the conversion."""
+    """A row format.
+
+    Attributes:
+        name: for messages; also an option of --task.
+        task: the group of formats, for --task and in results.
+        fields: the fields that a row must have. Each is a text (str), a list of texts (list), an object (dict), or a
+            label of any kind (object).
+        label: the field of the label; several where copies of a dataset differ in the field's name.
+        context: the context, with fields in braces. {letters} are all options, each after its letter.
+        options: the fields of an option each; or one field, a list of texts or an object of texts and labels.
+        choices: the texts to choose from where they are not the options: the same in every row, or "letters".
+        names: what labels call the choices, where labels are not numbers.
+        first: the label of the first choice.
+        right: the right choice, where every row has it in the same place.
+        unknown: labels of rows whose label is kept secret.
+        may_have: texts that a row may have besides.
+        tells: fields by which "auto" tells the format from another with the same fields.
+        allowed: the values that a field may have, where not any.
+        prepare: changes the texts before they are put together.
+    """
 
     name: str
     task: str
-    fields: frozenset[str]
-    label_field: str
-    convert: Callable[[Row, str, str], Question | ChatQuestion]  # (row, where, id)
+    fields: Mapping[str, type]
+    label: tuple[str, ...]
+    context: str = ""
+    options: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    first: int = 0
+    right: int | None = None
+    unknown: tuple[Any, ...] = ()
+    may_have: tuple[str, ...] = ()
+    allowed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tells: frozenset[str] = frozenset()
+    prepare: Callable[[Texts], Texts] = lambda texts: texts
+
+    def looks_like(self, row: Row) -> bool:
+        """Whether a row that has the fields has lists and objects where the format has them."""
+        kinds = {field: kind for field, kind in self.fields.items() if kind in (list, dict)}
+        return all(_kind(row[field]) in (kind, None) for field, kind in kinds.items())
+
+    def note(self, task: str) -> str | None:
+        """How to read the rows otherwise, where "auto" took this format and another has the same fields; else None."""
+        others = [f.name for f in FORMATS if f is not self and f.fields == self.fields]
+        if task != "auto" or self.tells or not others:
+            return None
+        return f"rows read as {self.name}; --task {others[0]} reads them as {others[0]}"
+
+
+def _kind(value: Any) -> type | None:
+    """Whether a value, or the text in a cell, is a list or an object; None for neither."""
+    begins = value.strip()[:1] if isinstance(value, str) else ""
+    if isinstance(value, Mapping) or begins == "{":
+        return dict
+    return list if isinstance(value, list) or begins in ("[", "(") else None
 
 
 def preprocess(text: str) -> str:
@@ -35,47 +95,48 @@ def preprocess(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def _hellaswag(row: Row, where: str, id: str) -> Question:
-    before, after = _text(row["ctx_a"], "ctx_a", where), _text(row["ctx_b"], "ctx_b", where)
-    activity = _text(row["activity_label"], "activity_label", where)
-    context = preprocess(f"{activity}: {before} {after.capitalize()}")
-    endings = _choices([preprocess(e) for e in _texts(row["endings"], "endings", where)], "endings", where)
-    return Question(id, context, endings, _index(row.get("label"), "label", len(endings), where))
+def _wikihow(texts: Texts) -> Texts:
+    context = f"{texts['activity_label']}: {texts['ctx_a']} {texts['ctx_b'].capitalize()}"
+    return {"context": preprocess(context), "endings": [preprocess(ending) for ending in texts["endings"]]}
 
 
-def _query(row: Row, where: str, id: str) -> Question:
-    choices = _choices(_texts(row["choices"], "choices", where), "choices", where)
-    label = _index(row.get("gold"), "gold", len(choices), where)
-    return Question(id, _text(row["query"], "query", where), choices, label)
+def _bare(texts: Texts) -> Texts:
+    """The texts without white space where lm-evaluation-harness takes it away."""
+    ends = {"support": str.lstrip, "question": str.strip if "support" not in texts else str}
+    return {name: ends[name](text) if name in ends else text for name, text in texts.items()}
 
 
-def _arc(row: Row, where: str, id: str) -> Question:
-    choices, label = _lettered(row, where)
-    return Question(id, f"Question: {_text(row['question'], 'question', where)}\nAnswer:", choices, label)
+def _about(texts: Texts) -> Texts:
+    """MMLU's description, where the row names its subject, before the question."""
+    subject = texts.get("subject", "").replace("_", " ").strip()
+    about = f"The following are multiple choice questions (with answers) about {subject}.\n\n" if subject else ""
+    return texts | {"question": about + texts["question"].strip()}
 
 
-def _openbookqa(row: Row, where: str, id: str) -> Question:
-    choices, label = _lettered(row, where)
-    return Question(id, _text(row["question_stem"], "question_stem", where), choices, label)
+def _filled(texts: Texts) -> Texts:
+    """Winogrande's contexts, up to the blank and with an option in place of the blank."""
+    before, blank, after = texts["sentence"].partition("_")
+    contexts = tuple(before + texts[option] for option in ("option1", "option2"))
+    return {"contexts": contexts, "continuation": after.strip() if blank else ""}
 
 
-def _piqa(row: Row, where: str, id: str) -> Question:
-    choices = _choices([_text(row[field], field, where) for field in ("sol1", "sol2")], "sol1/sol2", where)
-    label = None if row.get("label") in (-1, "-1") else row.get("label")  # -1 throughout the published test split
-    context = f"Question: {_text(row['goal'], 'goal', where)}\nAnswer:"
-    return Question(id, context, choices, _index(label, "label", 2, where))
+def _as_one_sentence(texts: Texts) -> Texts:
+    """COPA's premise without its full stop, then its connector, then an alternative in lower case."""
+    connector = {"cause": " because", "effect": " therefore"}[texts["question"]]
+    choices = {name: f" {texts[name][:1].lower()}{texts[name][1:]}" for name in ("choice1", "choice2")}
+    return {"context": texts["premise"].strip()[:-1] + connector, **choices}
 
 
 def _chat(row: Row, where: str, id: str) -> ChatQuestion:
     field = "message" if "message" in row else "messages"
     listed = read_nested(row[field], field, where)
-    _check(isinstance(listed, list) and listed, listed, "a list of messages", field, where)
+    check(isinstance(listed, list) and listed, listed, "a list of messages", field, where)
     messages = []
     for i, message in enumerate(listed):
-        _check(isinstance(message, Mapping), message, "an object", f"{field}[{i}]", where)
-        role = _text(message.get("role", _NOTHING), f"{field}[{i}].role", where)
-        messages.append((role, _content(message.get("content", _NOTHING), f"{field}[{i}].content", where)))
-    answer = None if row.get("answer") is None else _text(row["answer"], "answer", where)
+        check(isinstance(message, Mapping), message, "an object", f"{field}[{i}]", where)
+        role = read_text(message.get("role", NOTHING), f"{field}[{i}].role", where)
+        messages.append((role, _content(message.get("content", NOTHING), f"{field}[{i}].content", where)))
+    answer = None if row.get("answer") is None else read_text(row["answer"], "answer", where)
     return ChatQuestion(id, tuple(messages), answer)
 
 
@@ -83,34 +144,102 @@ def _content(value: Any, field: str, where: str) -> str:
     """A message's text, which may be given as a list of parts of the type "text"."""
     parts = value if isinstance(value, list) else []
     if not parts or not all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts):
-        return _text(value, field, where)
-    return "".join(_text(part.get("text", _NOTHING), f"{field}[{i}].text", where) for i, part in enumerate(parts))
+        return read_text(value, field, where)
+    return "".join(read_text(part.get("text", NOTHING), f"{field}[{i}].text", where) for i, part in enumerate(parts))
 
 
+def _fields(names: str, **others: type) -> dict[str, type]:
+    return dict.fromkeys(names.split(), str) | others
+
+
+_ANSWER = "Question: {question}\nAnswer:"
+_LETTERED = "{question}\n{letters}\nAnswer:"
+_SECRET = (-1, "-1")  # throughout the published test splits
+_DISTRACTORS = ("distractor1", "distractor2", "distractor3")
 FORMATS = (
-    Format("hellaswag", "hellaswag", frozenset({"activity_label", "ctx_a", "ctx_b", "endings"}), "label", _hellaswag),
-    Format("query/choices/gold", "choices", frozenset({"query", "choices"}), "gold", _query),
-    Format("arc", "choices", frozenset({"question", "choices"}), "answerKey", _arc),
-    Format("openbookqa", "choices", frozenset({"question_stem", "choices"}), "answerKey", _openbookqa),
-    Format("piqa", "choices", frozenset({"goal", "sol1", "sol2"}), "label", _piqa),
-    Format("chat", "chat", frozenset({"message"}), "answer", _chat),
-    Format("chat of messages", "chat", frozenset({"messages"}), "answer", _chat),
-)
-TASKS = ("hellaswag", "choices", "chat")
+    Format(
+        "hellaswag", "hellaswag", _fields("activity_label ctx_a ctx_b", endings=list), ("label",),
+        "{context}", ("endings",), prepare=_wikihow,
+    ),
+    Format(
+        "query/choices/gold", "choices", _fields("query", choices=list), ("gold",),
+        "{query}", ("choices",),
+    ),
+    Format(
+        "arc", "choices", _fields("question", choices=dict), ("answerKey",),
+        _ANSWER, ("choices",),
+    ),
+    Format(
+        "openbookqa", "choices", _fields("question_stem", choices=dict), ("answerKey",),
+        "{question_stem}", ("choices",),
+    ),
+    Format(
+        "piqa", "choices", _fields("goal sol1 sol2"), ("label",),
+        "Question: {goal}\nAnswer:", ("sol1", "sol2"), unknown=_SECRET,
+    ),
+    Format(
+        "mmlu", "mmlu", _fields("question", choices=list, answer=object), ("answer",),
+        _LETTERED, ("choices",), ("letters",), names=tuple(LETTERS), may_have=("subject",), prepare=_about,
+    ),
+    Format(
+        "commonsense_qa", "commonsense_qa", _fields("question", choices=dict), ("answerKey",),
+        f"Question: {_LETTERED}", ("choices",), ("letters",), tells=frozenset({"question_concept"}), prepare=_bare,
+    ),
+    Format(
+        "winogrande", "winogrande", _fields("sentence option1 option2"), ("answer", "label"),
+        first=1, prepare=_filled,
+    ),
+    Format(
+        "boolq", "boolq", _fields("passage question"), ("label", "answer"),
+        "{passage}\nQuestion: {question}?\nAnswer:", choices=("no", "yes"), names=("False", "True"), unknown=_SECRET,
+    ),
+    Format(
+        "social_iqa", "social_iqa", _fields("context question answerA answerB answerC"), ("label",),
+        "Q: {context} {question}\nA:", ("answerA", "answerB", "answerC"), first=1,
+    ),
+    Format(
+        "copa", "copa", _fields("premise choice1 choice2 question"), ("label",),
+        "{context}", ("choice1", "choice2"), names=("choice1", "choice2"), unknown=_SECRET, prepare=_as_one_sentence,
+        allowed={"question": ("cause", "effect")},
+    ),
+    Format(
+        "sciq", "sciq", _fields("support question distractor1 distractor2 distractor3 correct_answer"), (),
+        "{support}\nQuestion: {question}\nAnswer:", (*_DISTRACTORS, "correct_answer"), right=3, prepare=_bare,
+    ),
+    Format(
+        "context_options", "choices", _fields("continuation", context_options=list), ("gold",),
+        prepare=lambda texts: texts | {"contexts": texts["context_options"]},
+    ),
+    Format("chat", "chat", {"message": list}, ("answer",)),
+    Format("chat of messages", "chat", {"messages": list}, ("answer",)),
+)  # fmt: skip
+TASKS = tuple(dict.fromkeys(("hellaswag", "choices", "chat", *(f.name for f in FORMATS if f.name.isidentifier()))))
 
 
 def detect(row: Row, task: str, where: str) -> Format:
     """The one format of a task (of any with "auto") whose fields `row` has. Raises UserError: none fits, or several."""
-    known = [f for f in FORMATS if task in ("auto", f.task)]
-    matches = [f for f in known if f.fields <= row.keys()]
+    known = [f for f in FORMATS if task in ("auto", f.task, f.name)]
+    matches = [f for f in known if f.fields.keys() | (f.tells if task == "auto" else set()) <= row.keys()]
+    matches = [f for f in matches if f.tells] or matches
+    if len(matches) > 1:
+        matches = [f for f in matches if f.looks_like(row)] or matches
     seen = ", ".join(sorted(map(str, row))) or "none"
-    if len({f.convert for f in matches}) > 1:  # names of one format's fields may stand beside each other
+    if len({"chat" if f.task == "chat" else f.name for f in matches}) > 1:  # both names of messages may be there
         names = " and ".join(f.name for f in matches)
         raise UserError(f"{where}: fields {seen}: fit {names} alike; name one with --task or drop the others' fields")
     if not matches:
-        expected = "; ".join(f"{f.name}: {', '.join(sorted(f.fields))}" for f in known)
-        raise UserError(f"{where}: fields {seen}: no known format ({expected})")
+        raise UserError(f"{where}: fields {seen}: no known format ({_nearest(row, known)})")
     return matches[0]
+
+
+def _nearest(row: Row, known: list[Format]) -> str:
+    """The formats that lack the fewest fields, with these fields; all names where a row has no field of any."""
+    lacking = {f.name: [field for field in f.fields if field not in row] for f in known if f.fields.keys() & row.keys()}
+    if not lacking:
+        return f"known are {', '.join(f.name for f in known)}"
+    order = {f.name: (len(lacking[f.name]), -len(f.fields)) for f in known if f.name in lacking}
+    near = [name for name, place in order.items() if place == min(order.values())]
+    return "nearest: " + "; ".join(f"{name} rows also have {', '.join(lacking[name])}" for name in near)
 
 
 def to_question(row: Row, fmt: Format, where: str, position: int) -> Question | ChatQuestion:
@@ -118,76 +247,41 @@ def to_question(row: Row, fmt: Format, where: str, position: int) -> Question | 
 
     Raises UserError: a field is missing, of the wrong type, empty or out of range.
     """
-    missing = sorted(fmt.fields - row.keys())
+    missing = sorted(fmt.fields.keys() - row.keys())
     if missing:
         raise UserError(f"{where}: field '{missing[0]}': missing ({fmt.name} rows have it)")
     id = row.get("id", row.get("ind", position))
-    _check(isinstance(id, (int, str)) and not isinstance(id, bool), id, "a text or a number", "id", where)
-    return fmt.convert(row, where, _text(str(id), "id", where))
+    check(isinstance(id, (int, str)) and not isinstance(id, bool), id, "a text or a number", "id", where)
+    id = read_text(str(id), "id", where)
+    return _chat(row, where, id) if fmt.task == "chat" else _question(row, fmt, where, id)
 
 
-def _check(fits: object, value: Any, expected: str, field: str, where: str) -> None:
-    """Raises UserError about `value` unless it `fits`."""
-    if fits:
-        return
-    names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "a text"}
-    names |= {list: "a list", dict: "an object", object: "nothing"}
-    found = "an empty list" if value == [] else names.get(type(value), type(value).__name__)
-    shown = f" ({value!r:.40})" if isinstance(value, (bool, int, float, str)) else ""
-    raise UserError(f"{where}: field '{field}': expected {expected}, found {found}{shown}")
-
-
-def _text(value: Any, field: str, where: str) -> str:
-    _check(isinstance(value, str), value, "a text", field, where)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: field '{field}': not valid Unicode (a lone surrogate)") from None
-    return str(value)
-
-
-def _texts(value: Any, field: str, where: str) -> list[str]:
-    value = read_nested(value, field, where)
-    _check(isinstance(value, list), value, "a list of texts", field, where)
-    return [_text(item, f"{field}[{i}]", where) for i, item in enumerate(value)]
-
-
-def _choices(texts: list[str], field: str, where: str) -> tuple[str, ...]:
-    if len(texts) < 2:
-        raise UserError(f"{where}: field '{field}': {len(texts)} choices, at least 2 are needed")
-    for i, text in enumerate(texts):
-        if not text.strip():
-            raise UserError(f"{where}: field '{field}[{i}]': empty choice")
-    return tuple(texts)
-
-
-def _index(value: Any, field: str, count: int, where: str) -> int | None:
-    if value in (None, ""):
-        return None
-    if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,9}\s*", value):
-        value = int(value)
-    fits = isinstance(value, int) and not isinstance(value, bool)
-    _check(fits, value, "the index of a choice", field, where)
-    if not 0 <= value < count:
-        raise UserError(f"{where}: field '{field}': {value} is out of range, there are {count} choices")
-    return value
-
-
-def _lettered(row: Row, where: str) -> tuple[tuple[str, ...], int | None]:
-    """Choices of the form {"text": [...], "label": [...]}, and the index that `answerKey` names."""
-    choices = read_nested(row["choices"], "choices", where)
-    _check(isinstance(choices, Mapping), choices, "an object with text and label", "choices", where)
-    for part in ("text", "label"):
-        if part not in choices:
-            raise UserError(f"{where}: field 'choices.{part}': missing")
-    texts = _choices(_texts(choices["text"], "choices.text", where), "choices.text", where)
-    labels = _texts(choices["label"], "choices.label", where)
-    if len(labels) != len(texts):
-        raise UserError(f"{where}: field 'choices.label': {len(labels)} labels for {len(texts)} choices")
-    key = row.get("answerKey")
-    if key in (None, ""):
-        return texts, None
-    _check(isinstance(key, str), key, "a text", "answerKey", where)
-    if key.strip() not in labels:
-        raise UserError(f"{where}: field 'answerKey': {key!r} is not among the labels {', '.join(labels)}")
-    return texts, labels.index(key.strip())
+def _question(row: Row, fmt: Format, where: str, id: str) -> Question:
+    """A row's question, put together as the format says."""
+    read: dict[type, Callable[[Any, str, str], Any]] = {str: read_text, list: read_texts}
+    texts = {field: read[kind](row[field], field, where) for field, kind in fmt.fields.items() if kind in read}
+    texts |= {field: read_text(row[field], field, where) for field in fmt.may_have if field in row}
+    for name, values in fmt.allowed.items():
+        check(texts[name] in values, texts[name], " or ".join(values), name, where)
+    texts = fmt.prepare(texts)
+    place = next((field for field in fmt.label if field in row), "")
+    label = None if row.get(place) in fmt.unknown else row.get(place)
+    if "contexts" in texts:
+        contexts = check_choices(texts["contexts"], [*fmt.fields][-1], where)
+        said = check_choices([texts["continuation"]] * len(contexts), "continuation", where)
+        return Question(
+            id, "", said, read_index(label, place, [""] * len(contexts), where, fmt.first), contexts=contexts
+        )
+    source = "/".join(fmt.options)
+    if fmt.fields.get(source) is dict:
+        options, labels = read_lettered(row[source], where)
+        right = read_key(label, place, labels, where)
+    else:
+        listed = texts[source] if source in texts else [texts[option] for option in fmt.options]
+        options = check_choices(listed or fmt.choices, source, where)
+        right = fmt.right
+        if fmt.label:
+            right = read_index(label, place, fmt.names[: len(options)] or [""] * len(options), where, fmt.first)
+    letters = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    choices = tuple(LETTERS[: len(options)]) if fmt.choices == ("letters",) else fmt.choices or options
+    return Question(id, fmt.context.format(**texts, letters=letters), choices, right)

@@ -17,6 +17,7 @@ class Question:
         choices: two or more non-empty texts. `delimiter` stands between the context and a choice.
         label: index of the right choice, or None where the data has none.
         delimiter: lm-evaluation-harness's `target_delimiter`; not counted in the length by which `acc_norm` divides.
+        contexts: a context for each choice, in place of `context`; () where all choices continue the same text.
     """
 
     id: str
@@ -24,15 +25,18 @@ class Question:
     choices: tuple[str, ...]
     label: int | None
     delimiter: str = " "
+    contexts: tuple[str, ...] = ()
 
     @property
     def characters(self) -> int:
         """Length of the text to tokenise."""
-        return len(self.context) * (1 + len(self.choices)) + sum(map(len, self.choices))
+        contexts = sum(map(len, self.contexts)) or len(self.context) * len(self.choices)
+        return len(self.context) + contexts + sum(map(len, self.choices))
 
     def content(self) -> list[Any]:
         """The question's parts, as plain JSON values."""
-        return [self.id, self.context, self.choices, self.label, self.delimiter]
+        common = [self.id, self.context, self.choices, self.label, self.delimiter]
+        return [*common, self.contexts] if self.contexts else common
 
 
 def digest(questions: Iterable[Any]) -> str:

@@ -27,10 +27,14 @@ JSON, TABLES = (".jsonl", ".ndjson", ".json"), (".parquet", ".csv")
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """The questions in the order of the file, whole or in windows: `ChatQuestion` for "chat", else `Question`."""
+    """The questions in the order of the file, whole or in windows: `ChatQuestion` for "chat", else `Question`.
+
+    `note` says how rows were read that have the fields of two formats; else None.
+    """
 
     task: str
     questions: list[Any] | Windows
+    note: str | None = None
 
 
 def read_questions(data: str | Path, task: str = "auto", limit: float | None = None) -> list[Any]:
@@ -43,7 +47,7 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
 
     Args:
         data: a .jsonl, .json, .parquet or .csv file, or a hub id `owner/name[/config][:split]`.
-        task: "auto" recognises the format from the fields; "hellaswag", "choices" or "chat" narrows the formats down.
+        task: "auto" recognises the format from the fields; one of `formats.TASKS` narrows the formats down.
         limit: the number of questions to keep, the first ones; below 1, the fraction of questions, rounded up.
 
     Returns:
@@ -54,7 +58,7 @@ def read_dataset(data: str | Path, task: str = "auto", limit: float | None = Non
     """
     rows = _Reading(data, task, limit)
     questions = list(rows)
-    return Dataset(rows.task, questions[: _kept(len(questions), limit)])
+    return Dataset(rows.task, questions[: _kept(len(questions), limit)], rows.note)
 
 
 def read_windows(data: str | Path, task: str, limit: float | None, window: int) -> Dataset:
@@ -67,13 +71,13 @@ def read_windows(data: str | Path, task: str, limit: float | None, window: int) 
     windows = split(rows, window)
     read = list(itertools.islice(windows, 2))
     if len(read) == 1:
-        return Dataset(rows.task, read[0][: _kept(len(read[0]), limit)])
+        return Dataset(rows.task, read[0][: _kept(len(read[0]), limit)], rows.note)
     first = (read.pop(0) for _ in range(2))  # so that the windows do not stay in memory
     again = functools.partial(_Reading, data, task, limit, rows.state)
     surveyed = Windows.surveyed(str(data), window, itertools.chain(first, windows), again)
     if limit is not None and limit < 1:
         return read_windows(data, task, _kept(len(surveyed), limit), window)
-    return Dataset(rows.task, surveyed)
+    return Dataset(rows.task, surveyed, rows.note)
 
 
 def is_limit(limit: float | None) -> bool:
@@ -95,6 +99,7 @@ class _Reading:
 
     def __init__(self, data: str | Path, task: str, limit: float | None, state: tuple[int, ...] | None = None) -> None:
         self.task = task
+        self.note: str | None = None
         self.state = state or _state(data)
         self._data = data
         if not is_limit(limit):
@@ -111,12 +116,13 @@ class _Reading:
             question = to_question(row, fmt, where, position)
             if labelled not in (None, question.label is not None):
                 fault = "missing, though earlier rows have one" if labelled else "given, unlike earlier rows"
-                raise UserError(f"{where}: field '{fmt.label_field}': {fault}")
+                raise UserError(f"{where}: field '{fmt.label[0]}': {fault}")
             labelled = question.label is not None
             yield question
         self._check_state()
         if fmt is None:
             raise UserError(f"{self._data}: no rows")
+        self.note = fmt.note(self.task)
         self.task = fmt.task
 
     def _check_state(self) -> None:

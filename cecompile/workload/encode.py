@@ -1,7 +1,7 @@
 """Questions to token ids, exactly as lm-evaluation-harness encodes them."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,21 +43,22 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_length: int) -> En
 
 def _encode_part(questions: Sequence[Question], first: int, encoder: "_Encoder", max_length: int) -> Encoded:
     """Encodes questions that are numbered from `first`."""
-    contexts = [q.context.rstrip() for q in questions]
-    before = [q.context[len(c) :] + q.delimiter for q, c in zip(questions, contexts, strict=True)]
-    choices = [[moved + choice for choice in q.choices] for q, moved in zip(questions, before, strict=True)]
+    parts = [part for q in questions for part in _parts(q)]  # (context, choices that continue the context)
+    contexts = [context.rstrip() for context, _, _ in parts]
+    before = [full[len(c) :] + delimiter for (full, _, delimiter), c in zip(parts, contexts, strict=True)]
+    choices = [[moved + choice for choice in many] for (_, many, _), moved in zip(parts, before, strict=True)]
     context = encoder.texts(contexts)
     whole = encoder.texts([c + choice for c, many in zip(contexts, choices, strict=True) if c for choice in many])
     bare_choices = [choice for c, many in zip(contexts, choices, strict=True) if not c for choice in many]
     alone = encoder.texts(bare_choices, special=False)
-    counts = np.array([len(many) for many in choices])
-    owners = np.repeat(np.arange(len(questions)), counts)
-    written = np.array([bool(c) for c in contexts])[owners]  # for each sequence: whether it has a context
+    of = np.repeat(np.arange(len(parts)), [len(many) for many in choices])  # for each sequence: its context
+    owners = np.repeat(np.arange(len(questions)), [len(q.choices) for q in questions])
+    written = np.array([bool(c) for c in contexts])[of]  # for each sequence: whether it has a context
 
     # Heads and tails as stretches of one array: contexts, then contexts with choices, choices alone, the prefix token.
     pool = np.concatenate((context.ids, whole.ids, alone.ids, [encoder.prefix or 0])).astype(np.int32)
     at_whole, at_alone, at_prefix = np.cumsum([len(context.ids), len(whole.ids), len(alone.ids)])
-    head, head_size = context.starts[owners], context.sizes[owners]
+    head, head_size = context.starts[of], context.sizes[of]
     tail, tail_size = np.empty_like(head), np.empty_like(head)
     tail[written], tail_size[written] = at_whole + whole.starts, whole.sizes
     tail[~written], tail_size[~written] = at_alone + alone.starts, alone.sizes
@@ -82,6 +83,14 @@ def _encode_part(questions: Sequence[Question], first: int, encoder: "_Encoder",
     predicted, numbers = tail_size.astype(np.int32), (first + owners).astype(np.int32)
     sequences = Sequences(pool[stretched(stretches, sizes)], starts, predicted, numbers)
     return Encoded(sequences, len(np.unique(owners[excess > 0])))
+
+
+def _parts(question: Question) -> Iterator[tuple[str, Sequence[str], str]]:
+    """Every context of a question, the choices that continue the context, and the delimiter in between."""
+    if not question.contexts:
+        yield question.context, question.choices, question.delimiter
+    for context, choice in zip(question.contexts, question.choices if question.contexts else (), strict=True):
+        yield context, (choice,), question.delimiter
 
 
 def max_input_length(config: Any, tokenizer: Any) -> int:

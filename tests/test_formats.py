@@ -1,0 +1,231 @@
+"""Each row format against the task of its name in lm-evaluation-harness: requests, loglikelihoods and metrics."""
+
+from pathlib import Path
+
+import lm_eval
+import numpy as np
+import pytest
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks._yaml_loader import load_yaml
+from support.rows import write_rows, write_table
+
+from cecompile import Question, Scorer, evaluate, read_questions
+from cecompile.errors import UserError
+from cecompile.tasks.formats import FORMATS, detect, to_question
+from cecompile.tasks.read import _hub_rows, read_dataset
+
+TASKS = Path(lm_eval.__file__).parent / "tasks"
+ODD = [
+    "the sun is out.", " a leading space", "Two  spaces, and a comma.", "Ünïcode – “quotes”", "a [bracket], {braces}",
+    "100 % of 3.5", "It's late", "A trailing space ", "What? Why!", "l'eau\tet le vin", "x", "日本 and Korea",
+]  # fmt: skip
+
+
+def odd(i: int) -> str:
+    return ODD[i % len(ODD)]
+
+
+def options(i: int, count: int) -> list[str]:
+    return [odd(i + k + 1) for k in range(count)]
+
+
+def lettered(i: int, count: int) -> dict:
+    return {"text": options(i, count), "label": list("ABCDE")[:count]}
+
+
+ROWS = {  # by format: the task's file, and rows in the form of the hub's dataset
+    "arc": (
+        "arc/arc_easy.yaml",
+        lambda i: {"id": f"M_{i}", "question": odd(i), "choices": lettered(i, 3 + i % 3), "answerKey": "ABC"[i % 3]},
+    ),
+    "openbookqa": (
+        "openbookqa/openbookqa.yaml",
+        lambda i: {"id": str(i), "question_stem": odd(i), "choices": lettered(i, 4), "answerKey": "ABCD"[i % 4]},
+    ),
+    "piqa": ("piqa/piqa.yaml", lambda i: {"goal": odd(i), "sol1": odd(i + 1), "sol2": odd(i + 2), "label": i % 2}),
+    "mmlu": (
+        "mmlu/default/mmlu_high_school_biology.yaml",
+        lambda i: {"question": odd(i), "subject": "high_school_biology", "choices": options(i, 4), "answer": i % 4},
+    ),
+    "commonsense_qa": (
+        "commonsense_qa/default.yaml",
+        lambda i: {
+            "id": str(i), "question": odd(i), "question_concept": "sun", "choices": lettered(i, 5),
+            "answerKey": "ABCDE"[i % 5],
+        },
+    ),
+    "winogrande": (
+        "winogrande/default.yaml",
+        lambda i: {
+            "sentence": f"{odd(i)} so _ {odd(i + 1)}" if i % 3 else f"_ was there; {odd(i)}.", "option1": "Ann",
+            "option2": odd(i + 2), "answer": str(1 + i % 2),
+        },
+    ),
+    "boolq": (
+        "super_glue/boolq/default.yaml",
+        lambda i: {"passage": odd(i), "question": odd(i + 1), "idx": i, "label": i % 2},
+    ),
+    "social_iqa": (
+        "siqa/siqa.yaml",
+        lambda i: {
+            "context": odd(i), "question": odd(i + 1), "answerA": odd(i + 2), "answerB": odd(i + 3),
+            "answerC": odd(i + 4), "label": str(1 + i % 3),
+        },
+    ),
+    "copa": (
+        "super_glue/copa/default.yaml",
+        lambda i: {
+            "premise": odd(i), "choice1": odd(i + 1), "choice2": odd(i + 2), "idx": i, "label": i % 2,
+            "question": ("cause", "effect")[i % 2],
+        },
+    ),
+    "sciq": (
+        "sciq/sciq.yaml",
+        lambda i: {
+            "question": odd(i), "distractor1": odd(i + 1), "distractor2": odd(i + 2), "distractor3": odd(i + 3),
+            "correct_answer": odd(i + 4), "support": ("", odd(i + 5))[i % 2],
+        },
+    ),
+}  # fmt: skip
+
+
+def rows_of(name: str) -> list[dict]:
+    return [ROWS[name][1](i) for i in range(14)]
+
+
+def task_of(name: str, data: Path) -> ConfigurableTask:
+    """The harness's own task, over a local file."""
+    config = load_yaml(TASKS / ROWS[name][0], resolve_func=True)
+    config |= {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"validation": str(data)}},
+    }
+    for split in ("training_split", "test_split", "fewshot_split"):
+        config.pop(split, None)
+    config |= {"validation_split": "validation", "num_fewshot": 0, "task": name}
+    for unknown in ("task_alias", "tag", "include", "group"):
+        config.pop(unknown, None)
+    return ConfigurableTask(config=config)
+
+
+def pairs(question: Question) -> list[tuple[str, str]]:
+    contexts = question.contexts or (question.context,) * len(question.choices)
+    return [(c, question.delimiter + choice) for c, choice in zip(contexts, question.choices, strict=True)]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_scores_as_the_harnesss_task_of_that_name(name, tiny_llama, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", rows_of(name))
+    task, questions = task_of(name, data), read_questions(data)
+    model = HFLM(pretrained=str(tiny_llama), dtype="float32", device="cpu", batch_size=4)
+    out = lm_eval.simple_evaluate(model=model, tasks=[task], log_samples=True, bootstrap_iters=0)
+    theirs = sorted(out["samples"][name], key=lambda sample: sample["doc_id"])
+    asked = sorted(task.instances, key=lambda one: (one.doc_id, one.idx))
+    assert [pair for question in questions for pair in pairs(question)] == [one.args for one in asked]
+    ours = evaluate(Scorer.from_pretrained(tiny_llama, device="cpu", engine="eager"), questions)
+    for sample, other in zip(ours.samples, theirs, strict=True):
+        expected = [float(answer[0][0]) for answer in other["resps"]]
+        np.testing.assert_allclose(sample.loglikelihoods, expected, rtol=0, atol=1e-3)
+    metrics = {key.removesuffix(",none"): value for key, value in out["results"][name].items() if key.endswith(",none")}
+    metrics = {key: value for key, value in metrics.items() if not key.endswith("_stderr")}
+    assert "acc" in metrics
+    for metric, value in metrics.items():
+        assert ours.results["metrics"][metric] == pytest.approx(value), metric
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_tables_give_the_same_questions(name, kind, tmp_path):
+    rows = rows_of(name)
+    expected = read_questions(write_rows(tmp_path / "rows.jsonl", rows))
+    assert read_questions(write_table(tmp_path / f"rows.{kind}", rows)) == expected
+    assert read_questions(tmp_path / "rows.jsonl", task=name) == expected
+
+
+LABELS = {  # by format: forms of the label of the second choice, and forms of no label
+    "piqa": (["1", 1, 1.0, "1.0", " 1"], [-1, "-1", None, ""]),
+    "mmlu": (["1", 1, 1.0, "B"], [None, ""]),
+    "winogrande": (["2", 2, 2.0], ["", None]),
+    "boolq": (["1", 1, True, "True"], [-1, None]),
+    "social_iqa": (["2", 2, "2.0"], ["", None]),
+    "copa": (["1", 1, "choice2"], [-1, None]),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_in_the_forms_in_which_they_occur(name, tmp_path):
+    field = next(f for f in FORMATS if f.name == name).label[0]
+    for forms, expected in zip(LABELS[name], (1, None), strict=True):
+        for form in forms:
+            (question,) = read_questions(write_rows(tmp_path / "rows.jsonl", [rows_of(name)[0] | {field: form}]))
+            assert question.label == expected, form
+
+
+def test_copies_of_a_dataset_name_the_label_otherwise(tmp_path):
+    boolq = {"passage": "p", "question": "is it", "answer": False}
+    winogrande = {"sentence": "a _ b", "option1": "x", "option2": "y", "label": "2"}
+    for row, label in ((boolq, 0), (winogrande, 1)):
+        assert read_questions(write_rows(tmp_path / "rows.jsonl", [row]))[0].label == label
+
+
+def test_a_shared_continuation_after_contexts_that_differ(tmp_path):
+    """llm-foundry's rows: one continuation, scored after each context."""
+    row = {"context_options": ["Ann left, as Ann", "Ann left, as Bob"], "continuation": "was tired.", "gold": 1}
+    (question,) = read_questions(write_rows(tmp_path / "rows.jsonl", [row]))
+    assert pairs(question) == [(context, " was tired.") for context in row["context_options"]]
+    assert question.label == 1
+
+
+def test_rows_of_two_tasks_alike(tmp_path):
+    """CommonsenseQA's rows without the concept have the fields of ARC's."""
+    row = {"question": "Why?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+    data = write_rows(tmp_path / "rows.jsonl", [row])
+    assert read_questions(data) == [Question("0", "Question: Why?\nAnswer:", ("a", "b"), 1)]
+    assert "rows read as arc; --task commonsense_qa" in read_dataset(data).note
+    assert read_dataset(data, task="arc").note is None
+    lettered = Question("0", "Question: Why?\nA. a\nB. b\nAnswer:", ("A", "B"), 1)
+    assert read_questions(data, task="commonsense_qa") == [lettered]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"goal": "g", "sol1": "a"}, "nearest: piqa rows also have sol2"),
+        ({"question": "q", "choice1": "a", "choice2": "b"}, "nearest: copa rows also have premise"),
+        ({"support": "s", "question": "q"}, "nearest: "),
+        ({"text": "x"}, "known are hellaswag, query/choices/gold, arc, "),
+        (
+            {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"},
+            "field 'continuation[0]': empty choice",
+        ),
+        ({"question": "q", "choices": ["a", "b"], "answer": "E"}, "field 'answer': expected the index of a choice"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 2}, "field 'answer': 2 is out of range"),
+        ({"sentence": "a _ b", "option1": "a", "option2": "b", "answer": "0"}, "field 'answer': 0 is out of range"),
+        ({"premise": "p.", "choice1": "a", "choice2": "b", "question": "when", "label": 0}, "'question'"),
+    ],
+)
+def test_rows_that_are_no_questions_are_told_why(row, message, tmp_path):
+    with pytest.raises(UserError) as refused:
+        read_questions(write_rows(tmp_path / "rows.jsonl", [row]))
+    assert message in str(refused.value)
+
+
+def test_datasets_of_the_hub_have_configurations_and_class_labels(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "cais" / "mmlu"
+    (place / "anatomy").mkdir(parents=True)
+    texts = {"question": datasets.Value("string"), "subject": datasets.Value("string")}
+    features = datasets.Features(
+        texts | {"choices": datasets.List(datasets.Value("string")), "answer": datasets.ClassLabel(names=list("ABCD"))}
+    )
+    columns = {name: [row[name] for row in rows_of("mmlu")] for name in features}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(place / "anatomy" / "test.parquet")
+    described = "configs:\n- config_name: anatomy\n  data_files:\n  - {split: test, path: anatomy/test.parquet}\n"
+    (place / "README.md").write_text(f"---\n{described}---\n")
+    found = list(_hub_rows("cais/mmlu/anatomy:test", "cais/mmlu", "anatomy", "test"))
+    fmt = detect(found[0][1], "auto", "")
+    questions = [to_question(row, fmt, where, i) for i, (where, row) in enumerate(found)]
+    assert questions == read_questions(write_rows(tmp_path / "rows.jsonl", rows_of("mmlu")))
