@@ -189,23 +189,26 @@ def test_rows_of_two_tasks_alike(tmp_path):
     assert read_questions(data, task="commonsense_qa") == [lettered]
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"goal": "g", "sol1": "a"}, "nearest: piqa rows also have sol2"),
-        ({"question": "q", "choice1": "a", "choice2": "b"}, "nearest: copa rows also have premise"),
-        ({"support": "s", "question": "q"}, "nearest: "),
-        ({"text": "x"}, "known are hellaswag, query/choices/gold, arc, "),
-        (
-            {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"},
-            "field 'continuation[0]': empty choice",
-        ),
-        ({"question": "q", "choices": ["a", "b"], "answer": "E"}, "field 'answer': expected the index of a choice"),
-        ({"question": "q", "choices": ["a", "b"], "answer": 2}, "field 'answer': 2 is out of range"),
-        ({"sentence": "a _ b", "option1": "a", "option2": "b", "answer": "0"}, "field 'answer': 0 is out of range"),
-        ({"premise": "p.", "choice1": "a", "choice2": "b", "question": "when", "label": 0}, "'question'"),
-    ],
-)
+REFUSED = [
+    ({"goal": "g", "sol1": "a"}, "nearest: piqa rows also have sol2"),
+    ({"question": "q", "choice1": "a", "choice2": "b"}, "nearest: copa rows also have premise"),
+    (dict.fromkeys(("support", "question", "distractor1", "distractor2", "distractor3"), "x"), "sciq rows also have"),
+    ({"text": "x"}, "known are hellaswag, query/choices/gold, arc, "),
+    ({"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}, "'sentence': expected a blank"),
+    ({"sentence": "a _ b", "option1": "a", "option2": "b", "answer": "0"}, "field 'answer': 0 is out of range"),
+    ({"question": "q", "choices": ["a", "b"], "answer": "E"}, "field 'answer': expected the index of a choice"),
+    ({"question": "q", "choices": ["a", "b"], "answer": 2}, "field 'answer': 2 is out of range"),
+    ({"question": "q", "choices": [str(i) for i in range(27)], "answer": 0}, "'choices': expected at most 26 choices"),
+    ({"premise": "p.", "choice1": "a", "choice2": "b", "question": "when"}, "'question': expected cause or effect"),
+    ({"continuation": " ", "context_options": ["a", "b"], "gold": 0}, "'continuation[0]': empty choice"),
+    ({"continuation": "c", "context_options": ["a"], "gold": 0}, "'context_options': 1 choices"),
+    ({"passage": "p", "question": "q", "label": 2}, "field 'label': 2 is out of range, there are 2 choices"),
+    ({"passage": "p", "question": "q", "label": "maybe"}, "field 'label': expected the index of a choice"),
+    ({"passage": 7, "question": "q", "label": 1}, "field 'passage': expected a text, found a number (7)"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), REFUSED)
 def test_rows_that_are_no_questions_are_told_why(row, message, tmp_path):
     with pytest.raises(UserError) as refused:
         read_questions(write_rows(tmp_path / "rows.jsonl", [row]))

@@ -6,7 +6,7 @@ so that scores can be compared with published scores. The format of `context_opt
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cecompile.errors import UserError
@@ -48,8 +48,7 @@ class Format:
         unknown: labels of rows whose label is kept secret.
         may_have: texts that a row may have besides.
         tells: fields by which "auto" tells the format from another with the same fields.
-        allowed: the values that a field may have, where not any.
-        prepare: changes the texts before they are put together.
+        prepare: changes the texts before they are put together. Raises ValueError: no question can be made of them.
     """
 
     name: str
@@ -64,7 +63,6 @@ class Format:
     right: int | None = None
     unknown: tuple[Any, ...] = ()
     may_have: tuple[str, ...] = ()
-    allowed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tells: frozenset[str] = frozenset()
     prepare: Callable[[Texts], Texts] = lambda texts: texts
 
@@ -115,14 +113,17 @@ def _about(texts: Texts) -> Texts:
 
 def _filled(texts: Texts) -> Texts:
     """Winogrande's contexts, up to the blank and with an option in place of the blank."""
-    before, blank, after = texts["sentence"].partition("_")
-    contexts = tuple(before + texts[option] for option in ("option1", "option2"))
-    return {"contexts": contexts, "continuation": after.strip() if blank else ""}
+    before, _, after = texts["sentence"].partition("_")
+    if not after.strip():
+        raise ValueError("field 'sentence': expected a blank, written _, and text after the blank")
+    return {"contexts": [before + texts[option] for option in ("option1", "option2")], "continuation": after.strip()}
 
 
 def _as_one_sentence(texts: Texts) -> Texts:
     """COPA's premise without its full stop, then its connector, then an alternative in lower case."""
-    connector = {"cause": " because", "effect": " therefore"}[texts["question"]]
+    connector = {"cause": " because", "effect": " therefore"}.get(texts["question"])
+    if connector is None:
+        raise ValueError("field 'question': expected cause or effect")
     choices = {name: f" {texts[name][:1].lower()}{texts[name][1:]}" for name in ("choice1", "choice2")}
     return {"context": texts["premise"].strip()[:-1] + connector, **choices}
 
@@ -200,7 +201,6 @@ FORMATS = (
     Format(
         "copa", "copa", _fields("premise choice1 choice2 question"), ("label",),
         "{context}", ("choice1", "choice2"), names=("choice1", "choice2"), unknown=_SECRET, prepare=_as_one_sentence,
-        allowed={"question": ("cause", "effect")},
     ),
     Format(
         "sciq", "sciq", _fields("support question distractor1 distractor2 distractor3 correct_answer"), (),
@@ -261,17 +261,17 @@ def _question(row: Row, fmt: Format, where: str, id: str) -> Question:
     read: dict[type, Callable[[Any, str, str], Any]] = {str: read_text, list: read_texts}
     texts = {field: read[kind](row[field], field, where) for field, kind in fmt.fields.items() if kind in read}
     texts |= {field: read_text(row[field], field, where) for field in fmt.may_have if field in row}
-    for name, values in fmt.allowed.items():
-        check(texts[name] in values, texts[name], " or ".join(values), name, where)
-    texts = fmt.prepare(texts)
+    try:
+        texts = fmt.prepare(texts)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
     place = next((field for field in fmt.label if field in row), "")
     label = None if row.get(place) in fmt.unknown else row.get(place)
     if "contexts" in texts:
         contexts = check_choices(texts["contexts"], [*fmt.fields][-1], where)
         said = check_choices([texts["continuation"]] * len(contexts), "continuation", where)
-        return Question(
-            id, "", said, read_index(label, place, [""] * len(contexts), where, fmt.first), contexts=contexts
-        )
+        right = read_index(label, place, [""] * len(contexts), where, fmt.first)
+        return Question(id, "", said, right, contexts=contexts)
     source = "/".join(fmt.options)
     if fmt.fields.get(source) is dict:
         options, labels = read_lettered(row[source], where)
@@ -283,5 +283,8 @@ def _question(row: Row, fmt: Format, where: str, id: str) -> Question:
         if fmt.label:
             right = read_index(label, place, fmt.names[: len(options)] or [""] * len(options), where, fmt.first)
     letters = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-    choices = tuple(LETTERS[: len(options)]) if fmt.choices == ("letters",) else fmt.choices or options
+    choices = fmt.choices or options
+    if fmt.choices == ("letters",):
+        check(len(options) <= len(LETTERS), options, f"at most {len(LETTERS)} choices", source, where)
+        choices = tuple(LETTERS[: len(options)])
     return Question(id, fmt.context.format(**texts, letters=letters), choices, right)
