@@ -119,12 +119,14 @@ def forked(*arguments: str) -> None:
 
 
 def agent(ranks: int, restarts: int, arguments: list[str]) -> None:
-    """Starts ranks as torchrun --standalone does, but forks them."""
+    """Starts ranks as torchrun --standalone does, but forks them, unless there is CUDA, which does not bear a fork."""
+    import torch
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, max_restarts=restarts, run_id=f"tests-{os.getpid()}",
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork",
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        start_method="spawn" if torch.cuda.is_available() else "fork",
     )  # fmt: skip
     elastic_launch(config, forked)(*arguments)
 
