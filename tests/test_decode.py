@@ -94,6 +94,24 @@ def test_decodes_rows_that_begin_alike_as_generate_does(kind, shared):
     assert decode(decoder, prompts, [12] * len(prompts), frozenset()) == expected
 
 
+def test_without_a_graph_a_step_has_its_tokens_and_slots_alone(monkeypatch):
+    model, (beginning, *rest) = tiny_model("llama"), random_prompts([10, 30, 5, 8, 20, 2])
+    prompts = [np.concatenate([beginning, one]) for one in rest]
+    engine, _ = prepared(model, random_sequences(), "sdpa", compiled=False)
+    decoder, ran = engine.decoder(DecodeShape(256, 5, (16, 5))), []
+    forward = decoder._forward
+
+    def noted(part, used):
+        ran.append((len(part["slot"]), used))
+        return forward(part, used)
+
+    monkeypatch.setattr(decoder, "_forward", noted)
+    written = decode(decoder, prompts, [12] * len(prompts), frozenset())
+    read = len(beginning) + sum(map(len, rest)) + sum(len(tokens) - 1 for tokens in written)  # the last is not read
+    assert sum(tokens for tokens, _ in ran) == read
+    assert max(used for _, used in ran) <= len(beginning) + sum(len(one) + 12 for one in rest)
+
+
 @pytest.mark.parametrize("kind", ["llama", "phi3", "granite", "gemma2"])
 def test_decodes_over_as_many_slots_as_a_step_has_grouped_queries(kind):
     """Two query heads share a key head, so that a step of 256 tokens asks 512 times."""

@@ -211,6 +211,10 @@ def test_no_pass_is_run_to_be_thrown_away(tiny_llama, monkeypatch):
     assert ran[: len(plan.buckets)] == [1] * len(plan.buckets)  # no more of the head than compiles
     assert scorer.score(questions).loglikelihoods == scores.loglikelihoods
     assert len(ran) == len(plan.buckets) + 4 * passes
+    ran.clear()
+    again = Scorer.from_pretrained(tiny_llama, device="cpu", engine="eager", tokens_per_bucket=512)
+    again.score_sequences(scores.workload.sequences)
+    assert len(ran) == len(plan.buckets) + passes
     clock = Clock()
     clock.enter("inference")
     _, (first, second) = timed(lambda run, begun: begun, RunContext(clock, repeat=2), Begun((), 5.0, 1005.0))
