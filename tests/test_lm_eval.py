@@ -6,17 +6,19 @@ import sys
 import numpy as np
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from support.checkpoints import add_tokenizer
+from support.checkpoints import add_tokenizer, save_tiny_llama, tensors_of
 from support.models import ARCHITECTURES
 from support.rows import SHARED_DATA, write_rows
 from support.runs import run_command
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from cecompile import demo
+from cecompile import Answerer, Scorer, demo, read_questions
+from cecompile import evaluate as evaluate_questions
 from cecompile.errors import UserError
 from cecompile.lm_eval import CecompileLM
 
@@ -164,6 +166,29 @@ def test_equals_the_hf_backend(kind, engine, tasks, tmp_path):
         chosen = [task for task in tasks if task["output_type"] != "loglikelihood_rolling"]
         options = {"apply_chat_template": True, "fewshot_as_multiturn": True}
         assert compare(run(ours, chosen, **options), run(theirs, chosen, **options)) > 100
+
+
+@pytest.mark.parametrize("engine", ["eager", "reference"])
+def test_a_head_that_only_the_configuration_ties(engine, tmp_path):
+    """lm_eval ties after loading what transformers leaves as stored; answers of chats are the pipeline's."""
+    path = str(save_tiny_llama(tmp_path, 1024, tie_word_embeddings=True))
+    add_tokenizer(tmp_path)
+    with tensors_of(tmp_path) as tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).clone()
+    questions = read_questions(demo.HELLASWAG, limit=5)
+    asked = [(q.context, f" {choice}") for q in questions for choice in q.choices]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(asked)]
+    how = {"pretrained": path, "device": "cpu", "dtype": "float32"}
+    theirs = [value for value, _ in HFLM(**how, batch_size=8).loglikelihood(requests)]
+    through_lm_eval = [value for value, _ in CecompileLM(**how, engine="eager").loglikelihood(requests)]
+    scorer = Scorer.from_pretrained(path, device="cpu", engine=engine)
+    scored = evaluate_questions(scorer, questions)
+    ours = [value for sample in scored.samples for value in sample.loglikelihoods]
+    np.testing.assert_allclose(through_lm_eval, theirs, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+    assert "the checkpoint's head is not used" in json.dumps(scored.results["engine"])
+    kept = Answerer.from_pretrained(path, device="cpu", engine=engine).runtime.load()
+    assert not torch.equal(kept.lm_head.weight, kept.model.embed_tokens.weight)
 
 
 def test_several_tasks_are_one_plan_and_examples_are_shared(tasks, tmp_path, monkeypatch):

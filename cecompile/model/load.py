@@ -112,6 +112,16 @@ def load_plainly(
     return Loaded(network, checkpoint, sources=sources, left=left, overlap=overlap)
 
 
+def tie_head(network: PreTrainedModel) -> str | None:
+    """Ties what the configuration says is tied. Returns a note if the checkpoint has another head, else None."""
+    head = network.get_output_embeddings()
+    stored = getattr(head, "weight", None)
+    network.tie_weights()
+    if stored is None or head.weight is stored or torch.equal(head.weight, stored):
+        return None
+    return "the checkpoint's head is not used: its configuration ties the head to the embedding, as lm_eval does"
+
+
 def _read_overlapped(
     read: Callable[..., Checkpoint], make: Callable[[], object], device: torch.device
 ) -> tuple[Checkpoint, Overlap]:

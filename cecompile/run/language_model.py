@@ -64,6 +64,7 @@ class LanguageModel:
         self.runtime = runtime
         self.tokenizer = tokenizer
         self.new_tokens = new_tokens or 0
+        runtime.weights.ties_head = not new_tokens
         if new_tokens and runtime.planner.sizing.needs.streamed is not None:
             raise UserError("--stream-weights: decoding a chat's answer needs all weights in memory")
 

@@ -68,4 +68,7 @@ class Runtime:
         Raises:
             UserError: the checkpoint cannot be used.
         """
-        return self.weights.load(None if plan is None else self.warmup.while_reading(plan), clock)
+        model = self.weights.load(None if plan is None else self.warmup.while_reading(plan), clock)
+        note, self.weights.note = self.weights.note, None
+        self.mode.remark(note)
+        return model

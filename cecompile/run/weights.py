@@ -14,7 +14,7 @@ from cecompile.engine.forward import Engine
 from cecompile.engine.parts import compiled_parts
 from cecompile.errors import UserError
 from cecompile.model.checkpoint import checkpoint_files, load_checkpoint
-from cecompile.model.load import Loaded
+from cecompile.model.load import Loaded, tie_head
 from cecompile.model.safetensors_reader import Checkpoint
 from cecompile.model.structure import LayerRange
 from cecompile.model.unchanged import Content, Proof
@@ -45,6 +45,9 @@ class Weights:
         feed: reads the layers' weights, where layers are streamed.
         precompiled: the engine that was compiled while the weights were read, until an engine builder takes the engine.
         expected_fingerprint: the only fingerprint that the checkpoint may have; None allows any.
+        ties_head: ties a head to the embedding where the configuration says so and the checkpoint has another head. So
+            does lm-evaluation-harness; transformers' pipeline does not.
+        note: says that a head was tied so, until read; None where none was.
     """
 
     def __init__(self, name: str, config: Any, device: torch.device, planner: Planner, ranks: Ranks) -> None:
@@ -55,6 +58,8 @@ class Weights:
         self.feed: LayerFeed | None = None
         self.precompiled: Engine | None = None
         self.expected_fingerprint: str | None = None
+        self.ties_head = False
+        self.note: str | None = None
         self._name, self._config, self._device, self._dtype = name, config, device, planner.sizing.options.dtype
         self._planner, self._ranks = planner, ranks
         self._files: Files | None = None
@@ -85,6 +90,8 @@ class Weights:
             if expected is not None and found != expected:
                 other = f"fingerprint {found[:12]}, the baseline's is {str(expected)[:12]}: not the same model"
                 raise UserError(f"{self._name}: weights: {other}")
+            if loaded.fallback is not None and self.ties_head:
+                self.note = tie_head(loaded.model)
             self.model, self.checkpoint = loaded.model, loaded.checkpoint
             self._planner.loaded = True
             if device_memory.is_integrated(self._device):  # what reading took is room for the passes
