@@ -133,8 +133,8 @@ def test_samples_edited(eager, tmp_path):
 
 def test_warm_up_booked_as_preprocessing(tiny_llama, tmp_path):
     class Generous(Clock):
-        def enter(self, phase: str) -> None:
-            super().enter("preprocess" if phase == "warmup" else phase)
+        def enter(self, phase: str, at: float | None = None) -> None:
+            super().enter("preprocess" if phase == "warmup" else phase, at)
 
     scorer = Scorer.from_pretrained(tiny_llama, device="cpu", engine="eager", tokens_per_bucket=256)
     questions = read_questions(write_rows(tmp_path / "rows.jsonl", ROWS[:6]))
@@ -237,7 +237,7 @@ def all_see_all(self, window, dtype):
 @pytest.mark.parametrize("since", ["the start", "warmup", "inference"])
 def test_a_damaged_mask(since, reference, monkeypatch, tmp_path):
     """The probe refuses it, else the check of the warm engine does; where neither sees it, comparing does."""
-    scorer = Scorer.from_pretrained(device="cpu", engine="eager", tokens_per_bucket=512)
+    scorer = Scorer.from_pretrained(device="cpu", engine="eager", tokens_per_bucket=128)
 
     def damage(phase: str, *_: int) -> None:
         if since == phase:

@@ -9,6 +9,7 @@ import resource
 import shutil
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,11 @@ from transformers import AutoTokenizer
 from cecompile import demo
 from cecompile.engine.decode import Decoder
 from cecompile.engine.forward import Engine
+from cecompile.planning.bucket_size import TUNING
 from cecompile.results.journal import ANSWERS, NAME, Journal, read
 from cecompile.run import evaluation
 from cecompile.tasks import read as reading
+from cecompile.workload.decode_schedule import DecodeShape
 
 INDEX = "model.safetensors.index.json"
 
@@ -283,6 +286,8 @@ def test_a_device_that_fails(error, trees):
 
 
 def test_a_device_that_fails_while_decoding(babbler, tmp_path, monkeypatch):
+    few = DecodeShape(slots=4096, lanes=4, step_tokens=(256, 4))  # so that some rows are done before others begin
+    monkeypatch.setitem(TUNING, "cpu", replace(TUNING["cpu"], decoding=few))
     run, decode, add = whole_run(tmp_path, babbler, "chats"), Decoder.run, Journal.add
     kinds = []
     monkeypatch.setattr(Journal, "add", lambda self, *record: (add(self, *record), kinds.append(record[0]))[0])

@@ -69,7 +69,7 @@ def test_a_dense_mask_hides_the_first_token_from_the_last_only_past_the_window()
 def test_a_step_of_decoding_drops_a_window_as_long_as_the_cache():
     slots = 64
     slot, first = torch.arange(slots - 4, slots, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
-    step = _StepMasks(slot, first, slots)
+    step = _StepMasks({"slot": slot, "first": first, "shared": torch.zeros(1, dtype=torch.int32)}, slots)
     everything, nothing_more, one_less = (step.get(w, torch.float32) for w in (None, slots, slots - 1))
     assert torch.equal(nothing_more, everything)
     assert (one_less != everything).nonzero().tolist() == [[0, 0, 3, 0]]
