@@ -3,13 +3,13 @@
 Each ends with its exit status and one line, and leaves a journal that can be resumed, or nothing.
 """
 
+import dataclasses
 import json
 import os
 import resource
 import shutil
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -287,7 +287,7 @@ def test_a_device_that_fails(error, trees):
 
 def test_a_device_that_fails_while_decoding(babbler, tmp_path, monkeypatch):
     few = DecodeShape(slots=4096, lanes=4, step_tokens=(256, 4))  # so that some rows are done before others begin
-    monkeypatch.setitem(TUNING, "cpu", replace(TUNING["cpu"], decoding=few))
+    monkeypatch.setitem(TUNING, "cpu", dataclasses.replace(TUNING["cpu"], decoding=few))
     run, decode, add = whole_run(tmp_path, babbler, "chats"), Decoder.run, Journal.add
     kinds = []
     monkeypatch.setattr(Journal, "add", lambda self, *record: (add(self, *record), kinds.append(record[0]))[0])
