@@ -51,7 +51,7 @@ class WarmEngine:
         note: the reason where the engine is not the one asked for, or None.
         seconds: time to compile, run and capture each fixed shape, by the shape in words.
         moments: the time when each fixed shape was warm, by `time.perf_counter()`.
-        begun: passes that ran as the engine was checked. None where a pass costs nothing much, as in a CUDA graph.
+        begun: passes that ran as the engine was checked, until taken; None where CUDA graphs make passes cheap.
     """
 
     engine: Engine | StreamingEngine
@@ -254,7 +254,7 @@ class EngineBuilder:
 
 
 def _checked_run(warmed: WarmEngine, passes: Iterable[StagedPass]) -> list[Readouts]:
-    """Runs passes for the check; keeps the readouts of an engine whose passes cost something."""
+    """Runs passes for the check. Keeps their readouts where no CUDA graph makes passes cheap."""
     passes, began = list(passes), perf_counter()
     readouts = warmed.engine.run(passes)
     if isinstance(warmed.engine, Engine) and not warmed.engine.captured:
