@@ -18,9 +18,10 @@ from support.waiting import HANG
 import cecompile
 from cecompile.compile_cache.store import COLD, PARTLY, WARM, CompileCache, ProbeResult, remove_workspaces
 from cecompile.errors import UserError
+from cecompile.workload.decode_schedule import DecodeShape
 from cecompile.workload.plan import Bucket, Geometry
 
-FACTS = {"model": "a model", "dtype": "float32", "versions": {"torch": "1"}}
+FACTS = {"model": "a model", "dtype": "float32", "device": {"name": "cpu"}, "versions": {"torch": "1"}}
 BUCKETS = [Bucket(2, 512, 256), Bucket(1, 256, 256)]
 GEOMETRY = Geometry(2, 512, 256, False)
 ROWS = [{"query": f"The bread number {i} is", "choices": ["good", "not so good", "late"], "gold": 0} for i in range(8)]
@@ -87,6 +88,13 @@ def test_another_fact_is_another_entry_and_is_named(cache):
     entry = cache.open(FACTS | {"versions": {"torch": "2"}})
     assert entry.state(BUCKETS) == (COLD, "compiled before with other versions torch 1 (now 2)")
     assert compiler_sees(cache) == set()
+
+
+@pytest.mark.parametrize(("device", "state"), [("cpu", WARM), ("NVIDIA H100", PARTLY)])
+def test_decoding_is_compiled_on_a_gpu_only(cache, device, state):
+    cache.open(FACTS | {"device": {"name": device}}).publish(BUCKETS, GEOMETRY, ProbeResult("sdpa"))
+    entry = cache.open(FACTS | {"device": {"name": device}})
+    assert entry.state([*BUCKETS, DecodeShape(4096, 32, (256, 32))])[0] == state
 
 
 GIVEN = {"attention": "sdpa", "inputs_are_free": True}
@@ -263,12 +271,11 @@ def test_without_a_place_for_a_cache_a_run_goes_on_and_says_so(scoring, tmp_path
 
 
 WRITER = """
-import os, sys
+import json, os, sys
 from pathlib import Path
 from cecompile.compile_cache.store import CompileCache, ProbeResult
 from cecompile.workload.plan import Bucket, Geometry
-place, name = Path(sys.argv[1]), sys.argv[2]
-facts = {"model": "a model", "dtype": "float32", "versions": {"torch": "1"}}
+place, name, facts = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 
 def write(files):
     cache = CompileCache(place)
@@ -324,7 +331,9 @@ def usable(cache: CompileCache) -> set[str]:
 
 def writer(cache: CompileCache, name: str, code: str) -> subprocess.Popen[str]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", WRITER + code, str(cache.directory), name], **pipes)
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER + code, str(cache.directory), name, json.dumps(FACTS)], **pipes
+    )
 
 
 @pytest.mark.process

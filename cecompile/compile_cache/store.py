@@ -205,7 +205,7 @@ class Entry:
 
     def state(self, buckets: Iterable[Compiled]) -> tuple[str, str]:
         """The state of the code for these buckets, WARM, PARTLY or COLD, and the reason."""
-        wanted = {bucket.shape for bucket in buckets}
+        wanted = self._compiled(buckets)
         missing = sorted(wanted - self._shapes, reverse=True)
         if not missing:
             return WARM, "every bucket was compiled before"
@@ -227,7 +227,7 @@ class Entry:
         Raises:
             NoCacheError: the file system refuses.
         """
-        shapes = self._shapes | {bucket.shape for bucket in buckets}
+        shapes = self._shapes | self._compiled(buckets)
         largest = (geometry.rows, geometry.length)
         with self._cache.file_errors(), self._cache.locked():
             now = self._cache.recorded(self._facts)
@@ -241,6 +241,11 @@ class Entry:
             self._opened = self._write(recorded)
             self._shapes, self.found, self.note = shapes, found, None
             self._cache.sweep()
+
+    def _compiled(self, buckets: Iterable[Compiled]) -> set[Shape]:
+        """The shapes for which there is code on the entry's device. A CPU decodes uncompiled."""
+        on_cpu = self._facts["device"]["name"] == "cpu"
+        return {bucket.shape for bucket in buckets if not (on_cpu and isinstance(bucket, DecodeShape))}
 
     def size(self) -> int:
         """Bytes of the entry's files on disk."""
