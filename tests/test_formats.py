@@ -1,5 +1,6 @@
 """Each row format against the task of its name in lm-evaluation-harness: requests, loglikelihoods and metrics."""
 
+import math
 from pathlib import Path
 
 import lm_eval
@@ -7,12 +8,17 @@ import numpy as np
 import pytest
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from support.rows import write_rows, write_table
 
 from cecompile import Question, Scorer, evaluate, read_questions
 from cecompile.errors import UserError
+from cecompile.results.check import problems
+from cecompile.results.compare import compare_directories
+from cecompile.results.read import read_result
 from cecompile.tasks.formats import FORMATS, detect, to_question
+from cecompile.tasks.judge import Sample, metrics
 from cecompile.tasks.read import _hub_rows, read_dataset
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
@@ -32,6 +38,11 @@ def options(i: int, count: int) -> list[str]:
 
 def lettered(i: int, count: int) -> dict:
     return {"text": options(i, count), "label": list("ABCDE")[:count]}
+
+
+def problem(i: int) -> dict:
+    question = odd(i) + ("  _  ." if i % 2 else "")
+    return {"question": question, "answer": "ABCD"[i % 4], "options": options(i, 4)}
 
 
 ROWS = {  # by format: the task's file, and rows in the form of the hub's dataset
@@ -87,7 +98,29 @@ ROWS = {  # by format: the task's file, and rows in the form of the hub's datase
             "correct_answer": odd(i + 4), "support": ("", odd(i + 5))[i % 2],
         },
     ),
+    "race": (
+        "race/race.yaml",
+        lambda i: {"article": odd(i), "problems": repr([problem(i + k) for k in range(1 + i % 3)])},
+    ),
+    "truthfulqa_mc1": (
+        "truthfulqa/truthfulqa_mc1.yaml",
+        lambda i: {
+            "question": odd(i), "mc1_targets": {"choices": options(i, 3 + i % 3), "labels": [1] + [0] * (2 + i % 3)},
+            "mc2_targets": {"choices": options(i, 3 + i % 4), "labels": [1] * (1 + i % 2) + [0] * (2 + i % 4 - i % 2)},
+        },
+    ),
+    "lambada": (
+        "lambada/lambada_openai.yaml",
+        lambda i: {"text": ("lone", f"{odd(i)}  {odd(i + 1)} end.", odd(i).strip() + " Ann's")[i % 3]},
+    ),
 }  # fmt: skip
+ROWS["truthfulqa_mc2"] = ("truthfulqa/truthfulqa_mc2.yaml", ROWS["truthfulqa_mc1"][1])
+NO_OTHERS = TaskManager(include_defaults=False)  # reading the harness's tasks, all of them, takes long
+ASKED = {"truthfulqa_mc2", "lambada"}  # not taken by "auto"
+
+
+def how_to_read(name: str) -> str:
+    return name if name in ASKED else "auto"
 
 
 def rows_of(name: str) -> list[dict]:
@@ -118,9 +151,11 @@ def pairs(question: Question) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", ROWS)
 def test_scores_as_the_harnesss_task_of_that_name(name, tiny_llama, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", rows_of(name))
-    task, questions = task_of(name, data), read_questions(data)
+    task, questions = task_of(name, data), read_questions(data, task=how_to_read(name))
     model = HFLM(pretrained=str(tiny_llama), dtype="float32", device="cpu", batch_size=4)
-    out = lm_eval.simple_evaluate(model=model, tasks=[task], log_samples=True, bootstrap_iters=0)
+    out = lm_eval.simple_evaluate(
+        model=model, tasks=[task], log_samples=True, bootstrap_iters=0, task_manager=NO_OTHERS
+    )
     theirs = sorted(out["samples"][name], key=lambda sample: sample["doc_id"])
     asked = sorted(task.instances, key=lambda one: (one.doc_id, one.idx))
     assert [pair for question in questions for pair in pairs(question)] == [one.args for one in asked]
@@ -131,6 +166,7 @@ def test_scores_as_the_harnesss_task_of_that_name(name, tiny_llama, tmp_path):
     metrics = {key.removesuffix(",none"): value for key, value in out["results"][name].items() if key.endswith(",none")}
     metrics = {key: value for key, value in metrics.items() if not key.endswith("_stderr")}
     assert "acc" in metrics
+    assert ("perplexity" in metrics) == (name == "lambada")
     for metric, value in metrics.items():
         assert ours.results["metrics"][metric] == pytest.approx(value), metric
 
@@ -139,8 +175,8 @@ def test_scores_as_the_harnesss_task_of_that_name(name, tiny_llama, tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_tables_give_the_same_questions(name, kind, tmp_path):
     rows = rows_of(name)
-    expected = read_questions(write_rows(tmp_path / "rows.jsonl", rows))
-    assert read_questions(write_table(tmp_path / f"rows.{kind}", rows)) == expected
+    expected = read_questions(write_rows(tmp_path / "rows.jsonl", rows), task=how_to_read(name))
+    assert read_questions(write_table(tmp_path / f"rows.{kind}", rows), task=how_to_read(name)) == expected
     assert read_questions(tmp_path / "rows.jsonl", task=name) == expected
 
 
@@ -151,7 +187,9 @@ LABELS = {  # by format: forms of the label of the second choice, and forms of n
     "boolq": (["1", 1, True, "True"], [-1, None]),
     "social_iqa": (["2", 2, "2.0"], ["", None]),
     "copa": (["1", 1, "choice2"], [-1, None]),
+    "race of one problem": (["B", "1", 1], ["", None]),
 }
+SINGLE = {"article": "a", "question": "Why?", "options": ["x", "y"], "answer": "A"}  # a row of RACE's most copies
 
 
 @pytest.mark.parametrize("name", LABELS)
@@ -159,7 +197,8 @@ def test_labels_in_the_forms_in_which_they_occur(name, tmp_path):
     field = next(f for f in FORMATS if f.name == name).label[0]
     for forms, expected in zip(LABELS[name], (1, None), strict=True):
         for form in forms:
-            (question,) = read_questions(write_rows(tmp_path / "rows.jsonl", [rows_of(name)[0] | {field: form}]))
+            row = SINGLE if name.startswith("race") else rows_of(name)[0]
+            (question,) = read_questions(write_rows(tmp_path / "rows.jsonl", [row | {field: form}]))
             assert question.label == expected, form
 
 
@@ -178,6 +217,24 @@ def test_a_shared_continuation_after_contexts_that_differ(tmp_path):
     assert question.label == 1
 
 
+def test_both_forms_of_races_rows_are_the_same_question(tmp_path):
+    listed = [{"question": "Why?", "options": ["x", "y"], "answer": "A"}]
+    rows = ({"article": "a", "problems": listed}, {"article": "a", "problems": repr(listed)}, SINGLE)
+    read = [read_questions(write_rows(tmp_path / "rows.jsonl", [row])) for row in rows]
+    assert read == [[Question("0", "Article: a\n\nWhy?", ("x", "y"), 0)]] * 3
+
+
+def test_auto_takes_one_right_answer_of_truthfulqa_and_says_so(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", rows_of("truthfulqa_mc1"))
+    read = read_dataset(data)
+    assert read.task == "truthfulqa_mc1"
+    assert read.note == "rows read as truthfulqa_mc1; --task truthfulqa_mc2 reads them as truthfulqa_mc2"
+    assert all(question.true == () for question in read.questions)
+    several = read_dataset(data, task="truthfulqa_mc2")
+    assert several.note is None
+    assert [question.true for question in several.questions][:2] == [(0,), (0, 1)]
+
+
 def test_rows_of_two_tasks_alike(tmp_path):
     """CommonsenseQA's rows without the concept have the fields of ARC's."""
     row = {"question": "Why?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
@@ -189,11 +246,30 @@ def test_rows_of_two_tasks_alike(tmp_path):
     assert read_questions(data, task="commonsense_qa") == [lettered]
 
 
+def truths(**labels: list[int]) -> dict:
+    return {"question": "q"} | {
+        f"{name}_targets": {"choices": ["a", "b"], "labels": labels.get(name, [1, 0])} for name in ("mc1", "mc2")
+    }
+
+
 REFUSED = [
     ({"goal": "g", "sol1": "a"}, "nearest: piqa rows also have sol2"),
     ({"question": "q", "choice1": "a", "choice2": "b"}, "nearest: copa rows also have premise"),
     (dict.fromkeys(("support", "question", "distractor1", "distractor2", "distractor3"), "x"), "sciq rows also have"),
-    ({"text": "x"}, "known are hellaswag, query/choices/gold, arc, "),
+    ({"texts": "x"}, "known are hellaswag, query/choices/gold, arc, "),
+    ({"text": "x"}, "no known format (--task lambada reads them as lambada)"),
+    ({"article": "a", "problems": []}, "field 'problems': expected a list of objects, found an empty list"),
+    ({"article": "a", "problems": "one"}, "field 'problems': expected a list of objects, found a text ('one')"),
+    (
+        {"article": "a", "problems": [{"question": "q", "answer": "A"}]},
+        "'problems[0].options': expected a list of texts",
+    ),
+    ({"article": "a", "problems": [SINGLE | {"answer": None}, SINGLE]}, "'problems[0].answer': expected the letter"),
+    ({"article": "a", "problems": [SINGLE | {"answer": "C"}]}, "'problems[0].answer': expected the index of a choice"),
+    (truths(mc1=[0, 0]), "field 'mc1_targets.labels': expected a label that is 1"),
+    (truths(mc1=[1, 1]), "field 'mc1_targets.labels': expected one true answer"),
+    (truths(mc1=[1]), "field 'mc1_targets.labels': expected a list of 2 labels, one for each choice"),
+    (truths(mc1=[1, 2]), "field 'mc1_targets.labels[1]': 2 is out of range"),
     ({"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}, "'sentence': expected a blank"),
     ({"sentence": "a _ b", "option1": "a", "option2": "b", "answer": "0"}, "field 'answer': 0 is out of range"),
     ({"question": "q", "choices": ["a", "b"], "answer": "E"}, "field 'answer': expected the index of a choice"),
@@ -213,6 +289,44 @@ def test_rows_that_are_no_questions_are_told_why(row, message, tmp_path):
     with pytest.raises(UserError) as refused:
         read_questions(write_rows(tmp_path / "rows.jsonl", [row]))
     assert message in str(refused.value)
+
+
+def test_a_text_that_ends_in_no_word_is_refused(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": "one two "}])
+    with pytest.raises(UserError, match="line 1: field 'text': expected a text that ends in a word"):
+        read_questions(data, task="lambada")
+
+
+@pytest.mark.parametrize("name", sorted(ASKED))
+def test_windows_and_files_keep_metrics_that_are_no_share_of_right_answers(name, tiny_llama, tmp_path):
+    questions = read_questions(write_rows(tmp_path / "rows.jsonl", rows_of(name)), task=name)
+    scorer = Scorer.from_pretrained(tiny_llama, device="cpu", engine="eager")
+    whole = evaluate(scorer, questions, output=tmp_path / "whole")
+    parts = evaluate(scorer, questions, window=5, output=tmp_path / "parts")
+    assert parts.results["metrics"] == pytest.approx(whole.results["metrics"], rel=1e-4)
+    assert list(parts.samples) == read_result(tmp_path / "parts").samples
+    assert [one.true for one in parts.samples] == [question.true for question in questions]
+    assert problems(tmp_path / "whole") == problems(tmp_path / "parts") == []
+    compared = compare_directories(tmp_path / "whole", tmp_path / "parts")
+    assert compared["drop_points"] == {"acc": pytest.approx(0, abs=1e-3)}
+    assert compared["failed"] == []
+
+
+def test_perplexity_and_mass_of_given_loglikelihoods():
+    """Perplexity is the exponential of the mean negative loglikelihood: here of 1 and 3, with deviation sqrt(2)."""
+    ends = [Sample(str(i), 0, 0, 0, (-value,), (value < 2,)) for i, value in enumerate((1.0, 3.0))]
+    assert metrics(ends) == pytest.approx(
+        {"perplexity": math.exp(2), "perplexity_stderr": math.exp(2), "acc": 0.5, "acc_stderr": 0.5}
+    )
+    unlikely = [Sample("0", 0, 0, 0, (-math.inf,), (False,)), *ends]
+    assert metrics(unlikely)["perplexity"] is None
+    logs = tuple(math.log(p) for p in (0.1, 0.2, 0.1))
+    several = [Sample("0", true[0], 1, 1, logs, (False,) * 3, true) for true in ((0, 1), (2,))]
+    assert metrics(several)["acc"] == pytest.approx((0.75 + 0.25) / 2)
+    far = tuple(value - 2000 for value in logs)  # their probabilities are no numbers
+    assert metrics([Sample("0", 0, 1, 1, far, (False,) * 3, true=(0, 1))])["acc"] == pytest.approx(0.75)
+    never = Sample("0", 0, 0, 0, (-math.inf,) * 2, (False,) * 2, true=(1,))
+    assert metrics([never])["acc"] == 0
 
 
 def test_datasets_of_the_hub_have_configurations_and_class_labels(tmp_path, monkeypatch):

@@ -154,6 +154,28 @@ def test_ranks_are_told_of(results, language):
     has(document(results, language), ranks)
 
 
+KINDS = {  # how questions are judged: the metrics that tell, and what the document calls them
+    "true": ({"acc": 0.4321, "acc_stderr": 0.0123}, ("43.21 1.23", "43.21 %")),
+    "continuation": (
+        {"perplexity": 1234.5678, "perplexity_stderr": 9.876, "acc": 0.4321, "acc_stderr": 0.0123},
+        ("1,234.57", "9.88", "43.21 1.23", "43.21 %"),
+    ),
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_that_are_no_share_of_right_choices(kind, results, language):
+    metrics, figures = KINDS[kind]
+    results["metrics"] = dict(metrics)
+    counts = {"questions": "40", "choices": "160", "data": units.short_name(results["data"]["name"])}
+    has(document(results, language), Words(language)(f"task.{kind}", **counts), *figures)
+    has(card(results, language), "43.21 %", *(figure for figure in figures if figure.startswith("1,")))
+    if kind == "continuation":
+        results["metrics"] |= dict.fromkeys(("perplexity", "perplexity_stderr"))
+        assert Words(language)("no_labels") not in document(results, language)
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_without_labels_or_plan(results, language):
     results["metrics"] = dict.fromkeys(results["metrics"])

@@ -61,7 +61,8 @@ def _result_rows(results: dict[str, Any]) -> Iterator[Row]:
     metrics = results["metrics"]
     for name in (name for name in metrics if f"{name}_stderr" in metrics):
         value, error = metrics[name], metrics[f"{name}_stderr"]
-        yield name, "no labels" if value is None else f"{value:.4f}", "" if error is None else f"± {error:.4f}"
+        unknown = "infinite" if name == "perplexity" else "no labels"
+        yield name, unknown if value is None else f"{value:.4f}", "" if error is None else f"± {error:.4f}"
     answers = results.get("answers", {})
     if answers.get("tokens") is not None:
         yield "in the tree", f"{answers['in_tree']}", f"of {questions} answers, read in the same pass"

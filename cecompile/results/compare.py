@@ -12,8 +12,9 @@ from cecompile.errors import CheckError, UserError, printable
 from cecompile.results.check import problems_of
 from cecompile.results.clock import CLOCKS
 from cecompile.results.read import StoredResult, read_result, value_at
-from cecompile.tasks.chat import AnswerSample, right_answers
-from cecompile.tasks.judge import MAX_DROP, Sample, right_choices
+from cecompile.tasks import chat, judge
+from cecompile.tasks.chat import AnswerSample
+from cecompile.tasks.judge import MAX_DROP, Sample
 
 NORMAL_95 = 1.959964  # two-sided, of the standard normal distribution
 _SLACK = 1e-9  # points: 0.1 + 0.2 is not 0.3
@@ -36,8 +37,8 @@ class Comparison:
     Attributes:
         baseline: the reference's name.
         max_drop: the most points that a metric may drop.
-        drop_points: per metric, the reference's minus the candidate's, in points of 100; None without labels.
-        interval_points: per metric, the drop's 95 % confidence interval, see `paired_drop`; None where there is none.
+        drop_points: per accuracy, the reference's minus the candidate's, in points of 100; None without labels.
+        interval_points: per accuracy, the drop's 95 % confidence interval, see `paired_drop`; None where there is none.
         agreement: fraction of the questions on which the answers are the same.
         largest_difference: the largest difference of a loglikelihood; None for texts.
         differing: the number of questions on which the answers differ.
@@ -136,11 +137,11 @@ def compare(
     """
     refuse_other(reference, name, results)
     before: Samples = reference.samples
-    if [(one.id, one.label) for one in before] != [(one.id, one.label) for one in samples]:
+    if list(map(_asked, before)) != list(map(_asked, samples)):
         raise UserError(f"{name}: samples.jsonl: other questions or labels than in {reference.name}")
     differences = [d for a, b in zip(before, samples, strict=True) if (d := _difference(a, b, name)) is not None]
-    now = _right(samples)
-    drops = {metric: paired_drop(right, now[metric]) for metric, right in _right(before).items()}
+    now = _accuracies(samples)
+    drops = {metric: paired_drop(values, now[metric]) for metric, values in _accuracies(before).items()}
     known = [drop for drop, _ in drops.values() if drop is not None]
     worst = max(known or [100 * len(differences) / len(samples)])
     comparison = Comparison(
@@ -159,21 +160,22 @@ def compare(
 
 
 def paired_drop(
-    reference: Sequence[bool | None], candidate: Sequence[bool | None]
+    reference: Sequence[float | None], candidate: Sequence[float | None]
 ) -> tuple[float | None, list[float] | None]:
-    """The drop of the fraction of right answers, in points, and its 95 % confidence interval.
+    """The drop of an accuracy, in points, and its 95 % confidence interval.
 
-    The questions are the same, so the samples are d = right before - right now, -1, 0 or 1 for each question. The drop
-    is the mean of d. The interval is mean ± 1.96 s / sqrt(n) with d's sample standard deviation s (n - 1): the normal
-    approximation of a paired difference.
+    The questions are the same, so the samples are d = right before - right now for each question: -1, 0 or 1, or a
+    difference of probabilities. The drop is the mean of d. The interval is mean ± 1.96 s / sqrt(n) with d's sample
+    standard deviation s (n - 1): the normal approximation of a paired difference.
 
     Args:
-        reference, candidate: per question, whether the answer is right; None where the right answer is not known.
+        reference, candidate: per question, whether the answer is right, or the probability of the right answers; None
+            where the right answer is not known.
 
     Returns:
         None for both where a right answer is not known; None for the interval of fewer than two questions.
     """
-    if any(right is None for right in (*reference, *candidate)):
+    if any(value is None for value in (*reference, *candidate)):
         return None, None
     d = np.asarray(reference, dtype=np.float64) - np.asarray(candidate, dtype=np.float64)
     drop = float(d.mean())
@@ -183,15 +185,28 @@ def paired_drop(
     return 100 * drop, [100 * (drop - half), 100 * (drop + half)]
 
 
-def _right(samples: Samples) -> dict[str, list[bool | None]]:
+def values_by_metric(samples: Samples) -> dict[str, list[Any]]:
+    """By metric, what each sample adds; see `judge.values_by_metric`."""
     answers = [one for one in samples if isinstance(one, AnswerSample)]
-    return right_answers(answers) if answers else right_choices([one for one in samples if isinstance(one, Sample)])
+    if answers:
+        return {**chat.values_by_metric(answers)}
+    return judge.values_by_metric([one for one in samples if isinstance(one, Sample)])
+
+
+def _accuracies(samples: Samples) -> dict[str, list[float | None]]:
+    return {metric: values for metric, values in values_by_metric(samples).items() if metric != "perplexity"}
 
 
 def _answer(sample: Sample | AnswerSample) -> dict[str, int] | str:
     if isinstance(sample, AnswerSample):
         return sample.text
+    if len(sample.loglikelihoods) == 1:
+        return {"acc": int(sample.greedy[0])}
     return {"acc": sample.prediction, "acc_norm": sample.prediction_norm}
+
+
+def _asked(sample: Sample | AnswerSample) -> tuple[Any, ...]:
+    return sample.id, sample.label, sample.true if isinstance(sample, Sample) else ()
 
 
 def _difference(a: Sample | AnswerSample, b: Sample | AnswerSample, name: str) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -84,11 +84,14 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _samples(path: Path, kind: type[Any]) -> list[Any]:
     """The samples of a file; a field of `kind` that is a tuple is a list there."""
     samples, hints = [], get_type_hints(kind)
+    optional = {field.name for field in fields(kind) if field.default is not MISSING}
     for where, row in _rows(path):
         if not isinstance(row, dict):
             raise UserError(f"{where}: not an object")
         values = {}
         for name, hint in hints.items():
+            if name not in row and name in optional:
+                continue
             if name not in row:
                 raise UserError(f"{where}: field '{name}': missing")
             is_tuple = get_origin(hint) is tuple

@@ -55,5 +55,7 @@ class Spool:
 
 
 def line(sample: Any) -> bytes:
-    """A sample as a line of samples.jsonl."""
-    return json.dumps(dataclasses.asdict(sample)).encode() + b"\n"
+    """A sample as a line of samples.jsonl, without fields that are empty in most formats."""
+    values = dataclasses.asdict(sample)
+    given = {f.name: values[f.name] for f in dataclasses.fields(sample) if values[f.name] != f.default}
+    return json.dumps(given).encode() + b"\n"

@@ -4,16 +4,17 @@ Sequences share prefixes within a window. A window's passes have the shapes of t
 sequences; otherwise there is a further warm-up.
 """
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cecompile.results.compare import values_by_metric
 from cecompile.results.spool import Spool
 from cecompile.run.context import RunContext
 from cecompile.run.language_model import LanguageModel
-from cecompile.tasks.chat import AnswerSample, right_answers
-from cecompile.tasks.judge import metrics_of, right_choices
+from cecompile.tasks.judge import metrics_of
 from cecompile.tasks.windows import Windows
 from cecompile.workload.plan import Plan
 from cecompile.workload.totals import Totals
@@ -44,7 +45,10 @@ Judge = Callable[[Any, Any, RunContext], Judged]  # (model, questions, run)
 def run_in_windows(
     judge: Judge, model: LanguageModel, windows: Windows, run: RunContext, output: Path | None
 ) -> Judged:
-    """Runs and judges window by window. Memory does not grow with the number of windows, but for a byte a question.
+    """Runs and judges window by window.
+
+    Memory does not grow with the number of windows, but for a byte a question, or eight where a metric is no fraction
+    of right answers.
 
     Args:
         judge: runs and judges the questions of one window.
@@ -62,7 +66,7 @@ def run_in_windows(
     totals: Totals | None = None
     seconds = [0.0] * run.repeat
     moments: dict[str, float] = {}
-    right: dict[str, bytearray | None] = {}
+    values: dict[str, array[Any] | None] = {}
     reading, number = iter(windows), 0
     with model.runtime.planner.same_shapes():
         clock.enter("preprocess")
@@ -73,7 +77,7 @@ def run_in_windows(
             samples = list(judged.samples)
             spool = Spool(output, type(samples[0])) if spool is None else spool
             spool.add(samples)
-            _count(right, samples)
+            _add(values, samples)
             facts = _added(facts, judged.facts)
             if isinstance(judged.plan, Plan):
                 totals = Totals.of(judged.plan) if totals is None else totals.and_then(judged.plan)
@@ -84,7 +88,7 @@ def run_in_windows(
     progress("windows", number, windows.number)
     clock.enter("score")
     assert spool is not None
-    facts["metrics"] = metrics_of({name: [None] if some is None else some for name, some in right.items()})
+    facts["metrics"] = metrics_of({name: [None] if some is None else some for name, some in values.items()})
     return Judged(spool, facts, totals, seconds, moments)
 
 
@@ -107,15 +111,14 @@ def plan_in_windows(model: LanguageModel, questions: Sequence[Any] | Windows, fi
     return totals, sequences
 
 
-def _count(right: dict[str, bytearray | None], samples: Sequence[Any]) -> None:
-    """Appends which samples are right, by metric; None where a sample has no gold answer."""
-    known = right_answers(samples) if isinstance(samples[0], AnswerSample) else right_choices(samples)
-    for metric, some in known.items():
-        counted = right.setdefault(metric, bytearray())
-        if counted is None or any(r is None for r in some):
-            right[metric] = None
+def _add(values: dict[str, "array[Any] | None"], samples: Sequence[Any]) -> None:
+    """Appends what samples add to each metric; None where a sample has no gold answer."""
+    for metric, some in values_by_metric(samples).items():
+        held = values.setdefault(metric, array("d" if isinstance(some[0], float) else "b"))
+        if held is None or None in some:
+            values[metric] = None
         else:
-            counted.extend(bool(r) for r in some)
+            held.extend(some)
 
 
 def _added(facts: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

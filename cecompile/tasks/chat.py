@@ -93,9 +93,9 @@ def judge_answer(question: ChatQuestion, text: str, tokens: int | None, decoded_
 
 def answer_metrics(samples: Sequence[AnswerSample]) -> dict[str, float | None]:
     """`exact_match`, the fraction of right answers, and its standard error; None without labels."""
-    return metrics_of(right_answers(samples))
+    return metrics_of(values_by_metric(samples))
 
 
-def right_answers(samples: Sequence[AnswerSample]) -> dict[str, list[bool | None]]:
-    """By metric, which answers are right; see `judge.right_choices`."""
+def values_by_metric(samples: Sequence[AnswerSample]) -> dict[str, list[bool | None]]:
+    """By metric, which answers are right; see `judge.values_by_metric`."""
     return {"exact_match": [s.correct for s in samples]}

@@ -39,10 +39,34 @@ def read_texts(value: Any, field: str, where: str) -> list[str]:
     return [read_text(item, f"{field}[{i}]", where) for i, item in enumerate(value)]
 
 
-def check_choices(texts: Sequence[str], field: str, where: str) -> tuple[str, ...]:
-    """Returns the choices. Raises UserError: fewer than two, or one without any text."""
-    if len(texts) < 2:
-        raise UserError(f"{where}: field '{field}': {len(texts)} choices, at least 2 are needed")
+def read_object(value: Any, field: str, where: str) -> Mapping[str, Any]:
+    """An object, which a cell may hold as text. Raises UserError: no object."""
+    value = read_nested(value, field, where)
+    check(isinstance(value, Mapping), value, "an object", field, where)
+    return dict(value)
+
+
+def read_objects(value: Any, field: str, where: str) -> list[Mapping[str, Any]]:
+    """A list of objects, at least one, which a cell may hold as text. Raises UserError: no such list."""
+    value = read_nested(value, field, where)
+    check(isinstance(value, list) and value, value, "a list of objects", field, where)
+    return [read_object(item, f"{field}[{i}]", where) for i, item in enumerate(value)]
+
+
+def read_true(value: Any, field: str, count: int, where: str) -> tuple[int, ...]:
+    """The indices of the choices marked 1 in a list of 0 and 1. Raises UserError: no such list, or no 1 in the list."""
+    marks = read_nested(value, field, where)
+    fits = isinstance(marks, list) and len(marks) == count
+    check(fits, marks, f"a list of {count} labels, one for each choice", field, where)
+    true = [read_index(mark, f"{field}[{i}]", ("", ""), where) == 1 for i, mark in enumerate(marks)]
+    check(any(true), marks, "a label that is 1", field, where)
+    return tuple(i for i, is_true in enumerate(true) if is_true)
+
+
+def check_choices(texts: Sequence[str], field: str, where: str, least: int = 2) -> tuple[str, ...]:
+    """Returns the choices. Raises UserError: fewer than `least`, or one without any text."""
+    if len(texts) < least:
+        raise UserError(f"{where}: field '{field}': {len(texts)} choices, at least {least} are needed")
     for i, text in enumerate(texts):
         if not text.strip():
             raise UserError(f"{where}: field '{field}[{i}]': empty choice")
@@ -76,10 +100,8 @@ def read_index(value: Any, field: str, names: Sequence[str], where: str, first: 
     raise UserError(f"{where}: field '{field}': {written} is out of range, there are {count} choices")
 
 
-def read_lettered(value: Any, where: str) -> tuple[tuple[str, ...], list[str]]:
+def read_lettered(choices: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], list[str]]:
     """Choices of the form {"text": [...], "label": [...]}: the texts and their labels."""
-    choices = read_nested(value, "choices", where)
-    check(isinstance(choices, Mapping), choices, "an object with text and label", "choices", where)
     for part in ("text", "label"):
         if part not in choices:
             raise UserError(f"{where}: field 'choices.{part}': missing")

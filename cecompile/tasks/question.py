@@ -14,10 +14,12 @@ class Question:
     Attributes:
         id: the row's own identifier, or its position in the file.
         context: the text that every choice continues. May be empty.
-        choices: two or more non-empty texts. `delimiter` stands between the context and a choice.
+        choices: non-empty texts. `delimiter` stands between the context and a choice. One choice alone is not chosen:
+            its probability counts, and whether greedy decoding gives it.
         label: index of the right choice, or None where the data has none.
         delimiter: lm-evaluation-harness's `target_delimiter`; not counted in the length by which `acc_norm` divides.
         contexts: a context for each choice, in place of `context`; () where all choices continue the same text.
+        true: indices of all right choices, where their probability together counts; () where one choice is right.
     """
 
     id: str
@@ -26,6 +28,7 @@ class Question:
     label: int | None
     delimiter: str = " "
     contexts: tuple[str, ...] = ()
+    true: tuple[int, ...] = ()
 
     @property
     def characters(self) -> int:
@@ -36,7 +39,8 @@ class Question:
     def content(self) -> list[Any]:
         """The question's parts, as plain JSON values."""
         common = [self.id, self.context, self.choices, self.label, self.delimiter]
-        return [*common, self.contexts] if self.contexts else common
+        more = [self.contexts] if self.contexts or self.true else []
+        return [*common, *more, self.true] if self.true else [*common, *more]
 
 
 def digest(questions: Iterable[Any]) -> str:

@@ -125,7 +125,7 @@ def _cells(results: dict[str, Any], words: Words) -> list[tuple[str, str]]:
     cells.append((words("card.per_question"), words.seconds(latency["inference"] / results["questions"])))
     for name, value in metrics.items():
         if name != units.main_metric(metrics) and not name.endswith("_stderr"):
-            cells.append((name, words.percent(value)))
+            cells.append((name, words.metric(name, value)))
     if answers is not None and answers["in_tree"] is not None:
         share = f"{units.count(answers['in_tree'])} / {units.count(results['questions'])}"
         cells.append((words("card.in_tree"), share))

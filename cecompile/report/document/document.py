@@ -46,7 +46,7 @@ def _front(results: Results, w: Writer) -> list[Flowable]:
     about = units.short_name(results["model"]["name"])
     latency = w.text("summary.latency", clock=clock, gloss=w.words(f"clock.{clock}"))
     per_question = w.text("summary.inference", per=units.seconds(inference / results["questions"]))
-    accuracy = name if error is None else f"{name} ± {units.percent(error)}"
+    accuracy = name if error is None else f"{name} ± {units.percent(error)}"  # perplexity is never the main metric
     return [
         Paragraph(w.words("title"), TITLE),
         Paragraph(literal(f"{about} · {results['task']} · {units.short_name(results['data']['name'])}"), SUBTITLE),
@@ -63,12 +63,21 @@ def _task(results: Results, w: Writer) -> list[Flowable]:
     answers, truncated = results["answers"], results["truncated_questions"]
     if answers is not None:
         counts["new_tokens"] = units.count(answers["max_new_tokens"])
-    story = [*w.section("task"), w.paragraph("task.scoring" if answers is None else "task.chat", **counts)]
+    story = [*w.section("task"), w.paragraph(f"task.{_kind(results)}", **counts)]
     if truncated:
         story.append(w.paragraph("task.truncated", count=units.count(truncated)))
-    if None in results["metrics"].values():
+    if results["metrics"][units.main_metric(results["metrics"])] is None:
         story.append(w.paragraph("task.no_labels"))
     return story
+
+
+def _kind(results: Results) -> str:
+    """How the questions are judged, which the metrics tell."""
+    if results["answers"] is not None:
+        return "chat"
+    if "perplexity" in results["metrics"]:
+        return "continuation"
+    return "scoring" if "acc_norm" in results["metrics"] else "true"
 
 
 def _rules(results: Results, w: Writer) -> list[Flowable]:
@@ -127,7 +136,7 @@ def _bucket_fill(bucket: Results) -> float | None:
 def _measured(results: Results, w: Writer) -> list[Flowable]:
     metrics, phases, runs = results["metrics"], results["phases_s"], results["inference_s"]
     rows = [w.texts("measured", "metric", "value", "error")]
-    for name in (n for n in metrics if not n.endswith("_stderr")):
+    for name in (n for n in metrics if not n.endswith("_stderr") and n != "perplexity"):
         value = w.text("no_labels") if metrics[name] is None else units.percent(metrics[name])
         rows.append([literal(name), value, _known(metrics.get(f"{name}_stderr"), units.percent)])
     times = [w.texts("measured", "latency", "covers", "seconds")]
@@ -136,6 +145,11 @@ def _measured(results: Results, w: Writer) -> list[Flowable]:
     total = sum(phases.values())
     chart.append(Bar(w.words("measured.total"), total, w.words.seconds(total)))
     story = [*w.section("measured"), w.table(rows, (0.4, 0.3, 0.3), numbers=(1, 2))]
+    if "perplexity" in metrics:
+        known = {"value": metrics["perplexity"], "error": metrics.get("perplexity_stderr")}
+        story.append(
+            w.paragraph("measured.perplexity", **{k: w.words.metric("perplexity", v) for k, v in known.items()})
+        )
     story += [w.table(times, (0.25, 0.5, 0.25), numbers=(2,)), w.figure(bars(WIDTH, chart), "figure.phases")]
     if runs["runs"] > 1:
         spread = {"min": units.seconds(runs["min"]), "max": units.seconds(runs["max"])}

@@ -47,6 +47,12 @@ class Words:
         """A fraction of 1 in percent; None is that of data without labels."""
         return self("no_labels") if fraction is None else self("percent", value=units.percent(fraction))
 
+    def metric(self, name: str, value: float | None) -> str:
+        """A metric's value, or its standard error: in percent, but for perplexity; infinite perplexity is a dash."""
+        if name != "perplexity":
+            return self.percent(value)
+        return DASH if value is None else f"{value:,.2f}"
+
     def drops(self, drop_points: Mapping[str, float | None]) -> str:
         """The drop of each metric from the baseline's, in points; a dash where there are no labels."""
         known = {name: drop for name, drop in drop_points.items() if drop is not None}
