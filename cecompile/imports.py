@@ -35,7 +35,7 @@ def import_transformers(*modules: str) -> None:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with without(UNUSED):
+        with without(() if "transformers" in sys.modules else UNUSED):  # which may have asked for them already
             import transformers.generation.utils
             import transformers.modeling_utils
             import transformers.models.auto.modeling_auto  # noqa: F401

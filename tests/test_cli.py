@@ -1,6 +1,7 @@
 """The command line: what it writes, what it prints, how fast it answers."""
 
 import ast
+import contextlib
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ from support.runs import run_command as run
 from transformers import AutoModelForCausalLM
 
 import cecompile
-from cecompile import demo
+from cecompile import demo, imports
 from cecompile.model.checkpoint import read_checkpoint
 from cecompile.results.clock import CLOCKS, PHASES, Clock, latencies, process_start
 
@@ -271,6 +272,14 @@ def test_public_names_survive_the_import_of_every_module():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "True"
+
+
+def test_no_package_seems_absent_once_transformers_has_been_imported(monkeypatch):
+    """By then `transformers` may have found a package that it imports later."""
+    hidden: list[str] = []
+    monkeypatch.setattr(imports, "without", lambda packages: hidden.extend(packages) or contextlib.nullcontext())
+    imports.import_transformers()
+    assert hidden == []
 
 
 def test_assertions_only_tell_types():

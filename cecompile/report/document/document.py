@@ -146,10 +146,8 @@ def _measured(results: Results, w: Writer) -> list[Flowable]:
     chart.append(Bar(w.words("measured.total"), total, w.words.seconds(total)))
     story = [*w.section("measured"), w.table(rows, (0.4, 0.3, 0.3), numbers=(1, 2))]
     if "perplexity" in metrics:
-        known = {"value": metrics["perplexity"], "error": metrics.get("perplexity_stderr")}
-        story.append(
-            w.paragraph("measured.perplexity", **{k: w.words.metric("perplexity", v) for k, v in known.items()})
-        )
+        value, error = (w.words.metric("perplexity", metrics.get(f"perplexity{end}")) for end in ("", "_stderr"))
+        story.append(w.paragraph("measured.perplexity", value=value, error=error))
     story += [w.table(times, (0.25, 0.5, 0.25), numbers=(2,)), w.figure(bars(WIDTH, chart), "figure.phases")]
     if runs["runs"] > 1:
         spread = {"min": units.seconds(runs["min"]), "max": units.seconds(runs["max"])}
