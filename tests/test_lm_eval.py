@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from support.checkpoints import add_tokenizer, save_tiny_llama, tensors_of
+from support.checkpoints import add_tokenizer, tensors_of
 from support.models import ARCHITECTURES
 from support.rows import SHARED_DATA, write_rows
 from support.runs import run_command
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from cecompile import Answerer, Scorer, demo, read_questions
 from cecompile import evaluate as evaluate_questions
@@ -107,7 +108,7 @@ def byte_tokenizer(begin):
     )  # fmt: skip
 
 
-def save_model(directory, kind):
+def save_model(directory, kind, **more):
     """A tiny random model of the real class, with a tokenizer."""
     torch.manual_seed(0)
     sizes = {
@@ -115,7 +116,7 @@ def save_model(directory, kind):
         "num_attention_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.3, "pad_token_id": 3,
     }  # fmt: skip
     changes = ARCHITECTURES.get(kind, {}) | ({"original_max_position_embeddings": 512} if kind == "phi3" else {})
-    config = AutoConfig.for_model(kind, **(sizes | changes))
+    config = AutoConfig.for_model(kind, **(sizes | changes | more))
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     if kind in ("opt", "qwen2", "gpt_neox"):
         byte_tokenizer(begin=kind == "opt").save_pretrained(directory)
@@ -168,13 +169,41 @@ def test_equals_the_hf_backend(kind, engine, tasks, tmp_path):
         assert compare(run(ours, chosen, **options), run(theirs, chosen, **options)) > 100
 
 
+def another_head(directory: Path) -> None:
+    with tensors_of(directory) as tensors:
+        (embedding,) = (name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight")))
+        tensors["lm_head.weight"] = tensors[embedding].flip(0).clone()
+
+
+def with_dropout(directory: Path) -> None:
+    config = AutoConfig.from_pretrained(directory)
+    config.update(dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.5))
+    config.save_pretrained(directory)
+
+
+def without_padding(directory: Path) -> None:
+    """No token of a kind that lm_eval pads with: lm_eval then adds one to the tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.pad_token = tokenizer.unk_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(directory)
+
+
+CHANGED = {  # what lm_eval does to a model and its tokenizer after loading: the model, and a change of its files
+    "a tied head": ("llama", another_head),
+    "a head tied by the family's default": ("gpt2", another_head),
+    "a head tied to another name": ("opt", another_head),
+    "dropout": ("gpt2", with_dropout),
+    "no token to pad with": ("llama", without_padding),
+}
+
+
 @pytest.mark.parametrize("engine", ["eager", "reference"])
-def test_a_head_that_only_the_configuration_ties(engine, tmp_path):
-    """lm_eval ties after loading what transformers leaves as stored; answers of chats are the pipeline's."""
-    path = str(save_tiny_llama(tmp_path, 1024, tie_word_embeddings=True))
-    add_tokenizer(tmp_path)
-    with tensors_of(tmp_path) as tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).clone()
+@pytest.mark.parametrize("name", CHANGED)
+def test_the_same_through_both_doors_and_lm_evals(name, engine, tmp_path):
+    """lm_eval ties a head that transformers leaves as stored; answers of chats are the pipeline's."""
+    kind, change = CHANGED[name]
+    path = str(save_model(tmp_path, kind, tie_word_embeddings="head" in name))
+    change(tmp_path)
     questions = read_questions(demo.HELLASWAG, limit=5)
     asked = [(q.context, f" {choice}") for q in questions for choice in q.choices]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(asked)]
@@ -186,9 +215,11 @@ def test_a_head_that_only_the_configuration_ties(engine, tmp_path):
     ours = [value for sample in scored.samples for value in sample.loglikelihoods]
     np.testing.assert_allclose(through_lm_eval, theirs, rtol=0, atol=1e-3)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
-    assert "the checkpoint's head is not used" in json.dumps(scored.results["engine"])
-    kept = Answerer.from_pretrained(path, device="cpu", engine=engine).runtime.load()
-    assert not torch.equal(kept.lm_head.weight, kept.model.embed_tokens.weight)
+    said = "the checkpoint's head is not used" in json.dumps(scored.results["engine"])
+    assert said == ("head" in name)
+    if said:
+        kept = Answerer.from_pretrained(path, device="cpu", engine=engine).runtime.load()
+        assert not torch.equal(kept.get_output_embeddings().weight, kept.get_input_embeddings().weight)
 
 
 def test_several_tasks_are_one_plan_and_examples_are_shared(tasks, tmp_path, monkeypatch):

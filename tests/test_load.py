@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import WEIGHTS, tensors_of
-from support.models import ARCHITECTURES, VOCABULARY, load, save, skip_what_cannot_run, tiny_model
+from support.models import ARCHITECTURES, VOCABULARY, digest_of_elements, load, save, skip_what_cannot_run, tiny_model
 from support.waiting import HANG, wait_until
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cecompile.errors import UserError
+from cecompile.model import digest
 from cecompile.model import load as loading
 from cecompile.model import safetensors_reader as streaming
 from cecompile.model.checkpoint import read_checkpoint
@@ -94,11 +95,14 @@ def test_half_precision_files_tied_and_not(kind, tie, dtype, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tensors_cut_by_blocks(dtype, tmp_path, monkeypatch):
     """Blocks shorter than a tensor and of several tensors, with more of them than there are buffers."""
+    monkeypatch.setattr(digest, "CHUNK", 300)
     monkeypatch.setattr(streaming, "BLOCK", 1000 * 8)
     assert loaded_as_stock(save(tmp_path, "qwen2"), dtype).fallback is None
 
 
-def test_fingerprint_is_over_names_dtypes_shapes_and_bytes(tmp_path):
+@pytest.mark.parametrize("chunk", [4, 2**20])
+def test_fingerprint_is_over_names_dtypes_shapes_and_bytes(chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(digest, "CHUNK", chunk)
     contents = {
         "b": torch.randn(3, 5),
         "a": torch.tensor(2, dtype=torch.int64),
@@ -107,7 +111,7 @@ def test_fingerprint_is_over_names_dtypes_shapes_and_bytes(tmp_path):
         "d": torch.tensor([True, False, True]),
     }
     save_file(contents, tmp_path / "model.safetensors")
-    lines = [f"{n} {t.dtype} {tuple(t.shape)} {hashlib.sha256(bits(t)).hexdigest()}" for n, t in contents.items()]
+    lines = [f"{n} {t.dtype} {tuple(t.shape)} {digest_of_elements(t, chunk)}" for n, t in contents.items()]
     assert read_checkpoint(str(tmp_path)).fingerprint == hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -158,6 +162,7 @@ def test_what_was_made_beside_reading_is_dropped_with_the_model_it_was_made_for(
 def test_reading_ends_where_nobody_waits_for_it(llama, monkeypatch):
     """Blocks already requested are read; the readers go on only once nobody waits."""
     interval = sys.getswitchinterval()
+    monkeypatch.setattr(digest, "CHUNK", 64)
     monkeypatch.setattr(streaming, "BLOCK", 1024)
     reads, read, stream, waited_for = [], streaming._read, loading.stream, []
 
@@ -368,6 +373,7 @@ class TestOnCuda:
     @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
     @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "opt"])
     def test_same_bits_as_from_pretrained(self, kind, dtype, tmp_path, monkeypatch):
+        monkeypatch.setattr(digest, "CHUNK", 300)
         monkeypatch.setattr(streaming, "BLOCK", 1000 * 8)
         path = save(tmp_path, kind, shard="20KB" if kind in SHARDED else "50GB")
         assert loaded_as_stock(path, dtype, "cuda").fallback is None

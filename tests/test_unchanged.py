@@ -1,17 +1,16 @@
 """Weights are held against their files, and whatever changed while a run went on is named."""
 
-import hashlib
-
 import pytest
 import torch
 from support.checkpoints import tensors_of
-from support.models import EXACT, load, save, tiny_model
+from support.models import EXACT, digest_of_elements, load, save, tiny_model
 from support.rows import ROWS, write_rows
 from torch import nn
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from cecompile import Scorer, demo, evaluate, read_questions
 from cecompile.errors import CheckError
+from cecompile.model import digest
 from cecompile.model.checkpoint import load_tokenizer
 from cecompile.model.tokenizer_digest import tokenizer_digest
 from cecompile.model.unchanged import EQUAL, Proof, contents, made_buffers
@@ -180,7 +179,9 @@ def test_buffers_that_follow_the_input_are_no_change(kind, sizes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.int64])
-def test_contents_are_those_of_the_bytes(dtype):
+@pytest.mark.parametrize("chunk", [520, 2**20])
+def test_contents_are_those_of_the_bytes(dtype, chunk, monkeypatch):
+    monkeypatch.setattr(digest, "CHUNK", chunk)
     check_contents(dtype, torch.device("cpu"))
 
 
@@ -190,8 +191,7 @@ def check_contents(dtype: torch.dtype, device: torch.device) -> None:
     named = {"one": matrix[0, 0], "none": matrix[:0], "matrix": matrix, "columns": matrix.t()}
     found = contents({name: tensor.to(device) for name, tensor in named.items()})
     for name, tensor in named.items():
-        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        assert found[name].digest == hashlib.sha256(content).hexdigest()
+        assert found[name].digest == digest_of_elements(tensor, digest.CHUNK)
         assert (found[name].dtype, found[name].shape) == (dtype, tuple(tensor.shape))
 
 
@@ -200,6 +200,7 @@ def check_contents(dtype: torch.dtype, device: torch.device) -> None:
 @pytest.mark.parametrize("block", [1 << 20, 520])
 def test_contents_on_cuda_come_in_blocks(block, monkeypatch):
     monkeypatch.setattr("cecompile.model.unchanged.BLOCK", block)
+    monkeypatch.setattr(digest, "CHUNK", block)
     for dtype in (torch.float32, torch.bfloat16, torch.bool):
         check_contents(dtype, torch.device("cuda", 0))
 

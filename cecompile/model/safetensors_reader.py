@@ -23,12 +23,13 @@ from safetensors import SafetensorError, safe_open
 
 from cecompile.errors import UserError, file_errors, first_line
 from cecompile.model import prefetch
+from cecompile.model.digest import chunk_bytes, chunk_digests, combined
 
 BLOCK = 8 * 2**20  # bytes of a read
 BLOCKS = 32  # buffers
-IN_USE = 24  # buffers that may be copied and hashed at once: two large tensors; the others are read ahead
+IN_USE = 24  # buffers that may be copied and hashed at once; the others are read ahead
 READERS = 2  # so that a disk has its next request before the last one is done
-HASHERS = min(4, os.cpu_count() or 1)
+HASHERS = min(8, os.cpu_count() or 1)
 
 _DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
@@ -81,7 +82,7 @@ def read_header(model: str, file: Path) -> list[StoredTensor]:
 
 
 def digest_of(tensors: Sequence[StoredTensor], digests: Sequence[str]) -> str:
-    """SHA-256 (hex) over all tensors' names, dtypes, shapes and `digests` of their bytes, whatever their order."""
+    """SHA-256 (hex) over all tensors' names, dtypes, shapes and `digests` (hex), whatever their order."""
     lines = (f"{t.name} {t.dtype} {t.shape} {digest}" for t, digest in zip(tensors, digests, strict=True))
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
@@ -91,8 +92,8 @@ class Checkpoint:
     """The tensors in a checkpoint's files, and their digests."""
 
     tensors: Sequence[StoredTensor]
-    digests: Sequence[str]  # SHA-256 (hex) of each tensor's bytes; of no bytes for a tensor that was not read
-    converted: Mapping[int, str] = field(default_factory=dict)  # by index, SHA-256 (hex) of each converted tensor
+    digests: Sequence[str]  # (hex) of each tensor, see `digest`; of no bytes for a tensor that was not read
+    converted: Mapping[int, str] = field(default_factory=dict)  # by index, the digest (hex) of each converted tensor
 
     @property
     def fingerprint(self) -> str:
@@ -144,8 +145,7 @@ def stream(
         files = dict.fromkeys(block.file for block in blocks)
         opened = {file: _open(model, file, stack, keep_cached) for file in files}
         converted = {i: target for i, target in targets.items() if target.dtype != tensors[i].dtype}
-        sizes = [converted[i].nbytes if i in converted else 0 for i in range(len(tensors))]
-        hashing = _Hashing([tensor.size for tensor in tensors] + sizes, stack)
+        hashing = _Hashing(stack.enter_context(ThreadPoolExecutor(HASHERS, "hash")))
         reader = stack.enter_context(ThreadPoolExecutor(READERS, "read"))
 
         def read_ahead(number: int) -> None:
@@ -168,8 +168,8 @@ def stream(
                 read_ahead(number - IN_USE + BLOCKS)
         for wait in itertools.chain(*in_use):
             wait()
-        digests = [one.hexdigest() for one in hashing.hashes]
-        return Checkpoint(tensors, digests[: len(tensors)], {i: digests[len(tensors) + i] for i in converted})
+        digests = [hashing.digest(i) for i in range(len(tensors))]
+        return Checkpoint(tensors, digests, {i: hashing.digest(i, converted=True) for i in converted})
 
 
 @dataclass(slots=True)
@@ -183,17 +183,21 @@ class _Block:
 
 
 def _blocks(tensors: Sequence[StoredTensor], only: Collection[int]) -> list[_Block]:
-    """Cuts files into blocks. BLOCK is a multiple of every element size: aligned tensors are cut between elements."""
+    """Cuts files into blocks. Tensors are cut between chunks, of which a block holds at least one."""
     blocks: list[_Block] = []
     block = _Block(Path(), 0, 0, [])
     for index in sorted(only):
         tensor, done = tensors[index], 0
         while done < tensor.size:
-            begin = tensor.start + done
-            if block.size == BLOCK or (block.file, block.start + block.size) != (tensor.file, begin):
+            begin, chunk = tensor.start + done, chunk_bytes(tensor.dtype)
+            if (block.file, block.start + block.size) != (tensor.file, begin):
+                block = _Block(tensor.file, begin, BLOCK, [])  # full: the next one is of this file
+            rest, room = tensor.size - done, BLOCK - block.size
+            size = rest if rest <= room else room // chunk * chunk
+            if size == 0:
                 block = _Block(tensor.file, begin, 0, [])
                 blocks.append(block)
-            size = min(tensor.size - done, BLOCK - block.size)
+                size = min(rest, BLOCK // chunk * chunk)
             block.pieces.append((index, done, slice(block.size, block.size + size)))
             block.size += size
             done += size
@@ -255,12 +259,14 @@ def _use(
     hashing: "_Hashing", device: torch.device,
 ) -> list[Callable[[], object]]:  # fmt: skip
     """Hashes a block's tensors and copies them to their targets. Returns calls that wait until both are done."""
-    waits: list[Callable[[], object]] = [hashing.add(i, buffer[part]).result for i, _, part in block.pieces]
+    waits: list[Callable[[], object]] = []
+    for i, offset, part in block.pieces:
+        waits.append(hashing.add(i, offset, buffer[part], tensors[i].dtype).result)
     for i, offset, part in block.pieces:
         if i in targets:
             written = _copy(buffer[part], tensors[i].dtype, offset, targets[i])
             if written is not None:
-                waits.append(hashing.add(len(tensors) + i, written).result)
+                waits.append(hashing.add(i, offset, written, targets[i].dtype, converted=True).result)
     if device.type == "cuda":
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(device))
@@ -293,19 +299,28 @@ def _copy(content: torch.Tensor, dtype: torch.dtype, offset: int, target: torch.
 
 
 class _Hashing:
-    """SHA-256 of tensors whose pieces come in order. Each tensor stays with one thread, which keeps the order."""
+    """Digests of tensors whose pieces come in any order, before and after conversion."""
 
-    def __init__(self, sizes: Sequence[int], stack: ExitStack) -> None:
-        """Starts the threads, which `stack` ends. `sizes`: each tensor's bytes."""
-        self.hashes = [hashlib.sha256() for _ in sizes]
-        self._threads = [stack.enter_context(ThreadPoolExecutor(1, "hash")) for _ in range(HASHERS)]
-        self._thread_of, load = [], [0] * HASHERS
-        for size in sizes:
-            lightest = load.index(min(load))
-            load[lightest] += size
-            self._thread_of.append(lightest)
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self._threads = threads
+        self._pieces: dict[tuple[int, bool], dict[int, Future[list[bytes]]]] = {}
 
-    def add(self, tensor: int, content: torch.Tensor) -> Future[None]:
-        """Adds `content`, (bytes,) uint8, to a tensor's hash. `content` must not change until the future is done."""
-        thread, update = self._threads[self._thread_of[tensor]], self.hashes[tensor].update
-        return thread.submit(lambda: update(content.numpy().data))
+    def add(
+        self, tensor: int, offset: int, content: torch.Tensor, dtype: torch.dtype, converted: bool = False
+    ) -> Future[list[bytes]]:
+        """Hashes a piece: whole chunks of a tensor, of which the last may be short.
+
+        Args:
+            tensor: the tensor's index.
+            offset: the piece's first byte in the stored tensor.
+            content: the piece, (bytes,) uint8, which must not change until the future is done.
+            dtype: of the elements in `content`.
+        """
+        future = self._threads.submit(chunk_digests, content, dtype)
+        self._pieces.setdefault((tensor, converted), {})[offset] = future
+        return future
+
+    def digest(self, tensor: int, converted: bool = False) -> str:
+        """A tensor's digest (hex), once all of its pieces are added."""
+        pieces = self._pieces.get((tensor, converted), {})
+        return combined(digest for _, future in sorted(pieces.items()) for digest in future.result())

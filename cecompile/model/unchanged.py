@@ -19,19 +19,20 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from cecompile.errors import CheckError
+from cecompile.model.digest import chunk_bytes, chunk_digests, combined
 from cecompile.model.load import Loaded
 from cecompile.model.safetensors_reader import digest_of, host_buffers
 from cecompile.model.support import rope_type
 
 THREADS = min(8, os.cpu_count() or 1)  # nothing else runs meanwhile
-BLOCK = 2**20  # bytes copied out at once; each thread has two such buffers
+BLOCK = 2**20  # bytes copied out at once, which divide a chunk; each thread has two such buffers
 EQUAL = "equal to the checkpoint"
 Together = Callable[[dict[Any, Any]], dict[Any, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A tensor's dtype, shape, and SHA-256 (hex) of its bytes, row-major."""
+    """A tensor's dtype, shape, and digest (hex) of its elements, row-major; see `digest`."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -125,31 +126,32 @@ def contents(named: Mapping[str, Tensor]) -> dict[str, Content]:
 
 
 def _digest(tensor: Tensor, free: "SimpleQueue[list[Tensor]]") -> str:
-    """SHA-256 (hex) of a tensor's bytes. A CUDA tensor is copied through two host buffers, taken from `free`."""
+    """A tensor's digest (hex). A CUDA tensor is copied through two host buffers, taken from `free`."""
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if not content.is_cuda:
-        return hashlib.sha256(content.cpu().numpy().data).hexdigest()
-    sha = hashlib.sha256()
+    if not content.is_cuda or len(content) == 0:
+        return combined(chunk_digests(content.cpu(), tensor.dtype))
+    hashes = [hashlib.sha256() for _ in range(0, len(content), chunk_bytes(tensor.dtype))]
     pair = free.get()
     try:
-        copied: tuple[Tensor, torch.cuda.Event] | None = None
+        copied: tuple[Any, Tensor, torch.cuda.Event] | None = None
         for number, part in enumerate(content.split(BLOCK)):
             buffer = pair[number % 2][: len(part)]
             buffer.copy_(part, non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(content.device))
-            _hash(sha, copied)
-            copied = buffer, event
-        _hash(sha, copied)
+            _hash(copied)
+            copied = hashes[number * BLOCK // chunk_bytes(tensor.dtype)], buffer, event
+        _hash(copied)
     finally:
         free.put(pair)
-    return sha.hexdigest()
+    return combined(sha.digest() for sha in hashes)
 
 
-def _hash(sha: Any, copied: tuple[Tensor, torch.cuda.Event] | None) -> None:
+def _hash(copied: tuple[Any, Tensor, torch.cuda.Event] | None) -> None:
     if copied is not None:
-        copied[1].synchronize()
-        sha.update(copied[0].numpy().data)
+        sha, buffer, event = copied
+        event.synchronize()
+        sha.update(buffer.numpy().data)
 
 
 def _named(model: PreTrainedModel) -> dict[str, Tensor]:

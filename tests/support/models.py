@@ -1,5 +1,6 @@
 """Tiny random models of every supported architecture."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,10 @@ def skip_what_cannot_run(kind: str) -> None:
             torch._grouped_mm(one[0], one, offs=torch.tensor([16], dtype=torch.int32))
         except NotImplementedError:
             pytest.skip("this torch has no grouped products on the CPU")
+
+
+def digest_of_elements(tensor: torch.Tensor, chunk: int) -> str:
+    """SHA-256 (hex) over the SHA-256 digests of a tensor's chunks, of `chunk` elements each."""
+    content, size = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), chunk * tensor.element_size()
+    digests = (hashlib.sha256(content[start : start + size]).digest() for start in range(0, len(content), size))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
