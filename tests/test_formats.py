@@ -46,6 +46,14 @@ def problem(i: int) -> dict:
 
 
 ROWS = {  # by format: the task's file, and rows in the form of the hub's dataset
+    "hellaswag": (
+        "hellaswag/hellaswag.yaml",
+        lambda i: {
+            "ind": i, "activity_label": odd(i), "ctx_a": odd(i + 1), "ctx_b": ("", odd(i + 2))[i % 2],
+            "ctx": f"{odd(i + 1)} {odd(i + 2)}", "endings": [f"{o} [step] end" for o in options(i, 4)],
+            "label": str(i % 4),
+        },
+    ),
     "arc": (
         "arc/arc_easy.yaml",
         lambda i: {"id": f"M_{i}", "question": odd(i), "choices": lettered(i, 3 + i % 3), "answerKey": "ABC"[i % 3]},
@@ -329,20 +337,23 @@ def test_perplexity_and_mass_of_given_loglikelihoods():
     assert metrics([never])["acc"] == 0
 
 
-def test_datasets_of_the_hub_have_configurations_and_class_labels(tmp_path, monkeypatch):
+CLASSES = {"mmlu": ("answer", list("ABCD")), "boolq": ("label", ["False", "True"]), "piqa": ("label", ["0", "1"])}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_datasets_of_the_hub_have_configurations_and_class_labels(name, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
-    place = tmp_path / "cais" / "mmlu"
-    (place / "anatomy").mkdir(parents=True)
-    texts = {"question": datasets.Value("string"), "subject": datasets.Value("string")}
-    features = datasets.Features(
-        texts | {"choices": datasets.List(datasets.Value("string")), "answer": datasets.ClassLabel(names=list("ABCD"))}
-    )
-    columns = {name: [row[name] for row in rows_of("mmlu")] for name in features}
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(place / "anatomy" / "test.parquet")
-    described = "configs:\n- config_name: anatomy\n  data_files:\n  - {split: test, path: anatomy/test.parquet}\n"
+    place = tmp_path / "owner" / name
+    (place / "part").mkdir(parents=True)
+    table = datasets.Dataset.from_list(rows_of(name))
+    if name in CLASSES:
+        field, names = CLASSES[name]
+        table = table.cast_column(field, datasets.ClassLabel(names=names))
+    table.to_parquet(place / "part" / "test.parquet")
+    described = "configs:\n- config_name: part\n  data_files:\n  - {split: test, path: part/test.parquet}\n"
     (place / "README.md").write_text(f"---\n{described}---\n")
-    found = list(_hub_rows("cais/mmlu/anatomy:test", "cais/mmlu", "anatomy", "test"))
-    fmt = detect(found[0][1], "auto", "")
+    found = list(_hub_rows(f"owner/{name}/part:test", f"owner/{name}", "part", "test"))
+    fmt = detect(found[0][1], how_to_read(name), "")
     questions = [to_question(row, fmt, where, i) for i, (where, row) in enumerate(found)]
-    assert questions == read_questions(write_rows(tmp_path / "rows.jsonl", rows_of("mmlu")))
+    assert questions == read_questions(write_rows(tmp_path / "rows.jsonl", rows_of(name)), task=how_to_read(name))
