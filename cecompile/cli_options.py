@@ -79,7 +79,10 @@ def running(command: Callable[..., Any]) -> Callable[..., Any]:
             "--dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")), default="auto",
             help="auto is the checkpoint's.",
         ),
-        click.option("--engine", type=click.Choice(("compiled", "eager", "reference")), default="compiled"),
+        click.option(
+            "--engine", type=click.Choice(("auto", "compiled", "eager", "reference")), default="auto",
+            help="auto compiles unless, on a CPU, compiling takes longer than it saves, by an estimate.",
+        ),
         click.option("--attention", type=click.Choice(("auto", "flex", "sdpa")), default="auto"),
         click.option("--tokens-per-bucket", metavar="auto|N", default="auto", callback=_tokens, help="Slots a pass."),
         click.option(

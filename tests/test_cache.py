@@ -46,7 +46,7 @@ def cache(tmp_path, monkeypatch):
 def scoring(tiny_llama, tmp_path_factory) -> list[str]:
     """The model, the data and the device of `eval` and `warm`."""
     data = write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS)
-    return ["--model", str(tiny_llama), "--data", str(data), "--device", "cpu"]
+    return ["--model", str(tiny_llama), "--data", str(data), "--device", "cpu", "--engine", "compiled"]
 
 
 @pytest.fixture(scope="module")

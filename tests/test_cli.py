@@ -37,7 +37,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def scoring(tiny_llama, data) -> list[str]:
     """`eval` of the tiny model, all but the engine and where to write."""
-    return ["eval", "--model", str(tiny_llama), "--data", str(data), "--device", "cpu"]
+    return ["eval", "--model", str(tiny_llama), "--data", str(data), "--device", "cpu", "--engine", "compiled"]
 
 
 @pytest.fixture(scope="module")

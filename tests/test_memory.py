@@ -111,7 +111,7 @@ import json, sys
 from cecompile import Scorer, device, procfs, read_questions
 from cecompile.cli import cli
 model, data, folder, most = sys.argv[1:]
-how = ["--model", model, "--data", data, "--device", "cpu", "--cache-dir", folder + "/cache"]
+how = ["--model", model, "--data", data, "--device", "cpu", "--engine", "compiled", "--cache-dir", folder + "/cache"]
 Scorer.from_pretrained(model, device="cpu")
 began = procfs.read_status()["VmRSS"]
 procfs.memory_left = lambda: max(0, began + int(most) - procfs.read_status()["VmRSS"])

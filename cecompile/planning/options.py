@@ -9,7 +9,7 @@ from cecompile.planning.memory import TargetDevice
 from cecompile.workload.plan import BLOCK
 
 CHOICES = {
-    "engine": ("compiled", "eager", "reference"),
+    "engine": ("auto", "compiled", "eager", "reference"),
     "attention": ("auto", "flex", "sdpa"),
     "dtype": ("auto", *DTYPES),
 }
@@ -23,7 +23,8 @@ class RunOptions:
     Attributes:
         device: "auto", "cpu", "cuda" or "cuda:N". Without a number each rank of a machine takes its own CUDA device.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
-        engine: "compiled", "eager" (the same pass uncompiled) or "reference" (the stock model, one by one).
+        engine: "compiled", "eager" (the same pass uncompiled), "reference" (the stock model, one by one), or "auto":
+            "compiled", but "eager" on a CPU where compiling is estimated to take longer than compiled passes save.
         attention: "auto", "flex" or "sdpa"; "auto" picks by device and by a probe.
         tokens_per_bucket: token slots of a pass; None picks by device and memory.
         memory_limit: bytes that the run may take of the device's memory; None is all that is free.

@@ -211,6 +211,16 @@ class Planner:
         read = sweeps * streamed.layers * size
         return {"sweeps": sweeps, "passes_per_sweep": passes, "layer_bytes": size, "read_bytes": read}
 
+    @property
+    def serves_more(self) -> bool:
+        """Whether the shapes of a plan serve later plans too."""
+        return self._same_shapes or self._ahead is not None
+
+    def lacking(self, plan: Plan) -> int:
+        """The number of a plan's buckets that the compile cache lacks."""
+        held = {tuple(shape) for shape in self._in_cache()["buckets"]}
+        return sum(bucket.shape not in held for bucket in plan.buckets)
+
     def _in_cache(self) -> dict[str, Any]:
         """The compile cache's record of this model on this device, the same on all ranks; empty for a target device."""
         recorded = {} if self.sizing.options.target_device else self._recorded()

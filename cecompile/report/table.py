@@ -54,6 +54,10 @@ def _result_rows(results: dict[str, Any]) -> Iterator[Row]:
         passes = ranks["passes"][stages - 1 :: stages]
         each = f"each, {stages} stages in a pipeline" if stages > 1 else "each"
         yield "ranks", str(ranks["size"]), f"from {min(passes)} to {max(passes)} passes {each}"
+    if results["engine"]["choice"]:
+        choice = results["engine"]["choice"]
+        times = f"compiling {choice['compile_s']:.0f} s, which saves {choice['saved_s']:.1f} s (estimates)"
+        yield "engine", results["engine"]["name"], times
     if results["engine"]["note"]:
         yield "note", "", results["engine"]["note"]
     if results.get("truncated_questions"):

@@ -133,7 +133,10 @@ SHAPE: dict[str, Any] = {
     "headline": {"clock": str, "seconds": (float, None)},
     "phases_s": dict.fromkeys(PHASES, float),
     "inference_s": {"runs": int, "median": float, "min": float, "max": float},
-    "engine": {"name": str, "attention": (str, None), "note": (str, None)},
+    "engine": {
+        "name": str, "attention": (str, None), "note": (str, None),
+        "choice": ({"engine": str, "lacking": int, "compile_s": float, "saved_s": float}, None),
+    },
     "plan": ({
         "useful_tokens": int, "slots": int, "unshared_tokens": int, "question_tree_tokens": int,
         "prefix_tree_tokens": int, "windows": (int, None),

@@ -21,6 +21,7 @@ from cecompile.planning.options import RunOptions
 from cecompile.ranks import ALONE, Ranks
 from cecompile.run.context import Progress, RunContext
 from cecompile.run.engine_builder import WarmEngine
+from cecompile.run.engine_choice import EngineChoice, choose_engine
 from cecompile.run.passes import Begun
 from cecompile.run.preflight import check_before_loading
 from cecompile.run.runtime import Runtime
@@ -58,11 +59,13 @@ class LanguageModel:
         runtime: the model on its device.
         tokenizer: the model's.
         new_tokens: the most tokens of an answer; 0 where nothing is decoded.
+        choice: the choice of the engine by an estimate, once made.
     """
 
     def __init__(self, runtime: Runtime, tokenizer: Any, new_tokens: int | None = None) -> None:
         self.runtime = runtime
         self.tokenizer = tokenizer
+        self.choice: EngineChoice | None = None
         self.new_tokens = new_tokens or 0
         runtime.weights.ties_head = not new_tokens
         if new_tokens and runtime.planner.sizing.needs.streamed is not None:
@@ -169,6 +172,12 @@ class LanguageModel:
         assert workload.plan is not None
         clock = run.clock
         clock.enter("warmup")
+        if self.choice is None and self.runtime.warmup.warmed is None:
+            self.choice = choose_engine(self.runtime, workload.plan)
+            if self.choice is not None and self.choice.engine == "eager":
+                self.runtime.mode.engine = "eager"
+                workload = self._planned_again(workload)
+        assert workload.plan is not None
         check_before_loading(self.runtime, workload.plan)
         warmup = self.runtime.warmup
         warmup.look_up(workload.plan)
@@ -230,7 +239,7 @@ def _runtime(name: str, config: Any, device: torch.device, sizing: Sizing, ranks
     if sizing.room.limit is not None:
         device_memory.enforce(device, sizing.room.limit)
     cache, note = None, None
-    if options.engine == "compiled":
+    if options.engine in ("auto", "compiled"):
         try:
             cache = CompileCache(Path(options.cache_dir) if options.cache_dir else default_directory())
         except NoCacheError as error:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def describe(scored: Scorer | Answerer) -> dict[str, Any]:
             "name": mode.engine,
             "attention": None if mode.engine == "reference" else mode.attention,
             "note": mode.note,
+            "choice": scored.choice and asdict(scored.choice),
         },
         "ranks": None if ranks.size == 1 else {"size": len(rows)} | columns,
         "pipeline": {"stages": len(shares), "layers": [[s.first, s.last] for s in shares]} if shares else None,

@@ -53,7 +53,8 @@ class Runtime:
         usual = "flex" if device.type == "cuda" else "sdpa"
         if options.attention == "auto" and options.pipeline > 1 and not takes_ours(on_meta(config)):
             usual = "sdpa"
-        self.mode = mode = Mode(options.engine, usual if options.attention == "auto" else options.attention)
+        engine = "compiled" if options.engine == "auto" else options.engine  # until a plan is known
+        self.mode = mode = Mode(engine, usual if options.attention == "auto" else options.attention)
         self.planner = Planner(name, config, device, mode, sizing, ranks, recorded)
         self.weights = Weights(name, config, device, self.planner, ranks)
         self.warmup = Warmup(name, device, mode, self.planner, self.weights, cache, facts, ranks)

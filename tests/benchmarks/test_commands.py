@@ -47,7 +47,18 @@ def test_phases_sum_to_the_wall_time_of_the_process(tiny_llama, tmp_path, ratios
 
 @pytest.mark.process
 def test_a_warm_cache_is_at_most_a_third_of_the_warm_up(tiny_llama, tmp_path, ratios):
-    command = [*CECOMPILE, "eval", "--model", str(tiny_llama), "--device", "cpu", "--limit", "8"]
+    command = [
+        *CECOMPILE,
+        "eval",
+        "--engine",
+        "compiled",
+        "--model",
+        str(tiny_llama),
+        "--device",
+        "cpu",
+        "--limit",
+        "8",
+    ]
     caches: list[Path] = []
 
     def warm_up(cache: Path, state: str) -> float:
