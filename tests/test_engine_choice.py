@@ -7,6 +7,7 @@ from support.runs import results, run_command, samples
 from cecompile import Question, Scorer, demo, read_questions
 from cecompile.compile_cache.key import compile_facts
 from cecompile.compile_cache.store import CompileCache, ProbeResult
+from cecompile.results.journal import PASSES, Journal
 from cecompile.run import engine_choice
 from cecompile.run.context import RunContext
 from cecompile.run.engine_choice import choose_engine
@@ -97,6 +98,20 @@ def test_shapes_for_later_questions_are_compiled(tiny_llama, rows, tmp_path):
         assert choose_engine(scorer.runtime, planned(scorer, questions)) is None
     scorer.runtime.planner.plan_ahead(100, 0)
     assert choose_engine(scorer.runtime, planned(scorer, questions)) is None
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+def test_a_resumed_run_goes_on_with_its_engine(engine, tiny_llama, rows, tmp_path, monkeypatch):
+    """The other engine is estimated to be faster by then."""
+    monkeypatch.setattr(engine_choice, "SAVED", 0 if engine == "compiled" else 1e9)
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({"engine": engine})
+        journal.add(PASSES, 0, b"a pass")
+    scorer = scorer_of(tiny_llama, tmp_path)
+    plan = planned(scorer, read_questions(rows))
+    with Journal(tmp_path / "out", resume=True) as journal:
+        assert choose_engine(scorer.runtime, plan, journal).engine == engine
+    assert choose_engine(scorer.runtime, plan).engine != engine
 
 
 def test_the_choice_is_made_once_for_a_model(tiny_llama, rows, tmp_path, monkeypatch):

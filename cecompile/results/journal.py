@@ -84,21 +84,18 @@ class Journal:
     """
 
     def __init__(self, directory: Path, resume: bool = False, ranks: Ranks = ALONE, *, replace: bool = True) -> None:
-        self.directory, self.replaces = directory, replace
+        self.directory, self.replaces, self.begun = directory, replace, False
         self.path = directory / (f".journal-{ranks.rank}.partial" if ranks.rank else NAME)
-        self.begun = False
-        self._ranks = ranks
-        self._file = _CLOSED
+        self._ranks, self._file = ranks, _CLOSED
         self._made: list[Path] = []  # directories, innermost first
         self._facts: dict[str, Any] = {}
         self._headers: list[dict[str, Any]] = []  # of the journals that are resumed
         self._from: str | None = None  # when the resumed run began
         self._found: list[Path] = []  # the resumed journals
         self._kept: dict[tuple[str, int], bytes] = {}  # the records of all ranks
-        self._size = 0
         self._synced = time.monotonic()
         self._owned = 0  # records that were in this rank's file already
-        self._added = self._window = 0
+        self._added = self._window = self._size = 0
         self._earlier = False  # the file is an earlier run's, until this journal begins
         if resume:
             self._open_to_resume()
@@ -127,6 +124,10 @@ class Journal:
             return None
         counts = {kind: sum(k == kind for k, _ in self._kept) for kind in (PASSES, ANSWERS)}
         return {kind: n for kind, n in counts.items() if n or kind == PASSES} | {"from": self._from}
+
+    def before(self, name: str) -> Any:
+        """A fact of the run that is resumed, by its name; None without such a run."""
+        return next((header["facts"].get(name) for header in self._headers), None)
 
     def expect(self, facts: Mapping[str, Any]) -> None:
         """Adds to the facts that the run depends on, by name, as plain JSON values.

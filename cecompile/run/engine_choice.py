@@ -12,6 +12,7 @@ import torch
 
 from cecompile.model.checkpoint import DTYPES
 from cecompile.planning.sizes import Sizes
+from cecompile.results.journal import Journal
 from cecompile.run.runtime import Runtime
 from cecompile.workload.plan import Plan
 
@@ -39,10 +40,11 @@ class EngineChoice:
     saved_s: float
 
 
-def choose_engine(runtime: Runtime, plan: Plan) -> EngineChoice | None:
+def choose_engine(runtime: Runtime, plan: Plan, journal: Journal | None = None) -> EngineChoice | None:
     """The engine that takes less time for a plan; None where "auto" means the compiled engine without an estimate.
 
-    That is so for more than this plan, for several processes, and on a GPU, where uncompiled attention is dense.
+    That is so for more than this plan, for several processes, and on a GPU, where uncompiled attention is dense. A run
+    that is resumed goes on with the engine in its journal.
     """
     planner, options = runtime.planner, runtime.planner.sizing.options
     if options.engine != "auto" or options.require_warm or options.stream_weights or options.pipeline > 1:
@@ -52,7 +54,9 @@ def choose_engine(runtime: Runtime, plan: Plan) -> EngineChoice | None:
     lacking = planner.lacking(plan)
     compile_s = LOAD + COMPILE * lacking
     saved_s = SAVED * _products_s(planner.sizing.needs.model_sizes(), plan, DTYPES.get(options.dtype))
-    return EngineChoice("compiled" if saved_s > compile_s else "eager", lacking, round(compile_s, 1), round(saved_s, 2))
+    begun_with = None if journal is None else journal.before("engine")
+    engine = begun_with or ("compiled" if saved_s > compile_s else "eager")
+    return EngineChoice(engine, lacking, round(compile_s, 1), round(saved_s, 2))
 
 
 def _products_s(sizes: Sizes, plan: Plan, dtype: torch.dtype | None) -> float:

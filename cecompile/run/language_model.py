@@ -173,7 +173,7 @@ class LanguageModel:
         clock = run.clock
         clock.enter("warmup")
         if self.choice is None and self.runtime.warmup.warmed is None:
-            self.choice = choose_engine(self.runtime, workload.plan)
+            self.choice = choose_engine(self.runtime, workload.plan, run.journal)
             if self.choice is not None and self.choice.engine == "eager":
                 self.runtime.mode.engine = "eager"
                 workload = self._planned_again(workload)
