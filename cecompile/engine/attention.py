@@ -4,6 +4,7 @@ A stock model asks `transformers` by name for its mask and its attention functio
 made from the running bucket's static buffers, and functions that take such masks. All else is the model's own code.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -182,13 +183,13 @@ def _flex(
     if isinstance(attention_mask, Tensor):  # a step of decoding
         return _sdpa(module, query, key, value, attention_mask, scaling, softcap, s_aux, **kwargs)
     _refuse_unknown(module, kwargs)
-    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     if query.device.type == "cpu":  # the CPU's kernel forgets a view's offset (torch 2.13)
         query, key, value = (t.clone(memory_format=torch.contiguous_format) for t in (query, key, value))
     out = attend(
         query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
         score_mod=None if softcap is None else lambda score, b, h, q, k: softcap * torch.tanh(score / softcap),
-        kernel_options=_kernel_options(query, value), return_lse=s_aux is not None,  # type: ignore[arg-type]
+        kernel_options=_kernel_options(query, value), return_lse=s_aux is not None,
     )  # fmt: skip
     if s_aux is not None:
         out, normaliser = out
@@ -215,8 +216,12 @@ def _kernel_options(query: Tensor, value: Tensor) -> Any:
     return None
 
 
-# Uncompiled, the operator computes every score of the dense matrix.
-_compiled_flex = torch.compile(flex_attention, dynamic=False)
+@functools.cache
+def _compiled_flex() -> Any:
+    """FlexAttention, compiled when first called. Uncompiled, the operator computes every score of the dense matrix."""
+    return torch.compile(flex_attention, dynamic=False)  # imports Inductor, which dense attention does without
+
+
 # All layers and buckets share a code object; each shape and mask adds a graph to the object.
 for _name, _least in (("recompile_limit", 256), ("accumulated_recompile_limit", 4096)):
     if hasattr(torch._dynamo.config, _name):  # without the option, a run over the limit notes that it ran uncompiled

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from cecompile import device as device_memory
-from cecompile.engine.inductor_cpu import quote_paths
 
 WORKERS = "TORCHINDUCTOR_COMPILE_THREADS"  # torch's own variable: processes that compile
 # the longest of the files that Dynamo traces for decoder layers
@@ -30,10 +29,15 @@ def begin(device: torch.device) -> threading.Thread:
 
     Where the GPU's memory is the host's, this process alone compiles: on one H200 idle workers took 0.6 GB.
     """
+    # Not in the thread: of two threads that import at once, each may see half of a module.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch._inductor.compile_fx")
     if device_memory.is_integrated(device) and WORKERS not in os.environ:
         torch._inductor.config.compile_threads = 1
-    if device.type == "cpu":  # not in the thread: of two that import at once, each may see half of a module
+    if device.type == "cpu":
         with contextlib.suppress(ImportError):
+            from cecompile.engine.inductor_cpu import quote_paths
+
             quote_paths()
             importlib.import_module("torch.utils.cpp_extension")
     thread = threading.Thread(target=_do, args=(device,), name="ahead", daemon=True)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cecompile.engine import inductor_cpu, inductor_cuda
 from cecompile.engine.head import Readout
 from cecompile.errors import UserError
 from cecompile.model.structure import decoder_layers, kinds_of, norms_beside, returns_pair
@@ -77,8 +76,14 @@ def compile_options(model: PreTrainedModel, inputs_free: bool) -> dict[str, Any]
         raise CannotCompileError(
             "torch's compiler needs Python's assert statements; unset PYTHONOPTIMIZE, leave out -O"
         )
-    on_cuda = model.device.type == "cuda"
-    options = inductor_cuda.compile_options(inputs_free) if on_cuda else inductor_cpu.compile_options(model)
+    if model.device.type == "cuda":  # imported here: both import Inductor, which an uncompiled run does without
+        from cecompile.engine import inductor_cuda
+
+        options = inductor_cuda.compile_options(inputs_free)
+    else:
+        from cecompile.engine import inductor_cpu
+
+        options = inductor_cpu.compile_options(model)
     missing = sorted(options.keys() - set(torch._inductor.list_options()))
     if missing:
         raise CannotCompileError(f"torch {torch.__version__} has no Inductor option {', '.join(missing)}")

@@ -27,8 +27,8 @@ def alone(arguments: list[str]) -> None:
 def command(model: Path, data: Path, how: dict[str, object]) -> list[str]:
     """Returns `eval` with options that a scorer or an answerer takes by nearly the same names."""
     names = {"engine": "--engine", "tokens_per_bucket": "--tokens-per-bucket", "new_tokens": "--max-new-tokens"}
-    options = [part for name, value in how.items() for part in (names[name], str(value))]
-    return ["eval", "--model", str(model), "--data", str(data), "--device", "cpu", "--engine", "compiled", *options]
+    options = [part for name, value in ({"engine": "compiled"} | how).items() for part in (names[name], str(value))]
+    return ["eval", "--model", str(model), "--data", str(data), "--device", "cpu", *options]
 
 
 def alone_and_by(ranks: int, directory: Path, runs: dict[str, dict]) -> None:
