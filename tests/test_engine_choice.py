@@ -34,7 +34,7 @@ def test_few_questions_are_not_compiled_for_and_the_result_says_why(tiny_llama, 
     assert (engine["name"], engine["note"], choice["engine"]) == ("eager", None, "eager")
     assert choice["lacking"] == len(results(tmp_path / "auto")["plan"]["buckets"])
     assert choice["compile_s"] > choice["saved_s"] >= 0
-    assert f"compiling {choice['compile_s']:.0f} s, which saves {choice['saved_s']:.1f} s (estimates)" in told
+    assert f"compiling takes {choice['compile_s']:.0f} s and saves {choice['saved_s']:.1f} s (estimates)" in told
     assert samples(tmp_path / "auto") == samples(tmp_path / "eager")
     assert results(tmp_path / "eager")["engine"]["choice"] is None
     assert not list((tmp_path / "cache").glob("*.json"))

@@ -56,7 +56,7 @@ def _result_rows(results: dict[str, Any]) -> Iterator[Row]:
         yield "ranks", str(ranks["size"]), f"from {min(passes)} to {max(passes)} passes {each}"
     if results["engine"]["choice"]:
         choice = results["engine"]["choice"]
-        times = f"compiling {choice['compile_s']:.0f} s, which saves {choice['saved_s']:.1f} s (estimates)"
+        times = f"compiling takes {choice['compile_s']:.0f} s and saves {choice['saved_s']:.1f} s (estimates)"
         yield "engine", results["engine"]["name"], times
     if results["engine"]["note"]:
         yield "note", "", results["engine"]["note"]
