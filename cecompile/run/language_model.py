@@ -1,6 +1,8 @@
 """A language model whose work is packed into passes: the common part of scoring and answering."""
 
+import importlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -13,6 +15,7 @@ from cecompile import demo
 from cecompile import device as device_memory
 from cecompile.compile_cache.store import CompileCache, NoCacheError, default_directory
 from cecompile.errors import UserError
+from cecompile.imports import uncollected
 from cecompile.model.checkpoint import check_vocabulary, load_config, load_tokenizer
 from cecompile.model.structure import on_meta
 from cecompile.model.support import refusal
@@ -232,6 +235,9 @@ def timed(
 
 def _runtime(name: str, config: Any, device: torch.device, sizing: Sizing, ranks: Ranks) -> Runtime:
     options = sizing.options
+    if options.engine == "compiled" or (options.engine == "auto" and device.type == "cuda"):
+        with suppress(ImportError), uncollected():  # an error is reported when something is compiled
+            importlib.import_module("torch._inductor.compile_fx")  # takes seconds; the checkpoint is read meanwhile
     reason = None if options.engine == "reference" else refusal(on_meta(config))
     if reason:
         refused = f"{config.model_type} models cannot be run as trees: {reason}"
